@@ -1,0 +1,1 @@
+"""modiff: training-free quantization of diffusion models."""

@@ -1,0 +1,1 @@
+"""The Lightning layer: the only place that knows lightning, wandb, jsonargparse and matplotlib."""

@@ -1,0 +1,60 @@
+"""The commands that run on LightningCLI: train, sample, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger
+
+from modiff.lit.base import ModiffCLI
+from modiff.lit.callbacks.progress import progress_bar
+from modiff.lit.callbacks.training import TrainingSamples
+from modiff.lit.data import ImageDataModule
+
+
+class TrainCLI(ModiffCLI):
+    """``modiff train``: any LightningModule of :mod:`modiff.lit.teacher` on any image data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of training only."""
+        parser.add_argument("--ema_decay", type=Optional[float], default=0.999, help="Of the averaged weights.")
+        parser.add_argument("--sample_images", type=int, default=40, help="Images drawn at each validation; 0: none.")
+        parser.add_argument("--checkpoint_every", type=int, default=250, help="Optimizer steps between checkpoints.")
+
+
+def train(args: Sequence[str]) -> int:
+    """Train, resuming from the last checkpoint of the same run; then export."""
+    cli = TrainCLI(
+        "train", args, model_class=LightningModule, datamodule_class=ImageDataModule, subclass_mode_model=True
+    )
+    config = cli.config
+    data = {k: v for k, v in config.data.as_dict().items() if k != "path"}
+    run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
+    run.claim(cli.recipe)
+    (run.path / "config.yaml").write_text(cli.dump())
+    folder = run.path / "checkpoints"
+    callbacks: list[Any] = [
+        progress_bar(),
+        LearningRateMonitor("step"),
+        ModelCheckpoint(dirpath=folder, every_n_train_steps=config.checkpoint_every, save_last=True, save_top_k=0),
+    ]
+    if config.sample_images:  # before the averaging, which swaps the weights back at the end of a validation
+        callbacks.append(TrainingSamples(run.path / "samples", config.sample_images))
+    if config.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
+    trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="", version="logs"), default_root_dir=run.path)
+    last = folder / "last.ckpt"
+    ckpt = config.ckpt or (str(last) if last.exists() else None)
+    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
+    if trainer.interrupted:
+        run.mark("interrupted")
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        cli.model.export(run.path / "export")
+        run.mark("complete")
+        print(f"Trained; exported to {run.path / 'export'}.")
+    return 0

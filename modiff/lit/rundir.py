@@ -1,0 +1,99 @@
+"""The output directory of a run: claimed once, written atomically, resumed by the same run only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from modiff.errors import ConfigError
+
+MARKER = "run.json"
+
+
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` on a temporary neighbour of ``path``, then rename it: readers see the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; nulls are kept."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text))
+
+
+def digest(value: Any) -> str:
+    """Short content hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class RunDirectory:
+    """One run's directory.
+
+    Args:
+        path: The directory; made when it does not exist.
+        identity: What makes the run this run; another identity in the same directory is refused.
+        overwrite: Delete what another run left there.
+
+    Raises:
+        ConfigError: The directory holds another run, or files that no run of modiff wrote.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.hash = digest(identity)
+        self.marker = self.path / MARKER
+        self.resumed = False
+        self.check(overwrite)
+        self.identity = identity
+
+    def check(self, overwrite: bool) -> None:
+        """Refuse a directory that belongs to something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--output {self.path} is a file. Give a directory.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        old = self._read_marker()
+        if old and old.get("hash") == self.hash:
+            self.resumed = not overwrite
+            self.complete = old.get("status") == "complete"
+            if overwrite:
+                self._stale = True
+            return
+        if overwrite and old:
+            self._stale = True
+            return
+        holds = f"another run ({old.get('name', 'unknown')})" if old else "files that are not a run of modiff"
+        fix = "add --overwrite true to replace it, or give another --output" if old else "give another --output"
+        raise ConfigError(f"--output {self.path} holds {holds}: {fix}.")
+
+    complete = False
+    _stale = False
+
+    def claim(self, name: str) -> None:
+        """Take the directory: delete what ``--overwrite`` allowed to, write the marker."""
+        if self._stale:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.mark("running")
+
+    def mark(self, status: str) -> None:
+        """Write the marker with ``status``: running, interrupted or complete."""
+        write_json(self.marker, {"name": self.name, "status": status, "hash": self.hash, "identity": self.identity})
+
+    def _read_marker(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.marker.read_text())
+        except (OSError, ValueError):
+            return None

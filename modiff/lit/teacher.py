@@ -1,0 +1,172 @@
+"""Lightning modules that are trained: the full-precision teacher, and the classifier that measures its images."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from modiff.metrics.features import FeatureClassifier
+
+
+class LitTeacher(LightningModule):
+    """Trains a small unconditional denoiser to predict the noise (Ho et al. 2020, equation 14).
+
+    Args:
+        denoiser: Arguments of ``diffusers.UNet2DModel``.
+        schedule: Arguments of ``diffusers.DDIMScheduler``.
+        learning_rate: Peak of the learning rate; it rises linearly and falls to zero as a cosine.
+        warmup_steps: Optimizer steps of the linear rise.
+        weight_decay: Of AdamW.
+        sample_steps: DDIM steps of the sample grids drawn at each validation.
+    """
+
+    def __init__(
+        self,
+        denoiser: dict[str, Any],
+        schedule: dict[str, Any] | None = None,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.0,
+        sample_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        self.denoiser = UNet2DModel(**denoiser)
+        self.scheduler = DDIMScheduler(**(schedule or {}))
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.weight_decay = weight_decay
+        self.sample_steps = sample_steps
+
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mean squared error of the predicted noise for images ``[B, C, H, W]`` in [0, 1]."""
+        clean = images * 2 - 1
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        steps = self.scheduler.config.num_train_timesteps
+        timestep = torch.randint(0, steps, (len(clean),), generator=generator).to(clean.device)
+        noisy = self.scheduler.add_noise(clean, noise, timestep)
+        return nn.functional.mse_loss(self.denoiser(noisy, timestep).sample.float(), noise)
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """One optimizer step."""
+        loss = self.loss(batch["image"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss on the test images, with the same noise at every validation."""
+        generator = torch.Generator().manual_seed(batch_idx)
+        self.log("val/loss", self.loss(batch["image"], generator), prog_bar=True, sync_dist=True)
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Draw ``count`` images by DDIM: float ``[count, C, H, W]`` in [0, 1], on the CPU."""
+        pipeline = DDIMPipeline(unet=self.denoiser, scheduler=self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(seed)
+        images = pipeline(
+            count, generator=generator, num_inference_steps=self.sample_steps, output_type="np", return_dict=False
+        )[0]
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW; linear warm-up, then cosine to zero."""
+        optimizer = torch.optim.AdamW(
+            self.denoiser.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+    def _lr_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        total = int(self.trainer.estimated_stepping_batches)
+        return cosine_schedule(optimizer, self.warmup_steps, total)
+
+    def export(self, folder: Path) -> None:
+        """Write the denoiser and its scheduler as a diffusers pipeline."""
+        DDIMPipeline(unet=self.denoiser, scheduler=self.scheduler).save_pretrained(folder)
+
+
+class LitClassifier(LightningModule):
+    """Trains the small classifier whose pooled features measure a teacher's images.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Classes of the labels.
+        num_features: Pooled features, at most half the number of images of the smallest evaluation.
+        name: Printed beside every figure measured with it.
+        learning_rate: Peak of the learning rate.
+        noise: Standard deviation of the noise added to training images, in units of [0, 1].
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        num_features: int = 32,
+        name: str = "mnist-classifier",
+        learning_rate: float = 3e-3,
+        noise: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.network = FeatureClassifier(in_channels, num_classes, num_features=num_features, name=name)
+        self.learning_rate = learning_rate
+        self.noise = noise
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy on noisy, shifted images."""
+        images = batch["image"]
+        shift = [int(s) for s in torch.randint(-2, 3, (2,))]
+        images = torch.roll(images, shift, dims=(2, 3)) + self.noise * torch.randn_like(images)
+        loss = nn.functional.cross_entropy(self.network.logits(images), batch["label"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        """Accuracy on the test images."""
+        correct = self.network.logits(batch["image"]).argmax(dim=1) == batch["label"]
+        self.log("val/accuracy", correct.float().mean(), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW; linear warm-up, then cosine to zero."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+        total = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": cosine_schedule(optimizer, 50, total)}
+
+    def export(self, folder: Path) -> None:
+        """Write the network, ``features.safetensors``, and the feature statistics of the training images."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        network = self.network.eval()
+        network.save(folder / "features.safetensors")
+        loader = self.trainer.datamodule.train_dataloader()
+        images = loader.dataset
+        with torch.no_grad():
+            features = torch.cat(
+                [
+                    network(images.__getitems__(list(range(i, min(i + 500, len(images)))))["image"].to(self.device))
+                    for i in range(0, len(images), 500)
+                ]
+            ).double()
+        save_file(
+            {
+                "mean": features.mean(dim=0).cpu(),
+                "covariance": torch.cov(features.T).cpu(),
+                "num_images": torch.tensor(len(features)),
+            },
+            str(folder / "feature_statistics.safetensors"),
+        )
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> dict[str, Any]:
+    """Learning rate by optimizer step: a linear rise over ``warmup`` steps, then a cosine to zero at ``total``."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    return {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}

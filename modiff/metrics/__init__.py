@@ -1,0 +1,1 @@
+"""What was lost: distances between images, and errors along a trajectory."""
