@@ -1,1 +1,18 @@
 """modiff: training-free quantization of diffusion models."""
+
+from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
+from modiff.conversion import describe, quantize, restore
+from modiff.cost import cost
+from modiff.layers.state import trajectory
+
+__all__ = [
+    "Modulation",
+    "QuantConfig",
+    "QuantSpec",
+    "Rule",
+    "cost",
+    "describe",
+    "quantize",
+    "restore",
+    "trajectory",
+]

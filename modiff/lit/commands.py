@@ -46,7 +46,9 @@ def train(args: Sequence[str]) -> int:
         callbacks.append(TrainingSamples(run.path / "samples", config.sample_images))
     if config.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
-    trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="", version="logs"), default_root_dir=run.path)
+    trainer = cli.make_trainer(
+        callbacks, logger=CSVLogger(run.path, name="", version="logs"), default_root_dir=run.path
+    )
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)

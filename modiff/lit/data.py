@@ -142,7 +142,9 @@ class ImageDataModule(LightningDataModule):
 
         column = next((c for c in ("image", "img") if c in split.column_names), None)
         if column is None or "label" not in split.column_names:
-            raise ConfigError(f"The data set has the columns {split.column_names}; needed are image (or img) and label.")
+            raise ConfigError(
+                f"The data set has the columns {split.column_names}; needed are image (or img) and label."
+            )
         if limit is not None:
             split = split.select(range(min(limit, len(split))))
         mode = "L" if self.channels == 1 else "RGB"

@@ -75,9 +75,7 @@ class LitTeacher(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW; linear warm-up, then cosine to zero."""
-        optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
 
     def _lr_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

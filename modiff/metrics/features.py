@@ -73,7 +73,9 @@ class FeatureClassifier(nn.Module):
         from safetensors import safe_open
 
         if not Path(path).is_file():
-            raise CheckpointError(f"Feature network {path} does not exist. Give the path of a file made by modiff train.")
+            raise CheckpointError(
+                f"Feature network {path} does not exist. Give the path of a file made by modiff train."
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 config = json.loads((file.metadata() or {})["config"])

@@ -1,0 +1,288 @@
+"""What is quantized, and how: plain frozen dataclasses, the same names in Python and YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modiff.errors import ConfigError
+
+Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
+GRANULARITIES = ("tensor", "sample", "channel", "sample_channel", "token", "group")
+WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
+STATE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Args:
+        bits: Width of the codes, 2 to 8.
+        granularity: What keeps a scale of its own. Activations: ``tensor`` (one scale), ``sample`` (dim 0), ``channel``
+            (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel``, ``token`` (all but the last dim, Linear
+            only), ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group`` reduce over the
+            batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel`` (output) or
+            ``group`` (along the input, per output channel).
+        symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
+        range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration.
+        clip: The range is multiplied by this, 0 < clip <= 1; not in the first evaluation of a trajectory.
+        group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
+
+    Raises:
+        ConfigError: A field is out of range, or fields contradict each other.
+    """
+
+    bits: int = 8
+    granularity: Granularity = "tensor"
+    symmetric: bool = True
+    range: Literal["dynamic", "calibrated"] = "dynamic"
+    clip: float = 1.0
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer("bits", self.bits, low=2, high=8, hint="; for full precision set the whole spec to null")
+        _member("granularity", self.granularity, GRANULARITIES)
+        _boolean("symmetric", self.symmetric)
+        _member("range", self.range, ("dynamic", "calibrated"))
+        if self.range == "calibrated":
+            raise ConfigError("range is 'calibrated', which needs a calibration; this release has none. Use 'dynamic'.")
+        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
+            raise ConfigError(f"clip is {self.clip!r}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
+        if self.granularity == "group":
+            if self.group_size is None:
+                raise ConfigError("granularity 'group' needs group_size. Set it, for example group_size=32.")
+            _integer("group_size", self.group_size, low=1)
+        elif self.group_size is not None:
+            raise ConfigError(
+                f"group_size is {self.group_size} but granularity is {self.granularity!r}. "
+                "Set granularity='group', or remove group_size."
+            )
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code.
+
+        >>> QuantSpec(bits=4).code_range, QuantSpec(bits=4, symmetric=False).code_range
+        ((-7, 7), (0, 15))
+        """
+        if self.symmetric:
+            n = 2 ** (self.bits - 1) - 1
+            return -n, n
+        return 0, 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Quantize the change of an operator's input between evaluations (MoDiff; equations 6 to 14 of METHOD.md).
+
+    Args:
+        error_compensation: Take the difference to the reconstruction (equation 13); False only for ablations.
+        warmup: First evaluation: ``full`` precision, or ``refine``: quantize a_T in ``warmup_rounds`` rounds.
+        warmup_rounds: Rounds of ``refine``.
+        refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
+        state_dtype: dtype in which an operator's output ô is kept (its input's reconstruction stays float32); None:
+            float32. ``bfloat16`` drifts and therefore needs ``refresh_every``.
+
+    Raises:
+        ConfigError: A field is out of range, or fields contradict each other.
+    """
+
+    error_compensation: bool = True
+    warmup: Literal["full", "refine"] = "full"
+    warmup_rounds: int = 3
+    refresh_every: int | None = None
+    state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        _boolean("error_compensation", self.error_compensation)
+        _member("warmup", self.warmup, ("full", "refine"))
+        _integer("warmup_rounds", self.warmup_rounds, low=1)
+        if self.refresh_every is not None:
+            _integer("refresh_every", self.refresh_every, low=2)
+        if self.state_dtype is not None:
+            _member("state_dtype", self.state_dtype, STATE_DTYPES)
+        if self.state_dtype == "bfloat16" and self.refresh_every is None:
+            raise ConfigError(
+                "state_dtype 'bfloat16' lets ô drift away from A(â). Set refresh_every, or use 'float16' or 'float32'."
+            )
+        if not self.error_compensation and self.warmup == "refine":
+            raise ConfigError("warmup 'refine' needs error_compensation. Use warmup='full'.")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception for the operators whose qualified name matches ``pattern``; the last matching rule wins.
+
+    Args:
+        pattern: A glob on the qualified module name (``down_blocks.*.conv1``), or ``re:`` and a regular expression.
+        weight: A spec replaces the whole weight spec, None means full precision, ``"inherit"`` the config's own.
+        activation: Likewise for activations.
+        modulation: Likewise for modulation; None: plain quantization.
+        skip: Leave the operator untouched.
+        type: Apply to ``linear`` or ``conv`` operators only, or to ``any``.
+    """
+
+    pattern: str
+    weight: QuantSpec | None | Literal["inherit"] = "inherit"
+    activation: QuantSpec | None | Literal["inherit"] = "inherit"
+    modulation: Modulation | None | Literal["inherit"] = "inherit"
+    skip: bool = False
+    type: Literal["any", "linear", "conv"] = "any"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ConfigError(
+                f"pattern is {self.pattern!r}; give a glob on module names, such as 'conv_in' or '*.to_q'."
+            )
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise ConfigError(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
+        _side("weight", self.weight, QuantSpec, allow_inherit=True)
+        _side("activation", self.activation, QuantSpec, allow_inherit=True)
+        _side("modulation", self.modulation, Modulation, allow_inherit=True)
+        _boolean("skip", self.skip)
+        _member("type", self.type, ("any", "linear", "conv"))
+        if isinstance(self.weight, QuantSpec):
+            _weight_granularity(self.weight)
+
+    def matches(self, name: str, kind: str) -> bool:
+        """Whether the rule applies to operator ``name`` of ``kind`` (``linear`` or ``conv``)."""
+        return self.type in ("any", kind) and self.names(name)
+
+    def names(self, name: str) -> bool:
+        """Whether the pattern matches, whatever the operator's type.
+
+        >>> Rule("mid_block.*").names("mid_block.conv1"), Rule("re:conv_(in|out)").names("conv_in")
+        (True, True)
+        """
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """A whole quantization: what every Linear and Conv gets, and the exceptions.
+
+    Args:
+        weight: Weight spec; None leaves weights in full precision.
+        activation: Activation spec; None leaves activations in full precision.
+        modulation: How differences are quantized; None: plain quantization of the inputs, the baseline.
+        rules: Exceptions by module name; the last match wins, a pattern that matches nothing is an error.
+        backend: ``auto`` or ``simulate`` (floating point on quantized values, the definition).
+
+    Raises:
+        ConfigError: A field is wrong.
+    """
+
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+    modulation: Modulation | None = None
+    rules: tuple[Rule, ...] = field(default=())
+    backend: Literal["auto", "simulate"] = "auto"
+
+    def __post_init__(self) -> None:
+        _side("weight", self.weight, QuantSpec)
+        _side("activation", self.activation, QuantSpec)
+        _side("modulation", self.modulation, Modulation)
+        if isinstance(self.rules, list):
+            object.__setattr__(self, "rules", tuple(self.rules))
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise ConfigError(f"rules is {self.rules!r}; give a list of Rule.")
+        _member("backend", self.backend, ("auto", "simulate"))
+        if self.weight is not None:
+            _weight_granularity(self.weight)
+
+    @classmethod
+    def preset(cls, name: str) -> QuantConfig:
+        """A config by name: ``w{bits}a{bits}-modiff`` or ``-ptq``; bits 2 to 8, or 32 for untouched.
+
+        Weights: per output channel, symmetric. Activations: per sample, dynamic; plain ones asymmetric, residuals
+        asymmetric below 6 bits.
+
+        >>> QuantConfig.preset("w8a4-modiff").activation
+        QuantSpec(bits=4, granularity='sample', symmetric=False, range='dynamic', clip=1.0, group_size=None)
+
+        Raises:
+            ConfigError: The name is not of that form.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)-(modiff|ptq)", name) if isinstance(name, str) else None
+        bits = [int(b) for b in match.groups()[:2]] if match else []
+        if not match or not all(2 <= b <= 8 or b == 32 for b in bits):
+            raise ConfigError(
+                f"unknown preset {name!r}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq "
+                "with bits 2 to 8 or 32, for example 'w8a4-modiff'."
+            )
+        weight, activation = bits
+        modulated = match[3] == "modiff"
+        return cls(
+            weight=None if weight == 32 else QuantSpec(weight, "channel"),
+            activation=None
+            if activation == 32
+            else QuantSpec(activation, "sample", symmetric=modulated and activation >= 6),
+            modulation=Modulation() if modulated else None,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> QuantConfig:
+        """Build from plain dictionaries, as :func:`dataclasses.asdict` writes them.
+
+        Raises:
+            ConfigError: A field is unknown or wrong.
+        """
+        values = dict(values)
+        values["rules"] = tuple(_rule_from_dict(rule) for rule in values.get("rules") or ())
+        return _build(cls, _build_sides(values))
+
+
+def _rule_from_dict(values: dict) -> Rule:
+    return _build(Rule, _build_sides(dict(values)))
+
+
+def _build_sides(values: dict) -> dict:
+    for key, kind in (("weight", QuantSpec), ("activation", QuantSpec), ("modulation", Modulation)):
+        if isinstance(values.get(key), dict):
+            values[key] = _build(kind, values[key])
+    return values
+
+
+def _build(kind: type, values: dict):  # type: ignore[no-untyped-def]
+    known = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}; allowed are {', '.join(known)}.")
+    return kind(**values)
+
+
+def _side(name: str, value: object, kind: type, allow_inherit: bool = False) -> None:
+    if value is None or isinstance(value, kind) or (allow_inherit and isinstance(value, str) and value == "inherit"):
+        return
+    inherit = ", 'inherit'" if allow_inherit else ""
+    raise ConfigError(f"{name} is {value!r}; allowed are a {kind.__name__}{inherit} or None.")
+
+
+def _weight_granularity(spec: QuantSpec) -> None:
+    if spec.granularity not in WEIGHT_GRANULARITIES:
+        raise ConfigError(f"weight granularity is {spec.granularity!r}; allowed are {', '.join(WEIGHT_GRANULARITIES)}.")
+
+
+def _member(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; allowed are true and false.")
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"{low} to {high}" if high is not None else f"{low} or more"
+        raise ConfigError(f"{name} is {value!r}; allowed are whole numbers, {allowed}{hint}.")

@@ -1,0 +1,207 @@
+"""What a student costs: bit operations, weight bytes, state bytes. The warm-up and refreshes are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modiff.config import Modulation
+from modiff.errors import ConfigError
+from modiff.layers.modulated import ModulatedOperator
+from modiff.layers.operators import OperatorAdapter, find_adapter
+from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.state import ATTRIBUTE, trajectory
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """Cost of one operator.
+
+    Args:
+        name: Qualified name.
+        macs: Multiply-accumulates per image and evaluation.
+        weight_bits: Width of its weight codes, or of its weight's dtype.
+        activation_bits: Width of its input codes, or of its weight's dtype.
+        bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
+        state_bytes: â and ô, per image.
+    """
+
+    name: str
+    macs: float
+    weight_bits: int
+    activation_bits: int
+    bops: float
+    state_bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a denoiser. A GBOP is 1e9 bit operations, a MiB 2^20 bytes.
+
+    Args:
+        operators: One row each.
+        other_macs: Products of two activations (attention) per image and evaluation; at full precision.
+        evaluations: Length of the trajectory over which the warm-up is averaged.
+        gbops_per_evaluation: Bit operations per image, attention included.
+        weight_mib: Weights with quantized ones packed at their width, scales included.
+        state_mib_per_image: â and ô as allocated.
+    """
+
+    operators: tuple[OperatorCost, ...]
+    other_macs: float
+    evaluations: int
+    gbops_per_evaluation: float
+    weight_mib: float
+    state_mib_per_image: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.gbops_per_evaluation:.2f} GBOPs per image and evaluation (mean of {self.evaluations}), "
+            f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image"
+        )
+
+
+def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> Cost:
+    """Measure a student, or a full-precision teacher, by running one evaluation.
+
+    Args:
+        model: Student or teacher.
+        *args: As for the denoiser's forward; dim 0 of the first tensor is the batch.
+        evaluations: Denoiser calls per trajectory.
+        **kwargs: Likewise.
+
+    Raises:
+        ConfigError: ``evaluations`` is below 1 or no argument is a tensor.
+        TrajectoryError: A trajectory is open on the student.
+    """
+    if evaluations < 1:
+        raise ConfigError(f"evaluations is {evaluations}; allowed are whole numbers, 1 or more.")
+    images = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 0), None)
+    if images is None:
+        raise ConfigError("cost() got no tensor. Give the arguments of the denoiser's forward: cost(student, x, t).")
+    macs: dict[str, int] = {}
+    found = _find(model)
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        run = stack.enter_context(trajectory(model)) if hasattr(model, ATTRIBUTE) else None
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_count(found, macs))
+        stack.enter_context(counter)
+        model(*args, **kwargs)
+        state = {} if run is None else {n: sum(_cache_bytes(c) for c in caches) for n, caches in run.caches.items()}
+    rows = tuple(
+        _row(name, module, macs.get(name, 0) / images, state.get(name, 0) / images, evaluations)
+        for name, (module, _) in found.items()
+    )
+    bits = 8 * next(p.element_size() for p in model.parameters())
+    other = _bilinear_macs(counter, model, found) / images
+    return Cost(
+        operators=rows,
+        other_macs=other,
+        evaluations=evaluations,
+        gbops_per_evaluation=(sum(r.bops for r in rows) + other * bits * bits) / 1e9,
+        weight_mib=weight_bytes(model) / 2**20,
+        state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+    )
+
+
+def weight_bytes(model: nn.Module) -> float:
+    """Bytes of a model's parameters, quantized weights packed at their width with float32 scales."""
+    total = float(sum(p.numel() * p.element_size() for p in model.parameters()))
+    for module in model.modules():
+        if isinstance(module, QuantizedOperator) and module.weight_spec is not None:
+            spec, weight = module.weight_spec, module.weight
+            total -= weight.numel() * weight.element_size()
+            total += weight.numel() * spec.bits / 8
+            total += module.num_weight_scales * (4 if spec.symmetric else 5)
+    return total
+
+
+def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[int, int]:
+    """Evaluations with full-precision activations, and products at low bits of the rest (refining rounds counted).
+
+    >>> warm_evaluations(Modulation(), 50), warm_evaluations(Modulation(warmup="refine"), 50)
+    ((1, 49), (0, 52))
+    >>> warm_evaluations(Modulation(refresh_every=10), 50), warm_evaluations(None, 50)
+    ((5, 45), (0, 50))
+    """
+    if modulation is None:
+        return 0, evaluations
+    every = modulation.refresh_every
+    refreshes = (evaluations - 1) // every if every else 0
+    if modulation.warmup == "refine":
+        return refreshes, evaluations - refreshes - 1 + modulation.warmup_rounds
+    return 1 + refreshes, evaluations - 1 - refreshes
+
+
+def _row(name: str, module: nn.Module, macs: float, state: float, evaluations: int) -> OperatorCost:
+    full_bits = 8 * module.weight.element_size()  # type: ignore[operator, union-attr]
+    weight_bits = activation_bits = full_bits
+    modulation = None
+    if isinstance(module, QuantizedOperator):
+        weight_bits = module.weight_spec.bits if module.weight_spec else full_bits
+        activation_bits = module.activation_spec.bits if module.activation_spec else full_bits
+        modulation = module.modulation if isinstance(module, ModulatedOperator) else None
+    full, low = warm_evaluations(modulation, evaluations)
+    bops = macs * weight_bits * (full * full_bits + low * activation_bits) / evaluations
+    return OperatorCost(name, macs, weight_bits, activation_bits, bops, state)
+
+
+def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
+    found: dict[str, tuple[nn.Module, OperatorAdapter]] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedOperator):
+            inside.add(id(module.module))
+            found[name] = (module, module.adapter)
+        elif id(module) not in inside:
+            try:
+                adapter = find_adapter(module)
+            except ConfigError:
+                continue
+            if adapter is not None:
+                found[name] = (module, adapter)
+    return found
+
+
+@contextmanager
+def _count(found: dict[str, tuple[nn.Module, OperatorAdapter]], macs: dict[str, int]) -> Iterator[None]:
+    def hook(name: str, module: nn.Module, adapter: OperatorAdapter) -> Any:
+        original = module.module if isinstance(module, QuantizedOperator) else module
+
+        def count(_: nn.Module, __: Any, output: Tensor) -> None:
+            macs[name] = macs.get(name, 0) + adapter.macs(original, output)
+
+        return module.register_forward_hook(count)
+
+    handles = [hook(name, module, adapter) for name, (module, adapter) in found.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bilinear_macs(counter: FlopCounterMode, model: nn.Module, operators: Iterable[str]) -> float:
+    """MACs of products of two activations; PyTorch counts two operations for each.
+
+    A Linear can run as a batched product too, so what happened inside the operators is taken off.
+    """
+    names = ("bmm", "scaled_dot_product", "attention")
+    counts = counter.get_flop_counts()
+
+    def bilinear(where: str) -> int:
+        return sum(flops for op, flops in counts.get(where, {}).items() if any(name in str(op) for name in names))
+
+    root = type(model).__name__
+    return (bilinear("Global") - sum(bilinear(f"{root}.{name}") for name in operators)) / 2
+
+
+def _cache_bytes(cache: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in (cache.a_hat, cache.o_hat))

@@ -1,0 +1,1 @@
+"""The same operation, executed differently; ``simulate`` is the definition."""

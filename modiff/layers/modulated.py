@@ -1,0 +1,100 @@
+"""The modulated operator: equations (8), (9), (13) and (14) of METHOD.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modiff.config import Modulation
+from modiff.kernels.simulate import fake_quantize_
+from modiff.layers.quantized import QuantizedOperator, compute_input
+from modiff.layers.state import OperatorCache, dense_like
+
+
+class ModulatedOperator(QuantizedOperator):
+    """A Linear or Conv that quantizes the change of its input and holds ``ô = A(â) + bias`` (the invariant).
+
+    Args:
+        modulation: Warm-up, error compensation, refreshes, dtype of ô.
+        *args: As for :class:`QuantizedOperator`; the activation spec is not None.
+        **kwargs: Likewise.
+    """
+
+    def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.modulation = modulation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One evaluation: warm up, refresh, or advance by the quantized difference."""
+        self.refuse_gradients(x)
+        out_dtype = self.output_dtype(x)
+        a = compute_input(x)
+        cache = self.state.next_cache(self.name, x)
+        if cache is None:
+            warm = self.refine if self.modulation.warmup == "refine" else self.full
+            output = warm(a, self.allocate(a))
+        elif self.refreshes():
+            output = self.full(a, cache)
+        else:
+            output = self.advance(a, cache)
+        return output.to(out_dtype)
+
+    def refreshes(self) -> bool:
+        """Whether this evaluation is a full-precision refresh."""
+        every, run = self.modulation.refresh_every, self.state.trajectory
+        return every is not None and run is not None and run.total % every == 0
+
+    def allocate(self, a: Tensor) -> OperatorCache:
+        """Memory for this call's state; ô is allocated when its shape is known."""
+        cache = OperatorCache(dense_like(a, a.dtype), torch.empty(0))
+        self.state.keep_cache(self.name, cache)
+        return cache
+
+    def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
+        """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""
+        cache.a_hat.copy_(a)
+        self.state.note(self.name, a.sum(), quantized=False)
+        return self.put(self.product(a, with_bias=True), cache)
+
+    def refine(self, a: Tensor, cache: OperatorCache) -> Tensor:
+        """Integer warm-up: â_1 = Q(a), then each round adds Q(a - â) with a scale of its own; never clipped."""
+        assert self.activation_spec is not None
+        output: Tensor | None = None
+        for _ in range(self.modulation.warmup_rounds):
+            residual = self.state.scratch(cache.a_hat)
+            if output is None:
+                residual.copy_(a)
+            else:
+                torch.sub(a, cache.a_hat, out=residual)
+            low, high = fake_quantize_(residual, self.partition(a.ndim), self.activation_spec, clip=1.0)
+            if output is None:
+                self.state.note(self.name, (high - low).sum(), quantized=True)
+                cache.a_hat.copy_(residual)
+                output = self.product(residual, with_bias=True)
+            else:
+                cache.a_hat.add_(residual)
+                output = output.add_(self.product(residual, with_bias=False))
+        assert output is not None
+        return self.put(output, cache)
+
+    def advance(self, a: Tensor, cache: OperatorCache) -> Tensor:
+        """Equations (13) and (14): â += Q(a - â), ô += A(Q(a - â))."""
+        assert self.activation_spec is not None
+        residual = torch.sub(a, cache.a_hat, out=self.state.scratch(cache.a_hat))
+        low, high = fake_quantize_(residual, self.partition(a.ndim), self.activation_spec)
+        self.state.note(self.name, (high - low).sum(), quantized=True)
+        if self.modulation.error_compensation:
+            cache.a_hat.add_(residual)
+        else:
+            cache.a_hat.copy_(a)
+        return self.put(self.product(residual, with_bias=False).add_(cache.o_hat), cache)
+
+    def put(self, output: Tensor, cache: OperatorCache) -> Tensor:
+        """Keep ô in its dtype. The caller gets a tensor of its own, which it may overwrite."""
+        if cache.o_hat.shape != output.shape:
+            dtype = self.modulation.state_dtype
+            cache.o_hat = dense_like(output, output.dtype if dtype is None else getattr(torch, dtype))
+        cache.o_hat.copy_(output)
+        return output

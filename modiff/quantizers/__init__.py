@@ -1,0 +1,1 @@
+"""One tensor at a time: ranges, scales, codes. Pure arithmetic, no state."""

@@ -1,0 +1,111 @@
+"""Which elements of a tensor share a scale: the one place that reduces and expands."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modiff.config import QuantSpec
+from modiff.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition of a tensor's elements into sets that share a scale.
+
+    Args:
+        keep: Dims that keep scales of their own; all others are reduced.
+        group_dim: Dim of which ``group_size`` consecutive entries share a scale (it is also in ``keep``).
+        group_size: Size of such a group; the last one may be short.
+
+    >>> x = torch.arange(12.0).reshape(2, 6)
+    >>> Partition(keep=(0,)).range(x)
+    (tensor([[0.],
+            [6.]]), tensor([[ 5.],
+            [11.]]))
+    >>> Partition(keep=(0, 1), group_dim=1, group_size=4).range(x)[1]
+    tensor([[ 3.,  5.],
+            [ 9., 11.]])
+    """
+
+    keep: tuple[int, ...] = ()
+    group_dim: int | None = None
+    group_size: int | None = None
+
+    def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each set, keeping every dim (size 1, or the number of groups)."""
+        x = self._split(x)
+        dims = self._reduced(x.ndim)
+        if not dims:
+            return self._join(x), self._join(x)
+        # Two reductions, not torch.aminmax: on the CPU that one is not vectorized and ten times slower.
+        low, high = x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True)
+        return self._join(low), self._join(high)
+
+    def expand(self, scale: Tensor, shape: torch.Size) -> Tensor:
+        """Make a scale broadcast against a tensor of ``shape``."""
+        if self.group_dim is None or self.group_size is None:
+            return scale
+        repeated = scale.repeat_interleave(self.group_size, dim=self.group_dim)
+        return repeated.narrow(self.group_dim, 0, shape[self.group_dim])
+
+    def _reduced(self, ndim: int) -> tuple[int, ...]:
+        if self.group_dim is None:
+            return tuple(d for d in builtins.range(ndim) if d not in self.keep)
+        # The split put the members of a group behind the group's own dim.
+        keep = {d if d <= self.group_dim else d + 1 for d in self.keep}
+        return tuple(d for d in builtins.range(ndim) if d not in keep)
+
+    def _split(self, x: Tensor) -> Tensor:
+        if self.group_dim is None or self.group_size is None:
+            return x
+        missing = -x.shape[self.group_dim] % self.group_size
+        if missing:  # repeat the last entry: it changes neither the minimum nor the maximum of its group
+            last = x.narrow(self.group_dim, x.shape[self.group_dim] - 1, 1)
+            x = torch.cat([x, *[last] * missing], dim=self.group_dim)
+        return x.unflatten(self.group_dim, (-1, self.group_size))
+
+    def _join(self, reduced: Tensor) -> Tensor:
+        return reduced if self.group_dim is None else reduced.squeeze(self.group_dim + 1)
+
+
+def activation_partition(spec: QuantSpec, ndim: int, kind: str) -> Partition:
+    """Partition of an operator's input.
+
+    Args:
+        spec: Its quantization.
+        ndim: Number of dims of the input.
+        kind: ``linear`` (channels last) or ``conv`` (channels in dim 1).
+
+    Raises:
+        ConfigError: ``token`` was asked for on a convolution.
+    """
+    channel = ndim - 1 if kind == "linear" else 1
+    if spec.granularity == "tensor":
+        return Partition()
+    if spec.granularity == "sample":
+        return Partition(keep=(0,))
+    if spec.granularity == "channel":
+        return Partition(keep=(channel,))
+    if spec.granularity == "sample_channel":
+        return Partition(keep=tuple(sorted({0, channel})))
+    if spec.granularity == "group":
+        return Partition(keep=(channel,), group_dim=channel, group_size=spec.group_size)
+    if kind == "conv":
+        raise ConfigError(
+            "granularity 'token' exists for Linear operators only. Add a rule for the convolutions, for example "
+            "Rule('*', type='conv', activation=QuantSpec(bits=..., granularity='sample'))."
+        )
+    return Partition(keep=tuple(builtins.range(ndim - 1)))
+
+
+def weight_partition(spec: QuantSpec) -> Partition:
+    """Partition of a weight ``[out, in / groups, *kernel]``; ``group`` runs along the input inside one conv group."""
+    if spec.granularity == "tensor":
+        return Partition()
+    if spec.granularity == "channel":
+        return Partition(keep=(0,))
+    return Partition(keep=(0, 1), group_dim=1, group_size=spec.group_size)
