@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from jsonargparse import ArgumentError, Namespace
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -25,9 +26,11 @@ class ModiffCLI(LightningCLI):
         self.command = command
         self.raw_args = list(args)
         self.callbacks: list[Any] = []
-        kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}"})
+        kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
+            warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
             super().__init__(
                 run=False,
                 args=self.raw_args,
@@ -56,8 +59,8 @@ class ModiffCLI(LightningCLI):
         """Parse; a wrong field is said once, plainly."""
         try:
             super().parse_arguments(parser, args)
-        except (ArgumentError, ConfigError) as error:
-            raise ConfigError(_plain(error)) from error
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(plain_error(error)) from error
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
@@ -94,7 +97,7 @@ class ModiffCLI(LightningCLI):
         """The full recipe as YAML, nulls kept."""
         config = Namespace(self.config)
         config.pop("config", None)
-        return self.parser.dump(config, skip_none=False, skip_validation=True)
+        return self.parser.dump(config, skip_unset=False, skip_validation=True)
 
 
 def recipe_name(path: str) -> str:
@@ -111,16 +114,19 @@ def recipe_name(path: str) -> str:
     return file.stem
 
 
-def _plain(error: BaseException) -> str:
-    """The innermost message that a user can act on."""
+def plain_error(error: BaseException) -> str:
+    """One line: the dotted field, and the innermost message, which is what a user can act on."""
+    fields: list[str] = []
     current: BaseException | None = error
+    message = str(error).strip()
     while current is not None:
+        found = re.match(r'Parser key "([^"]+)"', str(current))
+        if found and found[1] not in fields:
+            fields.append(found[1])
+        message = str(current).strip()
         if isinstance(current, ConfigError):
-            return str(current)
+            break
         current = current.__cause__ or current.__context__
-    return str(error).strip()
-
-
-def interactive() -> bool:
-    """Whether progress bars can be drawn."""
-    return sys.stdout.isatty()
+    message = re.sub(r'^Parser key "[^"]+":\s*', "", message)
+    message = message.replace("typing.Literal", "one of ")
+    return " ".join(f"{'.'.join(fields)}: {message}".split()) if fields else " ".join(message.split())

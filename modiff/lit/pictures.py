@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,9 +22,14 @@ def image_grid(images: Tensor, columns: int, pad: int = 2, zoom: int = 2) -> Ima
         top = (i // columns) * (height + pad) + pad
         left = (i % columns) * (width + pad) + pad
         canvas[:, top : top + height, left : left + width] = image
-    pixels = (canvas * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    picture = Image.fromarray(to_pixels(canvas))
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """One image ``[C, H, W]`` in [0, 1] as uint8 ``[H, W]`` (grey) or ``[H, W, 3]``."""
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return pixels[..., 0] if image.shape[0] == 1 else pixels
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

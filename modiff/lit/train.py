@@ -1,4 +1,4 @@
-"""The commands that run on LightningCLI: train, sample, evaluate."""
+"""``modiff train``: a small teacher, or the classifier that measures its images."""
 
 from __future__ import annotations
 
