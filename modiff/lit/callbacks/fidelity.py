@@ -11,7 +11,8 @@ from torchmetrics import MeanMetric, SumMetric
 from modiff.errors import ConfigError
 from modiff.lit.student import LitStudent, to_unit_range
 from modiff.metrics.features import load_feature_network
-from modiff.metrics.fidelity import FeatureStatistics, ImageFidelity
+from modiff.metrics.fidelity import ImageFidelity
+from modiff.metrics.statistics import FeatureStatistics
 from modiff.metrics.trajectory import psnr_db, relative_l2
 
 
