@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ class ModiffCLI(LightningCLI):
         self.command = command
         self.raw_args = list(args)
         self.callbacks: list[Any] = []
+        for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and device lists
+            logging.getLogger(name).setLevel(logging.WARNING)
         kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")

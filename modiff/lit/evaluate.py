@@ -138,6 +138,8 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return json.loads((run.path / "metrics.json").read_text())
+    cli.model.configure_model()
+    fidelity = Fidelity.of(cli.model)
     module = prepare(cli, run)
     module.teacher_store = BatchStore(teacher_images) if teacher_images else None
     logger = make_wandb_logger(cli.config.wandb, run.path, cli.recipe, cli.identity(), group)
@@ -147,7 +149,7 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
         progress_bar(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
-        Fidelity(),
+        fidelity,
         TrajectoryErrors(config.error_images),
         Cost(config.timing_rounds),
         Samples(run.path, config.sample_count, config.save_images),

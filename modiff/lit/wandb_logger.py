@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import netrc
 import os
 from pathlib import Path
@@ -45,7 +44,7 @@ def make_wandb_logger(
     if mode == "online" and not has_credentials():
         print("W&B: --wandb online, but there are no credentials (WANDB_API_KEY or netrc); logging offline instead.")
         mode = "offline"
-    logging.getLogger("wandb").setLevel(logging.ERROR)
+    os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
 
