@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import ConfigError
@@ -108,7 +108,7 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
     """
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
-    if any(isinstance(module, QuantizedOperator) for module in model.modules()):
+    if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
     if find_adapter(model) is not None:
         raise ConfigError(
@@ -117,12 +117,14 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
     plans = _plan(model, config)
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
-    built = [(plan, _build(plan, state, keep_teacher)) for plan in plans if plan.row.skipped is None]
+    built = [(plan, _build(plan, state)) for plan in plans if plan.row.skipped is None]
     record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
     for plan, operator in built:
         record.names[plan.row.name] = plan.names
         for name in plan.names:
             _set(model, name, operator)
+        if not keep_teacher:
+            operator.drop_teacher()
     record.hooks = [
         model.register_forward_pre_hook(state.begin_evaluation),
         model.register_forward_hook(state.end_evaluation),
@@ -143,7 +145,7 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         The same module, in full precision.
 
     Raises:
-        ConfigError: The weights were not kept and no teacher is given.
+        ConfigError: The weights were not kept and no teacher is given, or it is another model. Nothing is changed then.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     state_of(student).refuse_inside("restored")
@@ -152,11 +154,12 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         raise ConfigError(
             "The student was made with keep_teacher=False. Give the teacher: restore(student, teacher=...)."
         )
+    originals = {name: operator.module for name, operator in operators(student).items()}
+    weights = {} if teacher is None else {name: _weights(teacher, name, module) for name, module in originals.items()}
     for name, names in record.names.items():
-        original = student.get_submodule(name).module
-        assert isinstance(original, nn.Module)
+        original = originals[name]
         if teacher is not None:
-            original.load_state_dict(teacher.get_submodule(name).state_dict())
+            original.load_state_dict(weights[name])
         for alias in names:
             _set(student, alias, original)
     for hook in record.hooks:
@@ -182,9 +185,40 @@ def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
     return {name: student.get_submodule(name) for name in getattr(student, RECORD).names}  # type: ignore[misc]
 
 
+def _weights(teacher: nn.Module, name: str, original: nn.Module) -> dict[str, Tensor]:
+    """The teacher's state dict of operator ``name``, if it fits."""
+    try:
+        found = teacher.get_submodule(name).state_dict()
+    except AttributeError:
+        found = {}
+    expected = {key: value.shape for key, value in original.state_dict().items()}
+    if {key: value.shape for key, value in found.items()} != expected:
+        raise ConfigError(
+            f"The teacher given has no full-precision operator {name!r} of the student's shape. Give the model that "
+            "the student was made from; restore it first if it is a student too."
+        )
+    return found
+
+
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    """Operators of which PyTorch's own modules use the weight without calling them, and why they are skipped."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[_join(name, "out_proj")] = "nn.MultiheadAttention uses its weight directly"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in ("linear1", "linear2"):
+                found[_join(name, child)] = "nn.TransformerEncoderLayer's fast path uses its weight directly"
+    return found
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child
+
+
 def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
     found: dict[int, _Plan] = {}
-    inside_attention = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    bypassed = _bypassed(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
             found[id(module)].names.append(name)
@@ -198,8 +232,8 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
                 row = Row(name, row.type, skipped="no adapter for this type")
         except ConfigError as error:
             row = Row(name, row.type, skipped=str(error))
-        if name in inside_attention:
-            row, adapter = Row(name, row.type, skipped="nn.MultiheadAttention uses its weight directly"), None
+        if name in bypassed:
+            row, adapter = Row(name, row.type, skipped=bypassed[name]), None
         found[id(module)] = _Plan(row, module, adapter, [name])
     plans = list(found.values())
     if not any(plan.adapter for plan in plans):
@@ -218,7 +252,7 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
 
 
 def _is_unsupported(module: nn.Module) -> bool:
-    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention)
     return isinstance(module, kinds)
 
 
@@ -234,6 +268,11 @@ def _decide(plan: _Plan, config: QuantConfig) -> Row:
     pattern = rule.pattern if rule else None
     if rule is not None and rule.skip:
         return Row(name, kind, rule=pattern, skipped="the rule says skip")
+    if plan.module._forward_hooks or plan.module._forward_pre_hooks:
+        raise ConfigError(
+            f"Operator {name!r} ({kind}) has forward hooks, which its quantized twin would not run. Remove them before "
+            f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
+        )
     weight, activation, modulation = config.weight, config.activation, config.modulation
     if rule is not None:
         weight = config.weight if isinstance(rule.weight, str) else rule.weight
@@ -249,10 +288,10 @@ def _decide(plan: _Plan, config: QuantConfig) -> Row:
     return Row(name, kind, weight, activation, modulation, pattern)
 
 
-def _build(plan: _Plan, state: ModulationState, keep_teacher: bool) -> QuantizedOperator:
+def _build(plan: _Plan, state: ModulationState) -> QuantizedOperator:
     row = plan.row
     assert plan.adapter is not None
-    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, keep_teacher)
+    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state)
     if row.modulation is None:
         return QuantizedOperator(*args)
     return ModulatedOperator(*args, modulation=row.modulation)

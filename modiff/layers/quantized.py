@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import QuantSpec
-from modiff.errors import TrajectoryError
+from modiff.errors import ConfigError, TrajectoryError
 from modiff.kernels.simulate import fake_quantize_
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.state import ModulationState
@@ -24,56 +24,71 @@ class QuantizedOperator(nn.Module):
     original would return.
 
     Args:
-        module: The original operator, kept untouched (``keep_teacher``) for :func:`modiff.restore`.
+        module: The original operator; it is not changed.
         name: Its qualified name.
         adapter: How its type applies a weight.
         weight: Weight spec or None.
-        activation: Activation spec or None.
+        activation: Activation spec or None. ``clip`` holds in every call: without state there is no first evaluation.
         state: Shared by all operators of the student.
-        keep_teacher: Else the original's weight is replaced by the quantized one.
+
+    Raises:
+        ConfigError: The original's weight holds NaN or Inf.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         name: str,
         adapter: OperatorAdapter,
         weight: QuantSpec | None,
         activation: QuantSpec | None,
         state: ModulationState,
-        keep_teacher: bool = True,
     ) -> None:
         super().__init__()
-        self.module = module
+        self.module: Any = module
         self.name = name
         self.adapter = adapter
         self.weight_spec = weight
         self.activation_spec = activation
         self.state = state
-        self.keep_teacher = keep_teacher
         self.num_weight_scales = 0
         self._partitions: dict[int, Partition] = {}
         self._quantized_weight: Tensor | None = None
+        self._shares_weight = False
         self.train(module.training)
         if weight is not None:
-            quantized = round_nearest(module.weight, weight)
+            with torch.inference_mode(False), torch.no_grad():
+                quantized = round_nearest(module.weight, weight)
+                # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
+                self._quantized_weight = quantized.dequantize()
             self.num_weight_scales = quantized.num_scales
-            values = quantized.dequantize()
-            # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
-            self._quantized_weight = values.to(torch.promote_types(module.weight.dtype, torch.float32))
-            if not keep_teacher:
-                with torch.no_grad():
-                    module.weight.copy_(values)
+            if not quantized.scale.is_meta and not torch.isfinite(quantized.scale).all():
+                raise ConfigError(
+                    f"The weight of operator {name!r} holds NaN or Inf, so it cannot be quantized. Check the "
+                    f"checkpoint, or exclude the operator with Rule({name!r}, skip=True)."
+                )
+
+    def drop_teacher(self) -> None:
+        """Let go of the original's weight: its parameter shares the memory of the quantized one where dtypes allow.
+
+        The parameter is replaced, not written to: another module may be tied to it.
+        """
+        old = self.module.weight
+        if self._quantized_weight is not None and isinstance(old, nn.Parameter):  # else computed by a parametrization
+            self._shares_weight = True
+            self.module.weight = nn.Parameter(self._quantized_weight.to(old.dtype), requires_grad=old.requires_grad)
 
     @property
     def weight(self) -> Tensor:
         """The original's parameter; other code reads its dtype and device."""
-        return self.module.weight
+        weight: Tensor = self.module.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The original's bias."""
-        return self.module.bias
+        bias: Tensor | None = self.module.bias
+        return bias
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the original (``in_channels``, ``stride``, ...)."""
@@ -86,10 +101,9 @@ class QuantizedOperator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input (equations 4 and 5) and apply the operator."""
-        self.refuse_gradients(x)
-        out_dtype = self.output_dtype(x)
+        self.check(x)
+        out_dtype = output_dtype(x)
         a = compute_input(x)
-        self.state.note_call(self.name)
         if self.activation_spec is None:
             self.state.note(self.name, a.sum(), quantized=None)
         else:
@@ -102,7 +116,7 @@ class QuantizedOperator(nn.Module):
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
         weight = self.module.weight if self._quantized_weight is None else self._quantized_weight
         bias = self.module.bias if with_bias else None
-        weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
+        weight, bias = weight.detach().to(a.dtype), None if bias is None else bias.detach().to(a.dtype)
         if torch.is_autocast_enabled(a.device.type):
             with torch.autocast(a.device.type, enabled=False):
                 return self.adapter.apply(self.module, a, weight, bias)
@@ -112,20 +126,19 @@ class QuantizedOperator(nn.Module):
         """Which elements of an input with ``ndim`` dims share a scale."""
         if ndim not in self._partitions:
             assert self.activation_spec is not None
-            self._partitions[ndim] = activation_partition(self.activation_spec, ndim, self.adapter.kind)
+            batched = self.adapter.is_batched(self.module, ndim)
+            self._partitions[ndim] = activation_partition(self.activation_spec, ndim, self.adapter.kind, batched)
         return self._partitions[ndim]
 
-    def output_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which the original would answer."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-    def refuse_gradients(self, x: Tensor) -> None:
-        """Raise where a gradient would be asked for.
+    def check(self, x: Tensor) -> None:
+        """Refuse what could only give wrong numbers.
 
         Raises:
+            TypeError: The input is not floating point.
             TrajectoryError: The input requires a gradient.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"Operator {self.name!r} got {x.dtype} input; allowed are floating-point tensors. Cast it.")
         if x.requires_grad and torch.is_grad_enabled():
             raise TrajectoryError(
                 f"Operator {self.name!r} got an input that requires a gradient; a student has none (rounding has no "
@@ -134,14 +147,26 @@ class QuantizedOperator(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_inside("moved or cast")
+        quantized = self._quantized_weight
         super()._apply(fn, recurse)
-        if self._quantized_weight is not None:
-            self._quantized_weight = self._quantized_weight.to(fn(self._quantized_weight).device)
+        if quantized is not None:
+            weight = self.module.weight
+            self._quantized_weight = quantized.to(weight.device)
+            if self._shares_weight and weight.dtype == quantized.dtype:
+                weight.data = self._quantized_weight
         return self
 
     def extra_repr(self) -> str:
         """Bits of both sides."""
         return f"weight={self.weight_spec}, activation={self.activation_spec}"
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the original would answer; autocast leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def compute_input(x: Tensor) -> Tensor:
