@@ -56,6 +56,24 @@ class Partition:
         repeated = scale.repeat_interleave(self.group_size, dim=self.group_dim)
         return repeated.narrow(self.group_dim, 0, shape[self.group_dim])
 
+    def compact(self, expanded: Tensor) -> Tensor:
+        """Undo :meth:`expand`: one entry for each set, in memory of its own."""
+        if self.group_dim is None or self.group_size is None:
+            return expanded.clone()
+        index = (slice(None),) * self.group_dim + (slice(None, None, self.group_size),)
+        return expanded[index].clone()
+
+    def range_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the ranges of a tensor of ``shape``.
+
+        >>> Partition(keep=(0, 1), group_dim=1, group_size=4).range_shape(torch.Size([2, 6, 3]))
+        torch.Size([2, 2, 1])
+        """
+        sizes = [size if dim in self.keep else 1 for dim, size in enumerate(shape)]
+        if self.group_dim is not None and self.group_size is not None:
+            sizes[self.group_dim] = -(-shape[self.group_dim] // self.group_size)
+        return torch.Size(sizes)
+
     def _reduced(self, ndim: int) -> tuple[int, ...]:
         if self.group_dim is None:
             return tuple(d for d in builtins.range(ndim) if d not in self.keep)
