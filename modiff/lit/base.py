@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from modiff.errors import ConfigError
+from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.rundir import RunDirectory
 
 FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
@@ -27,8 +28,7 @@ class ModiffCLI(LightningCLI):
         self.command = command
         self.raw_args = list(args)
         self.callbacks: list[Any] = []
-        for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and device lists
-            logging.getLogger(name).setLevel(logging.WARNING)
+        quiet()
         kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
@@ -68,6 +68,13 @@ class ModiffCLI(LightningCLI):
             if self.config.trainer[key] != value:
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
 
+    def instantiate_classes(self) -> None:
+        """Build; fields that only their class can check are refused here, as plainly."""
+        try:
+            super().instantiate_classes()
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(plain_error(error)) from error
+
     def _set_seed(self) -> None:
         seed_everything(self.config.seed, workers=True, verbose=False)
 
@@ -91,6 +98,8 @@ class ModiffCLI(LightningCLI):
         config = dict(self.config_init.trainer)
         given = config.pop("callbacks") or []
         config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
+        if config.get("enable_progress_bar") is not False:
+            config["callbacks"].insert(0, progress_bar())
         for key, value in kwargs.items():
             if config.get(key) is None:
                 config[key] = value
@@ -101,6 +110,15 @@ class ModiffCLI(LightningCLI):
         config = Namespace(self.config)
         config.pop("config", None)
         return self.parser.dump(config, skip_unset=False, skip_validation=True)
+
+
+def quiet() -> None:
+    """Silence advertisements, device lists and warnings of Lightning that nobody here can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")
+    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
 
 
 def recipe_name(path: str) -> str:

@@ -24,7 +24,6 @@ from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.activation_cache import ActivationCache
 from modiff.lit.callbacks.costs import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
-from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
@@ -146,7 +145,6 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     writer = Writer(cli, run, logger)
     config = cli.config
     callbacks = [
-        progress_bar(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
         fidelity,
@@ -283,7 +281,6 @@ def sample(args: Sequence[str]) -> int:
     module = prepare(cli, run)
     config = cli.config
     callbacks = [
-        progress_bar(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
         Samples(run.path, config.sample_count, save_images=True),

@@ -16,7 +16,7 @@ from modiff.conversion import quantize
 from modiff.errors import ConfigError
 from modiff.lit.store import BatchStore
 from modiff.teachers.noise import indexed_noise
-from modiff.teachers.sampling import sample
+from modiff.teachers.sampling import sample, set_timesteps
 from modiff.teachers.schedulers import make_scheduler
 from modiff.teachers.zoo import Teacher, TeacherSpec, load_teacher
 
@@ -78,6 +78,7 @@ class LitStudent(LightningModule):
         if self.teacher is not None:
             return
         self.loaded = load_teacher(self.spec)
+        set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
         self.teacher = self.loaded.denoiser
         if self.config is not None:
             shared = {id(p): p for p in (*self.teacher.parameters(), *self.teacher.buffers())}

@@ -119,7 +119,7 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
     height, width = (size, size) if isinstance(size, int) else size
     return Teacher(
         denoiser.eval().requires_grad_(False),
-        {k: v for k, v in scheduler_config.items() if not k.startswith("_")},
+        scheduler_config,
         (denoiser.config.in_channels, height, width),
         _fingerprint(weights, folder / "unet" / "config.json", scheduler),
     )
