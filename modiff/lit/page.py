@@ -19,10 +19,11 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
+main { max-width: 1160px; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 0 0 .6rem; }
-p { margin: .5rem 0; max-width: 76ch; }
+p { margin: .5rem 0; max-width: 84ch; overflow-wrap: anywhere; }
+figcaption { margin-top: .4rem; }
 .kind { color: var(--soft); margin: 0 0 .2rem; font-size: .9rem; }
 .lead { font-size: 1.1rem; }
 .soft, caption, figcaption { color: var(--soft); font-size: .9rem; }
@@ -30,14 +31,16 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   margin: 1.1rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: .8rem; margin: 1.3rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.55rem; line-height: 1.3; color: var(--mark); font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.55rem; line-height: 1.3; color: var(--mark);
+  font-variant-numeric: tabular-nums; }
 .tile span { display: block; color: var(--soft); font-size: .85rem; line-height: 1.4; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: .38rem .55rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { color: var(--soft); font-weight: 600; font-size: .84rem; vertical-align: bottom; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 8rem; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 figure { margin: .6rem 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 6px; }
 img.pixels { image-rendering: pixelated; }

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modiff.errors import ConfigError
 from modiff.lit.rundir import atomic_write
+from modiff.lit.summary import error_matrix, finite, mean, worst_operators
 
 DPI = 150
 NONE = "not available"
@@ -27,7 +28,7 @@ BLUE, ORANGE, GREEN, GREY, RED = "#2f6db5", "#e0862b", "#3b8f5a", "#8a8f98", "#b
 REST = "#c9cdd3"
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -50,30 +51,6 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         FigureCanvasAgg(figure)
         yield figure
         atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
-
-
-def error_matrix(errors: Mapping[str, Any]) -> np.ndarray:
-    """Operators' errors ``[operators, evaluations]`` in float64, NaN where nothing finite was recorded.
-
-    Raises:
-        ConfigError: The lists of ``errors`` do not belong together.
-    """
-    steps, names = len(errors["timesteps"]), errors["operators"]
-    table = errors["operator_error"]
-    if len(table) != len(names) or any(len(row) != steps for row in table) or len(errors["sample_error"]) != steps:
-        raise ConfigError(
-            f"errors holds {steps} timesteps, {len(names)} operators, {len(errors['sample_error'])} sample errors and "
-            f"{len(table)} rows of operator errors; one row per operator and one value per timestep are needed."
-        )
-    matrix = np.array([[_finite(v) for v in row] for row in table], dtype=np.float64)
-    return matrix.reshape(len(names), steps)
-
-
-def worst_operators(errors: Mapping[str, Any], count: int) -> list[tuple[str, float]]:
-    """The ``count`` operators with the largest error, mean over the evaluations that recorded one; largest first."""
-    means = [(name, _mean(row)) for name, row in zip(errors["operators"], error_matrix(errors), strict=True)]
-    ranked = sorted((pair for pair in means if pair[1] > 0), key=lambda pair: -pair[1])
-    return ranked[:count]
 
 
 def trajectory_errors_plot(errors: Mapping[str, Any], path: Path, title: str) -> None:
@@ -106,14 +83,14 @@ def trajectory_errors_plot(errors: Mapping[str, Any], path: Path, title: str) ->
             scale.ax.set_title("heat map", fontsize=9, fontweight="normal")
             scale.ax.xaxis.set_major_formatter(PERCENT)
             scale.ax.xaxis.set_minor_formatter("")
-        ticks = np.unique(np.linspace(0, steps - 1, min(steps, 11)).round().astype(int)) if steps else []
+        ticks = np.unique(np.linspace(0, max(steps - 1, 0), min(steps, 11)).round().astype(int))
         middle.set_xticks(ticks, [f"{errors['timesteps'][i]}" for i in ticks])
         middle.set_xlabel("timestep t of the evaluation (noise on the left, image on the right)")
         top.tick_params(labelbottom=False)
 
 
 def _curves(axes: Axes, errors: Mapping[str, Any], matrix: np.ndarray) -> None:
-    sample = np.array([_finite(v) for v in errors["sample_error"]])
+    sample = np.array([finite(v) for v in errors["sample_error"]])
     columns = [c[~np.isnan(c)] for c in matrix.T]
     steps = np.arange(len(sample))
     worst = [c.max() if c.size else math.nan for c in columns]
@@ -148,7 +125,7 @@ def _heat_map(axes: Axes, bars: Axes, errors: Mapping[str, Any], matrix: np.ndar
         low = max(float(np.nanpercentile(shown.compressed(), 2)), high * 1e-4)  # a stray tiny value hides nothing
         norm = LogNorm(low if low < high else high / 10, high, clip=True)
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="magma_r", norm=norm)
-    means = np.array([_mean(values) for values in matrix])
+    means = np.array([mean(values) for values in matrix])
     colors = [RED if name in worst else GREY for name in names]
     bars.barh(range(len(names)), np.nan_to_num(means), color=colors, height=0.8)
     bars.set_title("mean over steps")
@@ -286,7 +263,7 @@ def _bars(axes: Axes, series: list[list[float | None]], colors: list[str], log: 
         for i, value in enumerate(values):
             place = i + (k - (len(series) - 1) / 2) * height
             shown = value is not None and math.isfinite(value) and (value > 0 or not log)
-            if shown:
+            if value is not None and shown:
                 axes.barh(place, value - (start if log else 0), left=start if log else 0, height=height, color=color)
             text = f"{value:.4g}" if value is not None else missing[i]
             axes.annotate(
@@ -301,15 +278,6 @@ def _bars(axes: Axes, series: list[list[float | None]], colors: list[str], log: 
             )
     axes.grid(True, axis="x", which="major")
     axes.tick_params(axis="y", length=0)
-
-
-def _finite(value: float | None) -> float:
-    return float(value) if value is not None and math.isfinite(value) else math.nan
-
-
-def _mean(values: np.ndarray) -> float:
-    recorded = values[~np.isnan(values)]
-    return float(recorded.mean()) if recorded.size else math.nan
 
 
 def _positive(values: Any) -> np.ndarray:

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from modiff.lit.page import Html, element, folded, link, picture, section, table, tiles, write_page
-from modiff.lit.plots import error_matrix, worst_operators
+from modiff.lit.summary import closest, describe_errors, headline, share
 from modiff.lit.tables import (
     FULL_PRECISION,
     HEADERS,
@@ -24,14 +22,8 @@ from modiff.lit.tables import (
     number,
 )
 
-__all__ = ["describe_errors", "markdown_table", "metrics_table", "write_compare_report", "write_report"]
+__all__ = ["markdown_table", "metrics_table", "write_compare_report", "write_report"]
 
-LIKENESS = (
-    (40.0, "hard to tell from the teacher's"),
-    (30.0, "close to the teacher's, with small differences"),
-    (20.0, "recognizably the teacher's, with visible differences"),
-    (float("-inf"), "far from the teacher's"),
-)
 COST_ROWS = 10
 
 
@@ -63,7 +55,6 @@ def write_report(
     Raises:
         ConfigError: A picture is missing, or ``errors`` does not belong together.
     """
-    count = metrics["num_images"]
     return write_page(
         folder / "report.html",
         f"{recipe} - modiff",
@@ -72,24 +63,9 @@ def write_report(
             element("h1", recipe),
             element("p", headline(metrics), class_="lead"),
             tiles(_headline_tiles(metrics)),
-            section(
-                "Samples",
-                picture(
-                    folder / "samples.png",
-                    f"Teacher above student, from the same noise (first of {count} images, seed {metrics['seed']}).",
-                    pixels=True,
-                ),
-            ),
+            _samples(metrics, folder),
             section("Metrics", _metrics(metrics)),
-            section(
-                "Where the error comes from",
-                *(element("p", text) for text in describe_errors(errors)),
-                picture(
-                    folder / "trajectory_errors.png",
-                    "Relative L2 difference between student and teacher: of x_t and of each operator's output, at each "
-                    "evaluation of its own trajectory, so errors made earlier are included.",
-                ),
-            ),
+            _error_section(errors, folder),
             section("Cost", *_cost(metrics, cost_rows, folder)),
             section(
                 "How it was made",
@@ -99,51 +75,6 @@ def write_report(
             ),
         ],
     )
-
-
-def headline(metrics: Mapping[str, Any]) -> str:
-    """What the numbers mean, in one plain sentence."""
-    student, evaluations, cost = metrics["student"], metrics["evaluations"], metrics["cost"]
-    psnr = student["psnr_db"]
-    if psnr is not None:
-        likeness = next(text for limit, text in LIKENESS if psnr >= limit or limit == LIKENESS[-1][0])
-        result = f"The student's images are {likeness} (PSNR {number(psnr)} dB)"
-    elif student["relative_l2"] == 0:
-        result = "The student's images are identical to the teacher's"
-    else:
-        result = f"The student's images differ from the teacher's by {_percent(student['relative_l2'])} (relative L2)"
-    quantized, total = evaluations["quantized"], evaluations["total"]
-    ratio = _ratio(cost["teacher_gbops_per_evaluation"], cost["gbops_per_evaluation"])
-    if quantized == 0:
-        how = f"none of the {total} denoiser evaluations quantized its activations"
-    elif quantized == total:
-        how = f"all {total} denoiser evaluations ran on quantized activations"
-    else:
-        how = f"{quantized} of {total} denoiser evaluations ran on quantized activations"
-    return f"{result}; {how}, and an evaluation takes {ratio} bit operations of the teacher's."
-
-
-def describe_errors(errors: Mapping[str, Any]) -> list[str]:
-    """Say in words how the error grows, in which operators and at which timesteps it is largest."""
-    matrix, steps = error_matrix(errors), list(errors["timesteps"])
-    worst = worst_operators(errors, 5)
-    if not steps:
-        return ["No evaluation was recorded."]
-    first, last, texts = errors["sample_error"][0], errors["sample_error"][-1], []
-    peak = int(np.argmax(np.nan_to_num(np.array(errors["sample_error"], dtype=np.float64), nan=-1.0)))
-    texts.append(
-        f"x_t is {_percent(first)} away from the teacher's at the first evaluation (t = {steps[0]}) and "
-        f"{_percent(last)} at the last (t = {steps[-1]}); it is furthest away at t = {steps[peak]} "
-        f"({_percent(errors['sample_error'][peak])})."
-    )
-    if not worst:
-        return [*texts, "No operator's output differed from the teacher's."]
-    names = ", ".join(f"{name} ({_percent(value)})" for name, value in worst)
-    texts.append(f"Operators with the largest error, mean over the evaluations: {names}.")
-    medians = [(float(np.median(c[~np.isnan(c)])), t) for c, t in zip(matrix.T, steps, strict=True) if np.any(c > 0)]
-    ranked = sorted(medians, key=lambda pair: -pair[0])[:3]
-    hardest = ", ".join(f"t = {t} ({_percent(value)})" for value, t in ranked)
-    return [*texts, f"Evaluations with the largest error, median over the operators: {hardest}."]
 
 
 def write_compare_report(
@@ -173,7 +104,7 @@ def write_compare_report(
         [
             element("p", "modiff compare", class_="kind"),
             element("h1", title),
-            element("p", _best(rows), class_="lead"),
+            element("p", closest(rows), class_="lead"),
             section(
                 "Recipes",
                 table([head for head, _ in HEADERS], linked, range(1, len(HEADERS))),
@@ -195,17 +126,19 @@ def write_compare_report(
     )
 
 
-def _best(rows: Rows) -> str:
-    known = [(m["student"]["psnr_db"], name) for name, m in rows if m["student"]["psnr_db"] is not None]
-    if not known:
-        return "No recipe has a PSNR to compare by; the notes below the table say why."
-    (high, best), (low, last) = max(known), min(known)
-    if len(known) == 1 or high == low:
-        return f"{best} reaches a PSNR of {number(high)} dB to the teacher's images."
-    return (
-        f"Closest to the teacher's images is {best} (PSNR {number(high)} dB), furthest away {last} ({number(low)} dB)"
-        + ("; recipes without a PSNR are left out." if len(known) < len(rows) else ".")
+def _samples(metrics: Mapping[str, Any], folder: Path) -> Html:
+    count, seed = metrics["num_images"], metrics["seed"]
+    text = f"Teacher above student, from the same noise (first of {count} images, seed {seed})."
+    return section("Samples", picture(folder / "samples.png", text, pixels=True))
+
+
+def _error_section(errors: Mapping[str, Any], folder: Path) -> Html:
+    text = (
+        "Relative L2 difference between student and teacher: of x_t and of each operator's output, at each "
+        "evaluation of its own trajectory, so errors made earlier are included."
     )
+    words = (element("p", sentence) for sentence in describe_errors(errors))
+    return section("Where the error comes from", *words, picture(folder / "trajectory_errors.png", text))
 
 
 def _linked(name: str, reports: Mapping[str, Path], folder: Path) -> Html | str:
@@ -224,12 +157,12 @@ def _headline_tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             return "not available", f"{text}: {missing[key]}"
         return number(value) + unit, text
 
-    ratio = _ratio(cost["teacher_gbops_per_evaluation"], cost["gbops_per_evaluation"])
+    bit_operations = share(cost["gbops_per_evaluation"], cost["teacher_gbops_per_evaluation"])
     return [
         entry("student.psnr_db", student["psnr_db"], " dB", "PSNR to the teacher's images; higher is better"),
         entry("student.fid_to_teacher", student["fid_to_teacher"], "", distance),
         (f"{evaluations['quantized']} / {evaluations['total']}", "evaluations with quantized activations"),
-        (ratio, "bit operations per evaluation, against the teacher"),
+        (bit_operations, "the teacher's bit operations in each evaluation"),
     ]
 
 
@@ -312,20 +245,5 @@ def _provenance(metrics: Mapping[str, Any]) -> Html:
     )
 
 
-def _percent(value: float | None) -> str:
-    return "an unknown amount" if value is None else f"{number(100 * value, 3)} %"
-
-
 def _ms(seconds: float | None) -> str:
     return "not available" if seconds is None else f"{number(1000 * seconds, 3)} ms"
-
-
-def _ratio(teacher: float, student: float) -> str:
-    """How many times fewer, as 1/x: what "4.0x fewer" means is read in two ways."""
-    return (
-        "none"
-        if student == 0
-        else f"1/{number(teacher / student, 3)}"
-        if teacher > student
-        else f"{number(student / teacher, 3)} x"
-    )
