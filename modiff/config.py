@@ -26,10 +26,11 @@ class QuantSpec:
     Args:
         bits: Width of the codes, 2 to 8.
         granularity: What keeps a scale of its own. Activations: ``tensor`` (one scale), ``sample`` (dim 0),
-            ``channel`` (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel``, ``token`` (all but the last
-            dim, Linear only), ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group``
-            reduce over the batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel``
-            (output) or ``group`` (along the input, per output channel).
+            ``channel`` (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel`` (both: each element of a
+            ``[B, C]`` input, which is then not quantized at all), ``token`` (all but the last dim, Linear only),
+            ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group`` reduce over the
+            batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel`` (output) or
+            ``group`` (along the input, per output channel).
         symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
         range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration.
         clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation.

@@ -177,8 +177,8 @@ class ModulationState:
         if self.trajectory is None or not self._in_evaluation:
             where = "a trajectory" if self.trajectory is None else "its student"
             raise TrajectoryError(
-                f"Modulated operator {name!r} was called outside {where}: it would run without the state of the last evaluation. Wrap the sampling loop in "
-                "`with modiff.trajectory(student):` and call the student itself."
+                f"Modulated operator {name!r} was called outside {where}: it would run without the state of the last "
+                "evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student itself."
             )
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
@@ -194,8 +194,8 @@ class ModulationState:
         if cache.a_hat.shape != x.shape:
             raise TrajectoryError(
                 f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {self.trajectory.total}, but "
-                f"had {list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new one for "
-                "another batch."
+                f"had {list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new "
+                "one for another batch."
             )
         return cache
 
