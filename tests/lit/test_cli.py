@@ -106,7 +106,8 @@ def test_preset_expands_before_overrides(recipe, capsys) -> None:
 def test_saved_config_round_trips_with_its_nulls(modiff, recipe, tmp_path) -> None:
     output = tmp_path / "out"
     options = ["--model.config.modulation.refresh_every", "null", "--model.config.weight", "null"]
-    assert modiff("evaluate", "--config", recipe, *options, "--output", output)[0] == 0
+    status, _, err = modiff("evaluate", "--config", recipe, *options, "--output", output)
+    assert status == 0, err
     saved = yaml.safe_load((output / "config.yaml").read_text())
     assert saved["model"]["config"]["weight"] is None
     assert saved["model"]["config"]["modulation"]["refresh_every"] is None
