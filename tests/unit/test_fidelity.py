@@ -22,7 +22,7 @@ from modiff.metrics.features import (
     network_name,
 )
 from modiff.metrics.fidelity import FeatureStatistics, ImageFidelity, frechet_distance
-from modiff.metrics.neighbours import precision_recall, priorities
+from modiff.metrics.neighbours import _squared_distances, precision_recall, priorities
 
 D, S, K = 6, 5, 4
 
@@ -179,9 +179,13 @@ def test_priorities_are_spread_evenly():
 
 def test_precision_recall_finds_repeated_points():
     """A collapsed set has balls of radius zero; points that lie exactly there are still inside."""
-    collapsed = torch.full((8, 5), 0.1)
-    assert precision_recall(collapsed, collapsed + 0) == (1.0, 1.0)
-    assert precision_recall(collapsed, collapsed + 1e-3) == (0.0, 0.0)
+    points = torch.rand(50, 33, generator=torch.Generator().manual_seed(0))
+    collapsed = points.repeat_interleave(4, dim=0)
+    assert precision_recall(collapsed, points) == (1.0, 1.0)
+    assert precision_recall(collapsed, points + 1e-3)[0] == 0.0
+    far = points.double() * 1000  # where rounding leaves about 1e-9 of |x|^2 + |y|^2 - 2 x y
+    assert _squared_distances(far, far).diagonal().count_nonzero() == 0
+    assert _squared_distances(far, far).count_nonzero() == 50 * 49
 
 
 def test_precision_recall_in_chunks():
