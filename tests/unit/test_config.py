@@ -200,7 +200,8 @@ def test_from_dict_is_the_inverse_of_asdict():
         ),
         (
             {"activation": {"bit": 4}},
-            "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, group_size.",
+            "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, "
+            "group_size.",
         ),
         ({"modulation": {"warmup": "x"}}, "modulation: warmup is 'x'; allowed are full, refine."),
         ({"rules": [{"pattern": "a"}, {"skip": True}]}, "rules[1]: Rule needs the field 'pattern'. Set it."),

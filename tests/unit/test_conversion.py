@@ -286,6 +286,29 @@ def test_restore_takes_given_weights_even_if_its_own_were_kept():
     assert torch.equal(model.conv_in.weight, denoiser(seed=1).conv_in.weight)
 
 
+@pytest.mark.parametrize("keep_teacher", [True, False])
+def test_weights_loaded_into_a_student_are_quantized(keep_teacher):
+    """Otherwise it would go on with the old ones, or with those in full precision."""
+    model = modiff.quantize(denoiser(seed=0), config("w3a32-ptq"), keep_teacher=keep_teacher)
+    other = modiff.quantize(denoiser(seed=1), config("w3a32-ptq"))
+    args = noise(1)[0]
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(*args), other(*args))
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(modiff.quantize(denoiser(seed=2), config("w3a32-ptq")).state_dict())
+    assert torch.equal(model(*args), other(*args))
+    assert not torch.equal(copied(*args), other(*args))
+
+
+def test_models_made_in_inference_mode_can_be_quantized():
+    with torch.inference_mode():
+        model = modiff.quantize(denoiser(), BASE)
+        expected, _ = run(model, noise(3))
+    with torch.no_grad():
+        found, _ = run(model, noise(3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_operators_of_other_dimensions_run():
     for make, shape in [(lambda: nn.Conv1d(3, 4, 3), (2, 3, 9)), (lambda: nn.Conv3d(3, 4, 2), (2, 3, 4, 4, 4))]:
         model = modiff.quantize(nn.Sequential(make()).requires_grad_(False), BASE)

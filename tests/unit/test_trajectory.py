@@ -81,6 +81,7 @@ def test_two_students_have_trajectories_of_their_own():
         ("moved or cast", lambda model: model.to(torch.bfloat16)),
         ("moved or cast", lambda model: model.cpu()),
         ("restored", modiff.restore),
+        ("loaded into", lambda model: model.load_state_dict(model.state_dict())),
     ],
 )
 def test_copying_moving_and_restoring_inside_are_refused(what, act):
@@ -202,6 +203,13 @@ def test_a_change_of_the_number_of_calls_is_refused(sites, message):
         model.sites = sites
         with pytest.raises(TrajectoryError, match=f"Operator 'shared' {message}.*skip=True"):
             model(torch.randn(2, 4))
+
+
+def test_another_trajectory_may_have_another_number_of_calls():
+    model = modiff.quantize(Twice(), config())
+    run(model, [(torch.randn(2, 4),)] * 2)
+    model.sites = 3
+    assert run(model, [(torch.randn(2, 4),)] * 2)[1].total == 2
 
 
 def test_plain_operators_may_change_their_number_of_calls():
