@@ -56,17 +56,29 @@ class QuantizedOperator(nn.Module):
         self._quantized_weight: Tensor | None = None
         self._shares_weight = False
         self.train(module.training)
-        if weight is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                quantized = round_nearest(module.weight, weight)
-                # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
-                self._quantized_weight = quantized.dequantize()
-            self.num_weight_scales = quantized.num_scales
-            if not quantized.scale.is_meta and not torch.isfinite(quantized.scale).all():
-                raise ConfigError(
-                    f"The weight of operator {name!r} holds NaN or Inf, so it cannot be quantized. Check the "
-                    f"checkpoint, or exclude the operator with Rule({name!r}, skip=True)."
-                )
+        self.quantize_weight()
+        self.register_load_state_dict_pre_hook(self._before_load)
+        self.register_load_state_dict_post_hook(self._after_load)
+
+    def quantize_weight(self) -> None:
+        """Quantize the original's weight as it is now.
+
+        Raises:
+            ConfigError: It holds NaN or Inf.
+        """
+        if self.weight_spec is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = round_nearest(self.module.weight, self.weight_spec)
+            values = quantized.dequantize()
+        if not quantized.scale.is_meta and not torch.isfinite(quantized.scale).all():
+            raise ConfigError(
+                f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
+                f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
+            )
+        # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
+        self._quantized_weight = values
+        self.num_weight_scales = quantized.num_scales
 
     def drop_teacher(self) -> None:
         """Let go of the original's weight: its parameter shares the memory of the quantized one where dtypes allow.
@@ -155,6 +167,14 @@ class QuantizedOperator(nn.Module):
             if self._shares_weight and weight.dtype == quantized.dtype:
                 weight.data = self._quantized_weight
         return self
+
+    def _before_load(self, *_: Any) -> None:
+        self.state.refuse_inside("loaded into")
+
+    def _after_load(self, *_: Any) -> None:
+        self.quantize_weight()
+        if self._shares_weight:
+            self.drop_teacher()
 
     def extra_repr(self) -> str:
         """Bits of both sides."""

@@ -17,8 +17,14 @@ def exactly(text):
         ({"bits": 1}, "bits is 1; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null."),
         ({"bits": 9}, "bits is 9; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null."),
         ({"bits": 32}, "bits is 32; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null."),
-        ({"bits": 4.0}, "bits is 4.0; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null."),
-        ({"bits": True}, "bits is True; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null."),
+        (
+            {"bits": 4.0},
+            "bits is 4.0; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null.",
+        ),
+        (
+            {"bits": True},
+            "bits is True; allowed are whole numbers, 2 to 8; for full precision set the whole spec to null.",
+        ),
         (
             {"granularity": "row"},
             "granularity is 'row'; allowed are tensor, sample, channel, sample_channel, token, group.",
@@ -131,7 +137,9 @@ def test_config_errors_are_value_errors_too():
 
 @pytest.mark.parametrize("name", ["w8a4", "w8a9-modiff", "w1a4-ptq", "w8a4-modif", "W8A4-modiff", "w16a16-ptq", "", 3])
 def test_unknown_preset(name):
-    with pytest.raises(ConfigError, match=r"^unknown preset .*; allowed are w\{bits\}a\{bits\}-modiff and .*'w8a4-modiff'\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^unknown preset .*; allowed are w\{bits\}a\{bits\}-modiff and .*'w8a4-modiff'\.$"
+    ):
         QuantConfig.preset(name)
 
 
@@ -186,10 +194,14 @@ def test_from_dict_is_the_inverse_of_asdict():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"weigth": None}, "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, backend."),
+        (
+            {"weigth": None},
+            "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, backend.",
+        ),
         (
             {"activation": {"bit": 4}},
-            "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, group_size.",
+            "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, "
+            "group_size.",
         ),
         ({"modulation": {"warmup": "x"}}, "modulation: warmup is 'x'; allowed are full, refine."),
         ({"rules": [{"pattern": "a"}, {"skip": True}]}, "rules[1]: Rule needs the field 'pattern'. Set it."),

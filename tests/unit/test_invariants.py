@@ -12,6 +12,7 @@ from torch import nn
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 
+
 @pytest.mark.parametrize("state_dtype", [None, "float32", "float16"])
 @pytest.mark.parametrize("preset", ["w8a8-modiff", "w8a4-modiff", "w4a2-modiff", "w32a3-modiff"])
 @pytest.mark.parametrize("warmup", ["full", "refine"])
