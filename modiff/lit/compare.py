@@ -144,7 +144,8 @@ def _finish(run: RunDirectory, rows: list[tuple[str, dict[str, Any]]]) -> None:
     plots.compare_plot(rows, folder / "compare.png")
     write_json(folder / "compare.json", dict(rows))
     atomic_write(folder / "compare.md", lambda path: path.write_text(markdown_table(rows)))
-    report = write_compare_report(folder, rows)
+    reports = {name: folder / name / "report.html" for name, _ in rows}
+    report = write_compare_report(folder, rows, folder / "samples.png", reports)
     run.mark("complete")
     shutil.rmtree(folder / "teacher", ignore_errors=True)
     Console(width=None).print(metrics_table(rows))
