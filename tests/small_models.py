@@ -1,5 +1,6 @@
 """Small models, inputs and students for the tests of the core."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -65,3 +66,34 @@ def run(model, inputs):
 
 def modulated(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, ModulatedOperator)}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.layer(self.attention(x, x, x, need_weights=False)[0]))
+
+
+def tiny_unet():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return (
+        diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8,
+        )
+        .eval()
+        .requires_grad_(False)
+    )

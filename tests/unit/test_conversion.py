@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from small_models import config, denoiser, drift, noise, run, student
+from small_models import Attention, config, denoiser, drift, noise, run, student, tiny_unet
 from torch import nn
 
 import modiff
@@ -219,17 +219,6 @@ def test_describe_shows_clips_refreshes_and_full_precision():
         assert text in line
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-        self.out = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.out(self.layer(self.attention(x, x, x, need_weights=False)[0]))
-
-
 def test_attention_of_pytorch_is_listed_as_not_quantized():
     """Its modules take the weights of their Linears, so a swapped one would be used in full precision, or fail."""
     torch.manual_seed(0)
@@ -332,26 +321,6 @@ def test_parametrized_weights_are_quantized_as_they_are():
     modiff.quantize(model, QuantConfig(QuantSpec(8, "channel")), keep_teacher=True)
     torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.02)
     assert torch.equal(modiff.restore(model)(x), expected)
-
-
-def tiny_unet():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return (
-        diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
 
 
 def test_a_unet_of_diffusers_is_quantized_unchanged():

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from small_models import config, denoiser, noise, student
-from test_conversion import Attention, tiny_unet
+from small_models import Attention, config, denoiser, noise, student, tiny_unet
 from torch import nn
 
 import modiff

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from small_models import config, denoiser, modulated, noise, run, student
+from small_models import config, denoiser, drift, modulated, noise, run, student
 from torch import nn
 
 import modiff
@@ -166,6 +166,22 @@ def test_invariant_7_with_an_identity_quantizer_the_student_equals_the_teacher(m
 
 def identity(x, partition, spec, clip=None):
     return x.amin(), x.amax()
+
+
+def test_errors_are_fed_back_and_do_not_accumulate():
+    """Equation (18), and what goes wrong without error compensation: output errors of 60 evaluations at 3 bits."""
+    inputs = [(x,) for x in drift((4, 6, 8, 8), 60, dtype=torch.float64)]
+    errors = {}
+    for compensated in (True, False):
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Conv2d(6, 6, 3)).double().requires_grad_(False)
+        expected = [teacher(*args) for args in inputs]
+        modulation = Modulation(error_compensation=compensated)
+        outputs, _ = run(modiff.quantize(teacher, QuantConfig(None, QuantSpec(3, "sample"), modulation)), inputs)
+        errors[compensated] = [float((o - e).norm()) for o, e in zip(outputs, expected, strict=True)]
+    assert max(errors[True][40:]) < 1.5 * max(errors[True][1:21])
+    assert max(errors[False][40:]) > 1.5 * max(errors[False][1:21])
+    assert errors[False][-1] > 3 * errors[True][-1]
 
 
 def test_teacher_and_student_share_no_memory_that_is_written():
