@@ -116,9 +116,9 @@ def weight_bytes(model: nn.Module) -> float:
     total = float(sum(p.numel() * p.element_size() for p in model.parameters()))
     for module in model.modules():
         if isinstance(module, QuantizedOperator) and module.weight_spec is not None:
-            spec, weight = module.weight_spec, module.weight
+            spec, weight = module.weight_spec, module.module.weight  # empty where the original was dropped
             total -= weight.numel() * weight.element_size()
-            total += weight.numel() * spec.bits / 8
+            total += module.weight_shape.numel() * spec.bits / 8
             total += module.num_weight_scales * (4 if spec.symmetric else 5)
     return total
 
@@ -141,7 +141,8 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[i
 
 
 def _row(name: str, module: nn.Module, macs: float, state: float, evaluations: int) -> OperatorCost:
-    full_bits = 8 * module.weight.element_size()  # type: ignore[operator, union-attr]
+    original = module.module if isinstance(module, QuantizedOperator) else module
+    full_bits = 8 * original.weight.element_size()  # type: ignore[operator]
     weight_bits = activation_bits = full_bits
     modulation = None
     if isinstance(module, QuantizedOperator):

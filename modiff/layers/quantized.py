@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import QuantSpec
-from modiff.errors import TrajectoryError
+from modiff.errors import ConfigError, TrajectoryError
 from modiff.kernels.simulate import fake_quantize_
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.state import ModulationState
 from modiff.quantizers.granularity import Partition, activation_partition
+from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import round_nearest
 
 
@@ -24,14 +25,19 @@ class QuantizedOperator(nn.Module):
     original would return.
 
     Args:
-        module: The original operator, kept untouched (``keep_teacher``) for :func:`modiff.restore`.
+        module: The original operator, kept untouched for :func:`modiff.restore` (but see :meth:`drop_original`).
         name: Its qualified name.
         adapter: How its type applies a weight.
         weight: Weight spec or None.
         activation: Activation spec or None.
         state: Shared by all operators of the student.
-        keep_teacher: Else the original's weight is replaced by the quantized one.
+        packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
+
+    Raises:
+        ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
+
+    module: Any  # an nn.Module, whose attributes are tensors, tuples and numbers
 
     def __init__(
         self,
@@ -41,7 +47,7 @@ class QuantizedOperator(nn.Module):
         weight: QuantSpec | None,
         activation: QuantSpec | None,
         state: ModulationState,
-        keep_teacher: bool = True,
+        packed: PackedWeight | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -50,25 +56,75 @@ class QuantizedOperator(nn.Module):
         self.weight_spec = weight
         self.activation_spec = activation
         self.state = state
-        self.keep_teacher = keep_teacher
-        self.num_weight_scales = 0
+        self.dropped = False
+        self.packed = packed
         self._partitions: dict[int, Partition] = {}
+        # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
         self._quantized_weight: Tensor | None = None
+        self.layout = memory_format(self.module.weight)
         self.train(module.training)
-        if weight is not None:
-            quantized = round_nearest(module.weight, weight)
-            self.num_weight_scales = quantized.num_scales
-            values = quantized.dequantize()
-            # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
-            self._quantized_weight = values.to(torch.promote_types(module.weight.dtype, torch.float32))
-            if not keep_teacher:
-                with torch.no_grad():
-                    module.weight.copy_(values)
+        if weight is not None and packed is None:
+            self.packed = self.pack(self.module.weight, weight)
+            self.quantized_weight()
+
+    def pack(self, weight: Tensor, spec: QuantSpec) -> PackedWeight:
+        """Round the original's weight to nearest.
+
+        Raises:
+            ConfigError: The weight is on the meta device, or holds NaN or Inf.
+        """
+        if weight.is_meta:
+            raise ConfigError(
+                f"The weight of operator {self.name!r} is on the meta device. Load the teacher's weights before "
+                "modiff.quantize, or read a saved student with modiff.load."
+            )
+        quantized = round_nearest(weight, spec)
+        if not bool(torch.isfinite(quantized.scale).all()):
+            raise ConfigError(
+                f"The weight of operator {self.name!r} holds NaN or Inf, or values beyond float32. Check the teacher."
+            )
+        return PackedWeight.pack(quantized, spec)
+
+    def quantized_weight(self) -> Tensor:
+        """The values in the products, float32 (float64 for float64 models); made at the first call, then kept."""
+        if self._quantized_weight is None:
+            assert self.packed is not None
+            with torch.inference_mode(False), torch.no_grad():
+                values = self.packed.unpack().dequantize()
+                dtype = torch.promote_types(self.module.weight.dtype, torch.float32)
+                self._quantized_weight = values.to(dtype, memory_format=self.layout)
+        return self._quantized_weight
+
+    def drop_original(self, dtype: torch.dtype | None = None, layout: torch.memory_format | None = None) -> None:
+        """Free the original's weight; :func:`modiff.restore` then needs the teacher.
+
+        An empty parameter stays in its place, of which other code reads the dtype and device.
+
+        Args:
+            dtype: Of the empty parameter; None: as it was.
+            layout: Of the values in the products; None: as it was.
+        """
+        old = self.module._parameters.get("weight")
+        if self.packed is not None and old is not None:  # a parametrized weight is computed: nothing to free
+            empty = torch.empty(0, dtype=dtype or old.dtype, device=self.packed.codes.device)
+            self.module.weight = nn.Parameter(empty, requires_grad=old.requires_grad)
+            self.dropped = True
+        self.layout = layout or self.layout
+
+    @property
+    def num_weight_scales(self) -> int:
+        """How many scales the quantized weight has; 0 in full precision."""
+        return 0 if self.packed is None else self.packed.scale.numel()
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the original's weight."""
+        return self.module.weight.shape if self.packed is None else self.packed.shape
 
     @property
     def weight(self) -> Tensor:
-        """The original's parameter; other code reads its dtype and device."""
-        return self.module.weight
+        """The original's parameter; where it was dropped, the quantized values in its dtype."""
+        return self.quantized_weight().to(self.module.weight.dtype) if self.dropped else self.module.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -100,7 +156,7 @@ class QuantizedOperator(nn.Module):
 
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
-        weight = self.module.weight if self._quantized_weight is None else self._quantized_weight
+        weight = self.module.weight if self.packed is None else self.quantized_weight()
         bias = self.module.bias if with_bias else None
         weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
         if torch.is_autocast_enabled(a.device.type):
@@ -135,13 +191,26 @@ class QuantizedOperator(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_inside("moved or cast")
         super()._apply(fn, recurse)
-        if self._quantized_weight is not None:
-            self._quantized_weight = self._quantized_weight.to(fn(self._quantized_weight).device)
+        if self.packed is not None:
+            probe = torch.empty([2] * len(self.packed.shape), device=self.packed.codes.device)
+            probe = fn(probe.to(memory_format=self.layout))
+            self.layout = memory_format(probe)
+            self.packed = self.packed.to(probe.device)
+            if self._quantized_weight is not None:
+                moved = self._quantized_weight.to(probe.device)
+                self._quantized_weight = moved.contiguous(memory_format=self.layout)
         return self
 
     def extra_repr(self) -> str:
         """Bits of both sides."""
         return f"weight={self.weight_spec}, activation={self.activation_spec}"
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout of a convolution's weight: contiguous, or channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.ndim, torch.contiguous_format)
+    return last if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() else torch.contiguous_format
 
 
 def compute_input(x: Tensor) -> Tensor:

@@ -108,15 +108,15 @@ class PackedWeight:
         expected = packed_bytes(self.shape.numel(), self.spec.bits)
         if self.codes.numel() != expected:
             raise CheckpointError(
-                f"{self.codes.numel()} bytes of codes were given for a weight {list(self.shape)} of {self.spec.bits} bits, "
-                f"which has {expected}. The checkpoint is inconsistent: save it again."
+                f"{self.codes.numel()} bytes of codes were given for a weight {list(self.shape)} of {self.spec.bits} "
+                f"bits, which has {expected}. The checkpoint is inconsistent: save it again."
             )
         scale = list(weight_partition(self.spec).range_shape(self.shape))
         zero_point = scale if self.zero_point is None else list(self.zero_point.shape)
         if list(self.scale.shape) != scale or zero_point != scale:
             raise CheckpointError(
-                f"The scales of a weight {list(self.shape)} have shape {list(self.scale.shape)}, zero points {zero_point}; "
-                f"{self.spec.granularity!r} needs {scale}. The checkpoint is inconsistent: save it again."
+                f"The scales of a weight {list(self.shape)} have shape {list(self.scale.shape)}, zero points "
+                f"{zero_point}; {self.spec.granularity!r} needs {scale}. The checkpoint is inconsistent: save it again."
             )
         if self.spec.symmetric != (self.zero_point is None):
             kind, given = ("symmetric", "were") if self.spec.symmetric else ("asymmetric", "were not")
