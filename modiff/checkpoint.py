@@ -121,10 +121,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
         student = convert(model, config, keep_teacher and not on_meta, weights)
         record: Record = getattr(student, RECORD)
         record.loaded = True
-        for slot, tensor in changes:
-            if record.keep_teacher:
-                record.replaced.append((slot, slot.tensor))
-            slot.put(tensor)
+        if record.keep_teacher:
+            record.replaced = [(slot, old) for slot, old, _ in changes]
+        for slot, _, new in changes:
+            slot.put(new)
         for name, operator in operators(student).items():
             if operator.dropped and on_meta:
                 entry = manifest["operators"][name]
@@ -251,8 +251,10 @@ def _packed_weights(
     return weights
 
 
-def _changes(manifest: dict[str, Any], targets: list[Slot], tensors: dict[str, Tensor]) -> list[tuple[Slot, Tensor]]:
-    """The new tensor of each slot of the remainder that differs; tied slots get the same one."""
+def _changes(
+    manifest: dict[str, Any], targets: list[Slot], tensors: dict[str, Tensor]
+) -> list[tuple[Slot, Tensor, Tensor]]:
+    """Old and new tensor of each slot of the remainder where they differ; tied slots get the same one."""
     changes = []
     made: dict[tuple[int, str], Tensor] = {}
     for slot in targets:
@@ -272,5 +274,5 @@ def _changes(manifest: dict[str, Any], targets: list[Slot], tensors: dict[str, T
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             made[key] = new
         if made[key] is not old:
-            changes.append((slot, made[key]))
+            changes.append((slot, old, made[key]))
     return changes

@@ -16,6 +16,7 @@ from modiff.errors import ConfigError
 from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.operators import OperatorAdapter, find_adapter
 from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.slots import slots
 from modiff.layers.state import ATTRIBUTE, trajectory
 
 
@@ -112,15 +113,16 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
 
 
 def weight_bytes(model: nn.Module) -> float:
-    """Bytes of a model's parameters, quantized weights packed at their width with float32 scales."""
-    total = float(sum(p.numel() * p.element_size() for p in model.parameters()))
-    for module in model.modules():
-        if isinstance(module, QuantizedOperator) and module.weight_spec is not None:
-            spec, weight = module.weight_spec, module.module.weight  # empty where the original was dropped
-            total -= weight.numel() * weight.element_size()
-            total += module.weight_shape.numel() * spec.bits / 8
-            total += module.num_weight_scales * (4 if spec.symmetric else 5)
-    return total
+    """Bytes of a model's parameters as :func:`modiff.save` stores them: codes packed, scales float32."""
+    packed = {id(m.module): m.packed for m in model.modules() if isinstance(m, QuantizedOperator) and m.packed}
+    # A parameter that is tied to a quantized weight is still there in full precision.
+    full = {
+        id(s.tensor): s.tensor
+        for s in slots(model)
+        if not s.buffer and not (s.key == "weight" and id(s.owner) in packed)
+    }
+    parts = [t for w in packed.values() for t in (w.codes, w.scale, w.zero_point) if t is not None]
+    return float(sum(t.numel() * t.element_size() for t in (*full.values(), *parts)))
 
 
 def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[int, int]:
