@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from modiff.errors import ConfigError
+
+_Built = TypeVar("_Built")
 
 Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
 GRANULARITIES = ("tensor", "sample", "channel", "sample_channel", "token", "group")
@@ -22,14 +25,15 @@ class QuantSpec:
 
     Args:
         bits: Width of the codes, 2 to 8.
-        granularity: What keeps a scale of its own. Activations: ``tensor`` (one scale), ``sample`` (dim 0), ``channel``
-            (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel``, ``token`` (all but the last dim, Linear
-            only), ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group`` reduce over the
+        granularity: What keeps a scale of its own. Activations: ``tensor`` (one scale), ``sample`` (dim 0),
+            ``channel`` (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel`` (both: each element of a
+            ``[B, C]`` input, which is then not quantized at all), ``token`` (all but the last dim, Linear only),
+            ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group`` reduce over the
             batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel`` (output) or
             ``group`` (along the input, per output channel).
         symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
         range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration.
-        clip: The range is multiplied by this, 0 < clip <= 1; not in the first evaluation of a trajectory.
+        clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation.
         group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
 
     Raises:
@@ -212,14 +216,13 @@ class QuantConfig:
         Raises:
             ConfigError: The name is not of that form.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)-(modiff|ptq)", name) if isinstance(name, str) else None
-        bits = [int(b) for b in match.groups()[:2]] if match else []
-        if not match or not all(2 <= b <= 8 or b == 32 for b in bits):
+        match = re.fullmatch("w([2-8]|32)a([2-8]|32)-(modiff|ptq)", name) if isinstance(name, str) else None
+        if not match:
             raise ConfigError(
                 f"unknown preset {name!r}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq "
                 "with bits 2 to 8 or 32, for example 'w8a4-modiff'."
             )
-        weight, activation = bits
+        weight, activation = int(match[1]), int(match[2])
         modulated = match[3] == "modiff"
         return cls(
             weight=None if weight == 32 else QuantSpec(weight, "channel"),
@@ -230,33 +233,54 @@ class QuantConfig:
         )
 
     @classmethod
-    def from_dict(cls, values: dict) -> QuantConfig:
+    def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """Build from plain dictionaries, as :func:`dataclasses.asdict` writes them.
 
         Raises:
-            ConfigError: A field is unknown or wrong.
+            ConfigError: A field is unknown, missing or wrong; the message starts with where it stands.
         """
-        values = dict(values)
-        values["rules"] = tuple(_rule_from_dict(rule) for rule in values.get("rules") or ())
-        return _build(cls, _build_sides(values))
+        if not isinstance(values, dict):
+            raise ConfigError(f"QuantConfig is {values!r}; give a mapping with its fields.")
+        values = _build_sides(values)
+        rules = values.get("rules")
+        if isinstance(rules, (list, tuple)):
+            values["rules"] = tuple(_build_rule(f"rules[{i}]", rule) for i, rule in enumerate(rules))
+        elif rules is None:
+            values.pop("rules", None)
+        return _build(cls, values)
 
 
-def _rule_from_dict(values: dict) -> Rule:
-    return _build(Rule, _build_sides(dict(values)))
+def _build_rule(where: str, values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    try:
+        return _build(Rule, _build_sides(values))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
-def _build_sides(values: dict) -> dict:
+def _build_sides(values: dict[str, Any]) -> dict[str, Any]:
+    values = dict(values)
     for key, kind in (("weight", QuantSpec), ("activation", QuantSpec), ("modulation", Modulation)):
         if isinstance(values.get(key), dict):
-            values[key] = _build(kind, values[key])
+            try:
+                values[key] = _build(kind, values[key])
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from None
     return values
 
 
-def _build(kind: type, values: dict):  # type: ignore[no-untyped-def]
-    known = [f.name for f in dataclasses.fields(kind)]
-    unknown = sorted(set(values) - set(known))
+def _build(kind: Callable[..., _Built], values: dict[str, Any]) -> _Built:
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    known = [f.name for f in fields]
+    name = getattr(kind, "__name__", "")
+    unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
-        raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}; allowed are {', '.join(known)}.")
+        raise ConfigError(f"{name} has no field {unknown[0]!r}; allowed are {', '.join(known)}.")
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise ConfigError(f"{name} needs the field {missing[0]!r}. Set it.")
     return kind(**values)
 
 

@@ -139,7 +139,7 @@ def convert(
     """
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
-    if any(isinstance(module, QuantizedOperator) for module in model.modules()):
+    if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
     if find_adapter(model) is not None:
         raise ConfigError(
@@ -207,17 +207,22 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
 
 def _tensors_of(teacher: nn.Module, student: nn.Module) -> list[tuple[Slot, torch.Tensor]]:
     """The teacher's tensor for each slot of the student."""
+    advice = "Give the model that the student was made from; restore it first if it is a student too."
+    first = next(iter(getattr(student, RECORD).names), "")
     if hasattr(teacher, ATTRIBUTE):
-        raise ConfigError("The teacher is a student itself. Give a model in full precision.")
+        raise ConfigError(
+            f"The teacher given has no full-precision operator {first!r} of the student's shape. {advice}"
+        )
     theirs = {slot.name: slot.tensor for slot in slots(teacher)}
     found = []
     for slot in slots(student):
         tensor = theirs.get(slot.name)
         if tensor is None or tensor.shape != slot.shape or tensor.is_meta:
-            has = "lacks it" if tensor is None else f"has {list(tensor.shape)} on {tensor.device}"
+            module, _, key = slot.name.rpartition(".")
+            has = "none" if tensor is None else f"{list(tensor.shape)} on {tensor.device}"
             raise ConfigError(
-                f"The student needs {slot.name!r} {list(slot.shape)}, but the teacher {has}. Give the model that the "
-                "student was made from, with its weights."
+                f"The teacher given has no full-precision operator {module!r} of the student's shape: the student has "
+                f"{key} {list(slot.shape)}, the teacher {has}. {advice}"
             )
         found.append((slot, tensor))
     return found
@@ -250,9 +255,25 @@ def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
     return {name: student.get_submodule(name) for name in getattr(student, RECORD).names}  # type: ignore[misc]
 
 
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    """Operators of which PyTorch's own modules use the weight without calling them, and why they are skipped."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[_join(name, "out_proj")] = "nn.MultiheadAttention uses its weight directly"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in ("linear1", "linear2"):
+                found[_join(name, child)] = "nn.TransformerEncoderLayer's fast path uses its weight directly"
+    return found
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child
+
+
 def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
     found: dict[int, _Plan] = {}
-    inside_attention = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    bypassed = _bypassed(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
             found[id(module)].names.append(name)
@@ -266,8 +287,8 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
                 row = Row(name, row.type, skipped="no adapter for this type")
         except ConfigError as error:
             row = Row(name, row.type, skipped=str(error))
-        if name in inside_attention:
-            row, adapter = Row(name, row.type, skipped="nn.MultiheadAttention uses its weight directly"), None
+        if name in bypassed:
+            row, adapter = Row(name, row.type, skipped=bypassed[name]), None
         found[id(module)] = _Plan(row, module, adapter, [name])
     plans = list(found.values())
     if not any(plan.adapter for plan in plans):
@@ -286,7 +307,7 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
 
 
 def _is_unsupported(module: nn.Module) -> bool:
-    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention)
     return isinstance(module, kinds)
 
 
@@ -302,6 +323,11 @@ def _decide(plan: _Plan, config: QuantConfig) -> Row:
     pattern = rule.pattern if rule else None
     if rule is not None and rule.skip:
         return Row(name, kind, rule=pattern, skipped="the rule says skip")
+    if plan.module._forward_hooks or plan.module._forward_pre_hooks:
+        raise ConfigError(
+            f"Operator {name!r} ({kind}) has forward hooks, which its quantized twin would not run. Remove them before "
+            f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
+        )
     weight, activation, modulation = config.weight, config.activation, config.modulation
     if rule is not None:
         weight = config.weight if isinstance(rule.weight, str) else rule.weight

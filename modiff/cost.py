@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modiff.config import Modulation
 from modiff.errors import ConfigError
@@ -47,9 +47,10 @@ class Cost:
 
     Args:
         operators: One row each.
-        other_macs: Products of two activations (attention) per image and evaluation; at full precision.
+        other_macs: Multiply-accumulates outside the operators per image and evaluation, at full precision: products of
+            two activations (attention), modules without an adapter.
         evaluations: Length of the trajectory over which the warm-up is averaged.
-        gbops_per_evaluation: Bit operations per image, attention included.
+        gbops_per_evaluation: Bit operations per image, those of ``other_macs`` included.
         weight_mib: Weights with quantized ones packed at their width, scales included.
         state_mib_per_image: â and ô as allocated.
     """
@@ -78,30 +79,31 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
         **kwargs: Likewise.
 
     Raises:
-        ConfigError: ``evaluations`` is below 1 or no argument is a tensor.
+        ConfigError: ``evaluations`` is below 1 or no argument is a tensor with a batch.
         TrajectoryError: A trajectory is open on the student.
     """
-    if evaluations < 1:
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
         raise ConfigError(f"evaluations is {evaluations}; allowed are whole numbers, 1 or more.")
-    images = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 0), None)
-    if images is None:
-        raise ConfigError("cost() got no tensor. Give the arguments of the denoiser's forward: cost(student, x, t).")
-    macs: dict[str, int] = {}
+    images = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 0), 0)
+    if images == 0:
+        raise ConfigError(
+            "cost() got no tensor with a batch in dim 0. Give the arguments of the denoiser's forward: "
+            "cost(student, x, t)."
+        )
     found = _find(model)
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     with ExitStack() as stack:
         run = stack.enter_context(trajectory(model)) if hasattr(model, ATTRIBUTE) else None
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_count(found, macs))
-        stack.enter_context(counter)
+        stack.enter_context(counter.watch(found))
         model(*args, **kwargs)
         state = {} if run is None else {n: sum(_cache_bytes(c) for c in caches) for n, caches in run.caches.items()}
     rows = tuple(
-        _row(name, module, macs.get(name, 0) / images, state.get(name, 0) / images, evaluations)
+        _row(name, module, counter.macs.get(name, 0) / images, state.get(name, 0) / images, evaluations)
         for name, (module, _) in found.items()
     )
-    bits = 8 * next(p.element_size() for p in model.parameters())
-    other = _bilinear_macs(counter, model, found) / images
+    bits = 8 * next((p.element_size() for p in model.parameters()), 4)
+    other = counter.other_macs / images
     return Cost(
         operators=rows,
         other_macs=other,
@@ -142,9 +144,9 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[i
     return 1 + refreshes, evaluations - 1 - refreshes
 
 
-def _row(name: str, module: nn.Module, macs: float, state: float, evaluations: int) -> OperatorCost:
+def _row(name: str, module: Any, macs: float, state: float, evaluations: int) -> OperatorCost:
     original = module.module if isinstance(module, QuantizedOperator) else module
-    full_bits = 8 * original.weight.element_size()  # type: ignore[operator]
+    full_bits = 8 * original.weight.element_size()
     weight_bits = activation_bits = full_bits
     modulation = None
     if isinstance(module, QuantizedOperator):
@@ -173,37 +175,50 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
     return found
 
 
-@contextmanager
-def _count(found: dict[str, tuple[nn.Module, OperatorAdapter]], macs: dict[str, int]) -> Iterator[None]:
-    def hook(name: str, module: nn.Module, adapter: OperatorAdapter) -> Any:
+class _Counter:
+    """Counts the multiply-accumulates of one evaluation: operators' from shapes, all others by PyTorch's counter."""
+
+    def __init__(self) -> None:
+        # PyTorch's registry lacks the attention of the CPU.
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        self._flops = FlopCounterMode(display=False, custom_mapping=attention)
+        self._inside = 0
+        self.macs: dict[str, int] = {}
+
+    @property
+    def other_macs(self) -> float:
+        """What ran outside the operators; PyTorch counts two operations for each multiply-accumulate."""
+        return (self._flops.get_total_flops() - self._inside) / 2
+
+    @contextmanager
+    def watch(self, found: dict[str, tuple[nn.Module, OperatorAdapter]]) -> Iterator[None]:
+        """Count what runs inside; fused attention layers, which hide their products, are off."""
+        handles = [handle for name, (module, adapter) in found.items() for handle in self._hook(name, module, adapter)]
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with self._flops:
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, module: nn.Module, adapter: OperatorAdapter) -> list[Any]:
         original = module.module if isinstance(module, QuantizedOperator) else module
 
-        def count(_: nn.Module, __: Any, output: Tensor) -> None:
-            macs[name] = macs.get(name, 0) + adapter.macs(original, output)
+        def before(_: nn.Module, __: Any) -> None:
+            self._inside -= self._flops.get_total_flops()
 
-        return module.register_forward_hook(count)
+        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+            self._inside += self._flops.get_total_flops()
+            self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
 
-    handles = [hook(name, module, adapter) for name, (module, adapter) in found.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _bilinear_macs(counter: FlopCounterMode, model: nn.Module, operators: Iterable[str]) -> float:
-    """MACs of products of two activations; PyTorch counts two operations for each.
-
-    A Linear can run as a batched product too, so what happened inside the operators is taken off.
-    """
-    names = ("bmm", "scaled_dot_product", "attention")
-    counts = counter.get_flop_counts()
-
-    def bilinear(where: str) -> int:
-        return sum(flops for op, flops in counts.get(where, {}).items() if any(name in str(op) for name in names))
-
-    root = type(model).__name__
-    return (bilinear("Global") - sum(bilinear(f"{root}.{name}") for name in operators)) / 2
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -14,7 +14,7 @@ def fake_quantize_(
 ) -> tuple[Tensor, Tensor]:
     """Replace ``x`` by ``Q(x)`` (equations 4 and 5) with a dynamic range, in place.
 
-    The same values as :func:`modiff.quantizers.affine.fake_quantize`, in as few passes over memory as eager mode allows.
+    The same values as :func:`modiff.quantizers.affine.fake_quantize`, in as few passes over memory as eager mode has.
 
     Args:
         x: Float32 or float64, any memory layout; overwritten.

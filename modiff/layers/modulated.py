@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modiff.config import Modulation
 from modiff.kernels.simulate import fake_quantize_
-from modiff.layers.quantized import QuantizedOperator, compute_input
+from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
 from modiff.layers.state import OperatorCache, dense_like
 
 
@@ -28,8 +28,8 @@ class ModulatedOperator(QuantizedOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """One evaluation: warm up, refresh, or advance by the quantized difference."""
-        self.refuse_gradients(x)
-        out_dtype = self.output_dtype(x)
+        self.check(x)
+        out_dtype = output_dtype(x)
         a = compute_input(x)
         cache = self.state.next_cache(self.name, x)
         if cache is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,12 +22,16 @@ class OperatorAdapter(ABC):
     types: tuple[type[nn.Module], ...]
 
     @abstractmethod
-    def apply(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``A(x) + bias`` with ``weight`` in place of the module's own."""
 
     @abstractmethod
-    def macs(self, module: nn.Module, output: Tensor) -> int:
+    def macs(self, module: Any, output: Tensor) -> int:
         """Multiply-accumulates of one call that returned ``output``."""
+
+    @abstractmethod
+    def is_batched(self, module: Any, ndim: int) -> bool:
+        """Whether dim 0 of an input with ``ndim`` dims counts samples; PyTorch takes single samples too."""
 
 
 class LinearAdapter(OperatorAdapter):
@@ -35,13 +40,17 @@ class LinearAdapter(OperatorAdapter):
     kind = "linear"
     types = (nn.Linear,)
 
-    def apply(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See the base class."""
         return F.linear(x, weight, bias)
 
-    def macs(self, module: nn.Module, output: Tensor) -> int:
+    def macs(self, module: Any, output: Tensor) -> int:
         """See the base class."""
-        return output.numel() * module.in_features
+        return output.numel() * int(module.in_features)
+
+    def is_batched(self, module: Any, ndim: int) -> bool:
+        """See the base class."""
+        return ndim > 1
 
 
 class ConvAdapter(OperatorAdapter):
@@ -50,13 +59,18 @@ class ConvAdapter(OperatorAdapter):
     kind = "conv"
     types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def apply(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See the base class; PyTorch's own helper pads by ``padding_mode``."""
-        return module._conv_forward(x, weight, bias)
+        output: Tensor = module._conv_forward(x, weight, bias)
+        return output
 
-    def macs(self, module: nn.Module, output: Tensor) -> int:
+    def macs(self, module: Any, output: Tensor) -> int:
         """See the base class."""
-        return output.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
+        return output.numel() * int(module.in_channels // module.groups) * math.prod(module.kernel_size)
+
+    def is_batched(self, module: Any, ndim: int) -> bool:
+        """See the base class."""
+        return ndim > len(module.kernel_size) + 1
 
 
 ADAPTERS: tuple[OperatorAdapter, ...] = (LinearAdapter(), ConvAdapter())
@@ -66,12 +80,12 @@ def find_adapter(module: nn.Module) -> OperatorAdapter | None:
     """The adapter that serves a module, or None for modules that are not linear operators.
 
     Raises:
-        ConfigError: The module is a linear operator whose ``forward`` was overridden.
+        ConfigError: The module is a linear operator whose ``forward`` was overridden, by its class or on the instance.
     """
     for adapter in ADAPTERS:
         for base in adapter.types:
             if isinstance(module, base):
-                if type(module).forward is not base.forward:
+                if type(module).forward is not base.forward or "forward" in vars(module):
                     raise ConfigError(f"{type(module).__name__} overrides the forward of {base.__name__}")
                 return adapter
     return None

@@ -29,7 +29,7 @@ class QuantizedOperator(nn.Module):
         name: Its qualified name.
         adapter: How its type applies a weight.
         weight: Weight spec or None.
-        activation: Activation spec or None.
+        activation: Activation spec or None. ``clip`` holds in every call: without state there is no first evaluation.
         state: Shared by all operators of the student.
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
 
@@ -37,11 +37,9 @@ class QuantizedOperator(nn.Module):
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
 
-    module: Any  # an nn.Module, whose attributes are tensors, tuples and numbers
-
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         name: str,
         adapter: OperatorAdapter,
         weight: QuantSpec | None,
@@ -50,7 +48,7 @@ class QuantizedOperator(nn.Module):
         packed: PackedWeight | None = None,
     ) -> None:
         super().__init__()
-        self.module = module
+        self.module: Any = module
         self.name = name
         self.adapter = adapter
         self.weight_spec = weight
@@ -78,21 +76,22 @@ class QuantizedOperator(nn.Module):
                 f"The weight of operator {self.name!r} is on the meta device. Load the teacher's weights before "
                 "modiff.quantize, or read a saved student with modiff.load."
             )
-        quantized = round_nearest(weight, spec)
-        if not bool(torch.isfinite(quantized.scale).all()):
-            raise ConfigError(
-                f"The weight of operator {self.name!r} holds NaN or Inf, or values beyond float32. Check the teacher."
-            )
-        return PackedWeight.pack(quantized, spec)
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = round_nearest(weight, spec)
+            if not torch.isfinite(quantized.scale).all():
+                raise ConfigError(
+                    f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
+                    f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
+                )
+            return PackedWeight.pack(quantized, spec)
 
     def quantized_weight(self) -> Tensor:
-        """The values in the products, float32 (float64 for float64 models); made at the first call, then kept."""
+        """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
         if self._quantized_weight is None:
             assert self.packed is not None
             with torch.inference_mode(False), torch.no_grad():
                 values = self.packed.unpack().dequantize()
-                dtype = torch.promote_types(self.module.weight.dtype, torch.float32)
-                self._quantized_weight = values.to(dtype, memory_format=self.layout)
+                self._quantized_weight = values.contiguous(memory_format=self.layout)
         return self._quantized_weight
 
     def drop_original(self, dtype: torch.dtype | None = None, layout: torch.memory_format | None = None) -> None:
@@ -119,17 +118,20 @@ class QuantizedOperator(nn.Module):
     @property
     def weight_shape(self) -> torch.Size:
         """Shape of the original's weight."""
-        return self.module.weight.shape if self.packed is None else self.packed.shape
+        shape: torch.Size = self.module.weight.shape if self.packed is None else self.packed.shape
+        return shape
 
     @property
     def weight(self) -> Tensor:
         """The original's parameter; where it was dropped, the quantized values in its dtype."""
-        return self.quantized_weight().to(self.module.weight.dtype) if self.dropped else self.module.weight
+        weight: Tensor = self.module.weight
+        return self.quantized_weight().to(weight.dtype) if self.dropped else weight
 
     @property
     def bias(self) -> Tensor | None:
         """The original's bias."""
-        return self.module.bias
+        bias: Tensor | None = self.module.bias
+        return bias
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the original (``in_channels``, ``stride``, ...)."""
@@ -142,10 +144,9 @@ class QuantizedOperator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input (equations 4 and 5) and apply the operator."""
-        self.refuse_gradients(x)
-        out_dtype = self.output_dtype(x)
+        self.check(x)
+        out_dtype = output_dtype(x)
         a = compute_input(x)
-        self.state.note_call(self.name)
         if self.activation_spec is None:
             self.state.note(self.name, a.sum(), quantized=None)
         else:
@@ -158,7 +159,7 @@ class QuantizedOperator(nn.Module):
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
         weight = self.module.weight if self.packed is None else self.quantized_weight()
         bias = self.module.bias if with_bias else None
-        weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
+        weight, bias = weight.detach().to(a.dtype), None if bias is None else bias.detach().to(a.dtype)
         if torch.is_autocast_enabled(a.device.type):
             with torch.autocast(a.device.type, enabled=False):
                 return self.adapter.apply(self.module, a, weight, bias)
@@ -168,20 +169,19 @@ class QuantizedOperator(nn.Module):
         """Which elements of an input with ``ndim`` dims share a scale."""
         if ndim not in self._partitions:
             assert self.activation_spec is not None
-            self._partitions[ndim] = activation_partition(self.activation_spec, ndim, self.adapter.kind)
+            batched = self.adapter.is_batched(self.module, ndim)
+            self._partitions[ndim] = activation_partition(self.activation_spec, ndim, self.adapter.kind, batched)
         return self._partitions[ndim]
 
-    def output_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which the original would answer."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-    def refuse_gradients(self, x: Tensor) -> None:
-        """Raise where a gradient would be asked for.
+    def check(self, x: Tensor) -> None:
+        """Refuse what could only give wrong numbers.
 
         Raises:
+            TypeError: The input is not floating point.
             TrajectoryError: The input requires a gradient.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"Operator {self.name!r} got {x.dtype} input; allowed are floating-point tensors. Cast it.")
         if x.requires_grad and torch.is_grad_enabled():
             raise TrajectoryError(
                 f"Operator {self.name!r} got an input that requires a gradient; a student has none (rounding has no "
@@ -211,6 +211,14 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(tensor.ndim, torch.contiguous_format)
     return last if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the original would answer; autocast leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def compute_input(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modiff.errors import TrajectoryError
 
 ATTRIBUTE = "_modiff_state"
+OUTPUT = "(output)"  # stands for the student's own output among the names of operators
 
 
 @dataclass
@@ -49,7 +50,10 @@ class Trajectory:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def first_nonfinite(self) -> tuple[str, int] | None:
-        """First operator and evaluation (from 0) whose input held NaN or Inf; synchronizes with the device once."""
+        """First operator and evaluation (from 0) whose input held NaN or Inf; ``OUTPUT`` for the student's own output.
+
+        Synchronizes with the device, once unless something is found.
+        """
         if not self.probes:
             return None
         good = torch.stack([torch.isfinite(probe).all() for _, probe in self.probes]).tolist()
@@ -123,16 +127,20 @@ class ModulationState:
             return
         if self._in_evaluation:
             raise TrajectoryError(
-                "The previous evaluation of this trajectory did not finish (it raised, or the student calls itself), so "
-                "its state is unusable. Start a new trajectory."
+                "The previous evaluation of this trajectory did not finish (it raised, or the student calls itself), "
+                "so its state is unusable. Start a new trajectory."
             )
         self._in_evaluation = True
         self._calls = {}
         self._quantized = [0, 0]
         self._probes = []
 
-    def end_evaluation(self, *_: Any) -> None:
-        """Forward hook of the root module."""
+    def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """Forward hook of the root module.
+
+        Raises:
+            TrajectoryError: A modulated operator was called more or less often than in the first evaluation.
+        """
         run = self.trajectory
         if run is None:
             return
@@ -151,8 +159,14 @@ class ModulationState:
         run.total += 1
         done, all_ = self._quantized
         run.quantized += int(all_ > 0 and done == all_)
+        result = _first_tensor(output)
+        if result is not None:
+            # What is wrong in an inner operator shows at the next one; only the last one needs this.
+            self._probes.append((OUTPUT, result.sum(dtype=torch.promote_types(result.dtype, torch.float32))))
         if self._probes:
-            run.probes.append(([name for name, _ in self._probes], torch.stack([p for _, p in self._probes])))
+            device = self._probes[0][1].device
+            probes = torch.stack([probe.to(device) for _, probe in self._probes])
+            run.probes.append(([name for name, _ in self._probes], probes))
 
     def next_cache(self, name: str, x: Tensor) -> OperatorCache | None:
         """The cache of this call of operator ``name``; None in its first evaluation.
@@ -161,12 +175,13 @@ class ModulationState:
             TrajectoryError: No trajectory is open, or the input's shape changed.
         """
         if self.trajectory is None or not self._in_evaluation:
+            where = "a trajectory" if self.trajectory is None else "its student"
             raise TrajectoryError(
-                f"Modulated operator {name!r} was called outside {'a trajectory' if self.trajectory is None else 'its student'}"
-                ": it would run without the state of the last evaluation. Wrap the sampling loop in "
-                "`with modiff.trajectory(student):` and call the student itself."
+                f"Modulated operator {name!r} was called outside {where}: it would run without the state of the last "
+                "evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student itself."
             )
-        call = self._count(name)
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
         caches = self.trajectory.caches.get(name, [])
         if self.trajectory.total == 0:
             return None
@@ -178,9 +193,9 @@ class ModulationState:
         cache = caches[call]
         if cache.a_hat.shape != x.shape:
             raise TrajectoryError(
-                f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {self.trajectory.total}, but had "
-                f"{list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new one for "
-                "another batch."
+                f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {self.trajectory.total}, but "
+                f"had {list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new "
+                "one for another batch."
             )
         return cache
 
@@ -203,16 +218,6 @@ class ModulationState:
         if quantized is not None:
             self._quantized[0] += int(quantized)
             self._quantized[1] += 1
-
-    def note_call(self, name: str) -> None:
-        """Count a call of an operator that keeps no cache."""
-        if self.trajectory is not None:
-            self._count(name)
-
-    def _count(self, name: str) -> int:
-        call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
-        return call
 
     def scratch(self, like: Tensor) -> Tensor:
         """Uninitialized memory in the shape, strides and dtype of a dense tensor, shared by all operators.
@@ -237,8 +242,8 @@ def state_of(student: nn.Module) -> ModulationState:
     state = getattr(student, ATTRIBUTE, None)
     if not isinstance(state, ModulationState):
         raise TrajectoryError(
-            f"{type(student).__name__} is not a student. Call modiff.quantize(model, config) first, and pass the module "
-            "that it returned."
+            f"{type(student).__name__} is not a student. Call modiff.quantize(model, config) first, and pass the "
+            "module that it returned."
         )
     return state
 
@@ -268,11 +273,20 @@ def trajectory(student: nn.Module) -> Iterator[Trajectory]:
         state.close()
     found = run.first_nonfinite()
     if found:
+        where = "the student's output" if found[0] == OUTPUT else f"the input of operator {found[0]!r}"
         raise TrajectoryError(
-            f"NaN or Inf in the input of operator {found[0]!r}, first in evaluation {found[1]} of {run.total} (from 0). "
-            "The images of this trajectory are worthless: check the teacher in this dtype, or keep that operator in full "
-            "precision by a rule."
+            f"NaN or Inf in {where}, first in evaluation {found[1]} of {run.total} (from 0). "
+            "The images of this trajectory are worthless: check the teacher in this dtype, or keep that operator in "
+            "full precision by a rule."
         )
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of what a denoiser returned: itself, or a member of a tuple, list or mapping."""
+    if isinstance(output, Tensor):
+        return output
+    members = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((member for member in members if isinstance(member, Tensor)), None)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:

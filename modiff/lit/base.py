@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from jsonargparse import ArgumentError, Namespace
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from modiff.errors import ConfigError
+from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.rundir import RunDirectory
 
 FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
@@ -25,9 +28,12 @@ class ModiffCLI(LightningCLI):
         self.command = command
         self.raw_args = list(args)
         self.callbacks: list[Any] = []
-        kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}"})
+        quiet()
+        kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
+            warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
             super().__init__(
                 run=False,
                 args=self.raw_args,
@@ -56,11 +62,18 @@ class ModiffCLI(LightningCLI):
         """Parse; a wrong field is said once, plainly."""
         try:
             super().parse_arguments(parser, args)
-        except (ArgumentError, ConfigError) as error:
-            raise ConfigError(_plain(error)) from error
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(plain_error(error)) from error
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
+
+    def instantiate_classes(self) -> None:
+        """Build; fields that only their class can check are refused here, as plainly."""
+        try:
+            super().instantiate_classes()
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(plain_error(error)) from error
 
     def _set_seed(self) -> None:
         seed_everything(self.config.seed, workers=True, verbose=False)
@@ -85,6 +98,8 @@ class ModiffCLI(LightningCLI):
         config = dict(self.config_init.trainer)
         given = config.pop("callbacks") or []
         config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
+        if config.get("enable_progress_bar") is not False:
+            config["callbacks"].insert(0, progress_bar())
         for key, value in kwargs.items():
             if config.get(key) is None:
                 config[key] = value
@@ -94,7 +109,16 @@ class ModiffCLI(LightningCLI):
         """The full recipe as YAML, nulls kept."""
         config = Namespace(self.config)
         config.pop("config", None)
-        return self.parser.dump(config, skip_none=False, skip_validation=True)
+        return self.parser.dump(config, skip_unset=False, skip_validation=True)
+
+
+def quiet() -> None:
+    """Silence advertisements, device lists and warnings of Lightning that nobody here can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")
+    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
 
 
 def recipe_name(path: str) -> str:
@@ -111,16 +135,19 @@ def recipe_name(path: str) -> str:
     return file.stem
 
 
-def _plain(error: BaseException) -> str:
-    """The innermost message that a user can act on."""
+def plain_error(error: BaseException) -> str:
+    """One line: the dotted field, and the innermost message, which is what a user can act on."""
+    fields: list[str] = []
     current: BaseException | None = error
+    message = str(error).strip()
     while current is not None:
+        found = re.match(r'Parser key "([^"]+)"', str(current))
+        if found and found[1] not in fields:
+            fields.append(found[1])
+        message = str(current).strip()
         if isinstance(current, ConfigError):
-            return str(current)
+            break
         current = current.__cause__ or current.__context__
-    return str(error).strip()
-
-
-def interactive() -> bool:
-    """Whether progress bars can be drawn."""
-    return sys.stdout.isatty()
+    message = re.sub(r'^Parser key "[^"]+":\s*', "", message)
+    message = message.replace("typing.Literal", "one of ")
+    return " ".join(f"{'.'.join(fields)}: {message}".split()) if fields else " ".join(message.split())

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from modiff.errors import ModiffError
 
 COMMANDS = {
-    "evaluate": ("modiff.lit.commands", "teacher against student from the same noise: metrics, pictures, report"),
+    "evaluate": ("modiff.lit.evaluate", "teacher against student from the same noise: metrics, pictures, report"),
     "compare": ("modiff.lit.compare", "several recipes against the same teacher images: one table, one picture"),
-    "sample": ("modiff.lit.commands", "draw images with the student (or with --model.teacher_only true the teacher)"),
-    "train": ("modiff.lit.commands", "train a small teacher, or the classifier that measures its images"),
+    "sample": ("modiff.lit.evaluate", "draw images with the student, or without quantization with the teacher"),
+    "train": ("modiff.lit.train", "train a small teacher, or the classifier that measures its images"),
 }
 
 

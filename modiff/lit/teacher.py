@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from modiff.metrics.features import FeatureClassifier
+from modiff.metrics.statistics import FeatureStatistics
 
 
 class LitTeacher(LightningModule):
@@ -135,8 +136,6 @@ class LitClassifier(LightningModule):
 
     def export(self, folder: Path) -> None:
         """Write the network, ``features.safetensors``, and the feature statistics of the training images."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         network = self.network.eval()
         network.save(folder / "features.safetensors")
@@ -148,15 +147,8 @@ class LitClassifier(LightningModule):
                     network(images.__getitems__(list(range(i, min(i + 500, len(images)))))["image"].to(self.device))
                     for i in range(0, len(images), 500)
                 ]
-            ).double()
-        save_file(
-            {
-                "mean": features.mean(dim=0).cpu(),
-                "covariance": torch.cov(features.T).cpu(),
-                "num_images": torch.tensor(len(features)),
-            },
-            str(folder / "feature_statistics.safetensors"),
-        )
+            )
+        FeatureStatistics.from_features(features, network.name).save(folder / "feature_statistics.safetensors")
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> dict[str, Any]:

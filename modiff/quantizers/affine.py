@@ -21,16 +21,18 @@ def scale_from_range(
         clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory).
 
     Returns:
-        Scale (0 becomes 1) and zero point (float holding whole numbers; None when symmetric), in the shape of ``low``.
+        Scale (0 becomes 1; so do subnormal scales, which devices may flush to 0) and zero point (float holding whole
+        numbers; None when symmetric), in the shape of ``low``.
     """
     clip = spec.clip if clip is None else clip
-    if spec.symmetric:
-        scale = torch.maximum(-low, high) * (clip / spec.code_range[1])
-        return scale.masked_fill_(scale == 0, 1.0), None
-    low, high = low.clamp(max=0) * clip, high.clamp(min=0) * clip
     top = spec.code_range[1]
+    smallest = torch.finfo(low.dtype).tiny
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) * (clip / top)
+        return scale.masked_fill_(scale < smallest, 1.0), None
+    low, high = low.clamp(max=0) * clip, high.clamp(min=0) * clip
     scale = (high - low) / top
-    scale = scale.masked_fill_(scale == 0, 1.0)
+    scale = scale.masked_fill_(scale < smallest, 1.0)
     return scale, (-low / scale).round_().clamp_(0, top)
 
 

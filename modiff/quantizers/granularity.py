@@ -39,8 +39,12 @@ class Partition:
         """Smallest and largest value of each set, keeping every dim (size 1, or the number of groups)."""
         x = self._split(x)
         dims = self._reduced(x.ndim)
-        if not dims:
-            return self._join(x), self._join(x)
+        if x.numel() == 0:  # an empty batch: amin refuses it
+            empty = self._join(x.new_zeros([1 if d in dims else n for d, n in enumerate(x.shape)]))
+            return empty, empty
+        if not dims:  # a copy: the caller may overwrite x
+            same = x.clone()
+            return same, same
         # Two reductions, not torch.aminmax: on the CPU that one is not vectorized and ten times slower.
         low, high = x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True)
         return self._join(low), self._join(high)
@@ -90,26 +94,28 @@ class Partition:
         return reduced if self.group_dim is None else reduced.squeeze(self.group_dim + 1)
 
 
-def activation_partition(spec: QuantSpec, ndim: int, kind: str) -> Partition:
+def activation_partition(spec: QuantSpec, ndim: int, kind: str, batched: bool = True) -> Partition:
     """Partition of an operator's input.
 
     Args:
         spec: Its quantization.
         ndim: Number of dims of the input.
         kind: ``linear`` (channels last) or ``conv`` (channels in dim 1).
+        batched: Whether dim 0 counts samples; without it the whole input is one sample.
 
     Raises:
         ConfigError: ``token`` was asked for on a convolution.
     """
-    channel = ndim - 1 if kind == "linear" else 1
+    channel = ndim - 1 if kind == "linear" else int(batched)
+    sample = (0,) if batched else ()
     if spec.granularity == "tensor":
         return Partition()
     if spec.granularity == "sample":
-        return Partition(keep=(0,))
+        return Partition(keep=sample)
     if spec.granularity == "channel":
         return Partition(keep=(channel,))
     if spec.granularity == "sample_channel":
-        return Partition(keep=tuple(sorted({0, channel})))
+        return Partition(keep=(*sample, channel))
     if spec.granularity == "group":
         return Partition(keep=(channel,), group_dim=channel, group_size=spec.group_size)
     if kind == "conv":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from modiff.config import QuantSpec
@@ -28,13 +29,13 @@ class QuantizedWeight:
     num_scales: int
 
     def dequantize(self) -> Tensor:
-        """The values, float32, in the shape of the weight."""
+        """The values in the shape of the weight, float32 (float64 for float64 weights)."""
         return dequantize(self.codes, self.scale, self.zero_point)
 
 
 def round_nearest(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Round a weight ``[out, in / groups, *kernel]`` to the nearest codes, half to even."""
-    weight = weight.detach().float()
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     partition = weight_partition(spec)
     scale, zero_point = scale_from_range(*partition.range(weight), spec)
     count = scale.numel()

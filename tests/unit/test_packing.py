@@ -49,11 +49,14 @@ def test_extreme_codes_survive_and_memory_is_not_shared(bits):
     symmetric=st.booleans(),
     shape=st.sampled_from([(5, 7), (4, 6, 3), (3, 5, 3, 3), (2, 3, 1, 2, 2), (1, 1)]),
     channels_last=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 1000),
 )
-def test_a_packed_weight_is_the_weight_that_was_rounded(bits, granularity, symmetric, shape, channels_last, seed):
+def test_a_packed_weight_is_the_weight_that_was_rounded(
+    bits, granularity, symmetric, shape, channels_last, dtype, seed
+):
     spec = QuantSpec(bits, granularity, symmetric, group_size=3 if granularity == "group" else None)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     if channels_last and weight.ndim == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
     rounded = round_nearest(weight, spec)

@@ -1,4 +1,4 @@
-"""The commands that run on LightningCLI: train, sample, evaluate."""
+"""``modiff train``: a small teacher, or the classifier that measures its images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.lit.base import ModiffCLI
-from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.callbacks.training import TrainingSamples
 from modiff.lit.data import ImageDataModule
 
@@ -38,7 +37,6 @@ def train(args: Sequence[str]) -> int:
     (run.path / "config.yaml").write_text(cli.dump())
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
-        progress_bar(),
         LearningRateMonitor("step"),
         ModelCheckpoint(dirpath=folder, every_n_train_steps=config.checkpoint_every, save_last=True, save_top_k=0),
     ]

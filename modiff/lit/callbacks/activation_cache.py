@@ -1,0 +1,90 @@
+"""The student's trajectory around every batch, and its memory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from modiff.cost import cost
+from modiff.errors import ConfigError, TrajectoryError
+from modiff.layers.state import Trajectory, trajectory
+from modiff.lit.student import LitStudent
+
+
+class ActivationCache(Callback):
+    """Opens a trajectory before a batch is drawn and closes it after; counts evaluations; refuses what cannot fit.
+
+    Args:
+        check_memory: Compare the state's size with the free memory before the first batch.
+
+    Raises:
+        ConfigError: The state of a batch does not fit; the message names a batch size that does.
+        TrajectoryError: Batches differ in their number of evaluations.
+    """
+
+    def __init__(self, check_memory: bool = True) -> None:
+        self.check_memory = check_memory
+        self.counts: tuple[int, int] | None = None
+        self.state_mib_per_image = 0.0
+        self._stack = ExitStack()
+        self._run: Trajectory | None = None
+        self._checked = False
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Open."""
+        if pl_module.student is None or pl_module.stored(batch) is not None:
+            return
+        if self.check_memory and not self._checked:
+            self._refuse_overflow(pl_module, len(batch["index"]))
+            self._checked = True
+        self._run = self._stack.enter_context(trajectory(pl_module.student))
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Close; NaN or Inf is reported here."""
+        facts = outputs["facts"]
+        if self._run is not None:
+            self._stack.close()
+            facts["evaluations"], facts["quantized"] = self._run.total, self._run.quantized
+            self._run = None
+        if "evaluations" not in facts:
+            return
+        counts = int(facts["evaluations"]), int(facts["quantized"])
+        if self.counts is not None and counts != self.counts:
+            raise TrajectoryError(
+                f"Batches differ in evaluations (total, quantized): {self.counts} and {counts}. They must be equal."
+            )
+        self.counts = counts
+        pl_module.results["evaluations"] = {"total": counts[0], "quantized": counts[1]}
+
+    on_predict_batch_start = on_test_batch_start
+    on_predict_batch_end = on_test_batch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Clear the state of a batch that did not finish."""
+        if self._run is not None:
+            self._run.probes.clear()
+            self._run = None
+        self._stack.close()
+
+    def _refuse_overflow(self, module: LitStudent, batch_size: int) -> None:
+        x = module.noise(torch.zeros(1, dtype=torch.long))
+        self.state_mib_per_image = cost(module.student, x, 0).state_mib_per_image
+        needed = self.state_mib_per_image * batch_size
+        free = free_mib(module.device)
+        if needed > free:
+            fits = int(free * 0.8 / self.state_mib_per_image)
+            raise ConfigError(
+                f"The state of a batch of {batch_size} needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB: use "
+                f"batch {max(fits, 1)} (--data.batch_size {max(fits, 1)})."
+            )
+
+
+def free_mib(device: torch.device) -> float:
+    """Free memory of a device, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    return psutil.virtual_memory().available / 2**20

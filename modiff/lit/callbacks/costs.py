@@ -1,0 +1,84 @@
+"""Bit operations, memory, and the measured ratio of times."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+from modiff.cost import cost
+from modiff.layers.state import trajectory
+from modiff.lit.student import LitStudent
+
+
+class Cost(Callback):
+    """Counts the cost of teacher and student, and times them against each other.
+
+    Args:
+        rounds: Interleaved rounds of timing; 0: no timing.
+        evaluations: Evaluations of each in one round. The student's warm-up is not timed.
+    """
+
+    def __init__(self, rounds: int = 3, evaluations: int = 3) -> None:
+        self.rounds = rounds
+        self.evaluations = evaluations
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
+        """Measure, on rank 0."""
+        if not trainer.is_global_zero:
+            return
+        module = pl_module
+        assert module.teacher is not None
+        assert module.student is not None
+        x = module.noise(torch.arange(1))
+        student = cost(module.student, x, 0, evaluations=module.results["evaluations"]["total"])
+        teacher = cost(module.teacher, x, 0)
+        module.results["cost"] = {
+            "gbops_per_evaluation": student.gbops_per_evaluation,
+            "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation,
+            "weight_mib": student.weight_mib,
+            "teacher_weight_mib": teacher.weight_mib,
+            "state_mib_per_image": student.state_mib_per_image,
+        }
+        module.results["cost_rows"] = [
+            {
+                "name": row.name,
+                "macs": row.macs,
+                "weight_bits": row.weight_bits,
+                "activation_bits": row.activation_bits,
+                "gbops": row.bops / 1e9,
+                "state_mib": row.state_bytes / 2**20,
+            }
+            for row in student.operators
+        ]
+        if self.rounds > 0:
+            module.results["timing"] = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+
+    def time(self, module: LitStudent, batch_size: int) -> dict[str, Any]:
+        """Median seconds per image and evaluation of both, alternating so that drift of the machine cancels."""
+        assert module.teacher is not None
+        assert module.student is not None
+        x = module.noise(torch.arange(batch_size))
+        seconds: dict[str, list[float]] = {"teacher": [], "student": []}
+        module.teacher(x, 0)
+        for _ in range(self.rounds):
+            seconds["teacher"] += self._evaluate(module.teacher, x)
+            with trajectory(module.student):
+                module.student(x, 0)
+                seconds["student"] += self._evaluate(module.student, x)
+        median = {who: statistics.median(values) / batch_size for who, values in seconds.items()}
+        return {"seconds_per_image_evaluation": median, "time_ratio": median["student"] / median["teacher"]}
+
+    def _evaluate(self, denoiser: nn.Module, x: torch.Tensor) -> list[float]:
+        times = []
+        for i in range(self.evaluations):
+            start = time.perf_counter()
+            denoiser(x * (1 - 0.01 * i), 0)
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            times.append(time.perf_counter() - start)
+        return times

@@ -1,0 +1,97 @@
+"""How close the student's images are: to the teacher's from the same noise, and to real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+
+from modiff.errors import ConfigError
+from modiff.lit.student import LitStudent, to_unit_range
+from modiff.metrics.features import count_features, load_feature_network
+from modiff.metrics.fidelity import ImageFidelity
+from modiff.metrics.statistics import FeatureStatistics
+from modiff.metrics.trajectory import psnr_db, relative_l2
+
+
+class Fidelity(Callback):
+    """Fréchet distances, PSNR and relative L2 error, over all ranks.
+
+    The network and the statistics are read at once, so that a wrong path is refused before anything is written.
+
+    Args:
+        features: Path of the feature network (safetensors or TorchScript); None: no Fréchet distance, and the report
+            says so.
+        reference: Path of its statistics of real images; None: no distance to real images.
+        sample_shape: ``(C, H, W)`` of the images, on which the network is tried.
+
+    Raises:
+        ConfigError: ``reference`` without ``features``, or of another network.
+        CheckpointError: A file is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        features: str | Path | None,
+        reference: str | Path | None = None,
+        sample_shape: tuple[int, int, int] = (3, 32, 32),
+    ) -> None:
+        if features is None and reference is not None:
+            raise ConfigError("model.reference is given, but no feature network. Give model.features as well.")
+        self.images: ImageFidelity | None = None
+        if features is not None:
+            statistics = FeatureStatistics.load(reference) if reference is not None else None
+            network = load_feature_network(features)
+            num_features = count_features(network, torch.zeros(2, *sample_shape))
+            self.images = ImageFidelity(network, statistics, num_features)
+        self.psnr, self.pairs, self.l2 = SumMetric(), SumMetric(), MeanMetric()
+
+    @classmethod
+    def of(cls, module: LitStudent) -> Fidelity:
+        """With the files of ``model.features`` and ``model.reference``, else the teacher's own."""
+        entry = module.spec.entry
+        reference = module.reference or (None if module.features else entry.statistics)
+        return cls(module.features or entry.features, reference, module.sample_shape)
+
+    def setup(self, trainer: Trainer, pl_module: LitStudent, stage: str) -> None:
+        """Move to the device."""
+        for metric in (self.images, self.psnr, self.pairs, self.l2):
+            if metric is not None:
+                metric.to(pl_module.device)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LitStudent, outputs: dict[str, Any], *_: Any) -> None:
+        """Add the images of a batch, surplus ones excepted."""
+        valid: Tensor = outputs["valid"]
+        teacher, student = outputs["teacher"][valid], outputs["student"][valid]
+        if not len(teacher):
+            return
+        self.l2.update(relative_l2(student, teacher).float())
+        teacher, student = to_unit_range(teacher), to_unit_range(student)
+        different = (teacher != student).flatten(1).any(dim=1)
+        if bool(different.any()):
+            self.psnr.update(psnr_db(student[different], teacher[different]).double().sum())
+            self.pairs.update(different.sum().double())
+        if self.images is not None:
+            index = outputs["index"][valid]
+            self.images.update(teacher, "teacher", index)
+            self.images.update(student, "student", index)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
+        """Reduce over ranks."""
+        results = self.images.compute() if self.images is not None else {}
+        pairs = float(self.pairs.compute())
+        student = {
+            **results.get("student", {"fid": None, "fid_to_teacher": None}),
+            "psnr_db": float(self.psnr.compute()) / pairs if pairs else None,
+            "relative_l2": float(self.l2.compute()),
+        }
+        pl_module.results["fidelity"] = {
+            "teacher": results.get("teacher", {"fid": None}),
+            "student": student,
+            "features": results.get("features", {"network": None, "num_features": None, "num_images": None}),
+            "reasons": results.get("reasons", {"student.fid": "the teacher has no feature network; give model.features"}),
+        }

@@ -1,0 +1,108 @@
+"""Errors along the trajectory: which time steps, which operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from modiff.conversion import describe
+from modiff.layers.state import trajectory
+from modiff.lit.student import LitStudent
+
+
+class TrajectoryErrors(Callback):
+    """Runs teacher and student side by side on a few samples and records their distance at every evaluation.
+
+    Both follow their own trajectory from the same noise (closed loop). Errors are relative L2: mean over samples of
+    ``||student - teacher|| / ||teacher||``, of x_t and of each operator's output.
+
+    Args:
+        num_images: Samples; a handful is enough for a picture.
+    """
+
+    def __init__(self, num_images: int = 4) -> None:
+        self.num_images = num_images
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
+        """Measure, on rank 0."""
+        if trainer.is_global_zero and self.num_images > 0:
+            pl_module.results["errors"] = measure(pl_module, self.num_images)
+
+
+def measure(module: LitStudent, num_images: int) -> dict[str, Any]:
+    """Per-evaluation errors of samples 0 .. num_images - 1, as plain lists (noisiest evaluation first)."""
+    assert module.student is not None
+    names = [row.name for row in describe(module.student) if row.skipped is None]
+    pair = _Pair(module.teacher, module.student, names)
+    timesteps: list[int] = []
+    samples: list[Tensor] = []
+
+    def on_evaluation(_: int, timestep: Any, x: Tensor) -> None:
+        timesteps.append(int(timestep))
+        teacher, student = x.chunk(2)
+        samples.append(relative_error(student, teacher))
+
+    indices = torch.arange(num_images).repeat(2)
+    with trajectory(module.student), pair.recording():
+        module.trace(pair, indices, on_evaluation)  # type: ignore[arg-type]
+    return {
+        "timesteps": timesteps,
+        "operators": names,
+        "operator_error": pair.errors(),
+        "sample_error": torch.stack(samples).tolist(),
+    }
+
+
+class _Pair:
+    """Denoiser of a batch whose first half goes to the teacher and second half to the student."""
+
+    def __init__(self, teacher: nn.Module | None, student: nn.Module, names: list[str]) -> None:
+        assert teacher is not None
+        self.teacher, self.student, self.names = teacher, student, names
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._errors: list[dict[str, Tensor]] = []
+
+    def __call__(self, x: Tensor, timestep: Any) -> Tensor:
+        first, second = x.chunk(2)
+        self._outputs = {}
+        self._errors.append({})
+        return torch.cat([self.teacher(first, timestep).sample, self.student(second, timestep).sample])
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Hooks on the operators of both."""
+        handles = []
+        for name in self.names:
+            handles.append(self.teacher.get_submodule(name).register_forward_hook(self._keep(name)))
+            handles.append(self.student.get_submodule(name).register_forward_hook(self._compare(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._outputs = {}
+
+    def errors(self) -> list[list[float | None]]:
+        """Per operator, per evaluation; None where an operator did not run."""
+        return [[None if e.get(n) is None else float(e[n]) for e in self._errors] for n in self.names]
+
+    def _keep(self, name: str) -> Any:
+        return lambda _, __, output: self._outputs.setdefault(name, []).append(output)
+
+    def _compare(self, name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if self._outputs.get(name):  # an operator used twice is compared call by call; its last call is shown
+                self._errors[-1][name] = relative_error(output, self._outputs[name].pop(0))
+
+        return hook
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over dim 0 of ``||s - t|| / ||t||``; a scalar tensor. Where t is zero, so is the error if s is."""
+    difference = (student.float() - teacher.float()).flatten(1).norm(dim=1)
+    return (difference / teacher.float().flatten(1).norm(dim=1).clamp_min(1e-12)).mean()

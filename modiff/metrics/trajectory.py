@@ -1,0 +1,134 @@
+"""Errors between a student's and a teacher's images, or any two tensors, of the same noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from modiff.errors import CheckpointError, ConfigError
+
+SSIM_WINDOW = 11
+
+
+def psnr_db(student: Tensor, teacher: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, data range 1: float64 ``[N]``, infinite where both are equal.
+
+    Args:
+        student: Images ``[N, C, H, W]``, clamped here to [0, 1].
+        teacher: Images of the same noise and shape.
+
+    Raises:
+        ConfigError: The shapes differ.
+    """
+    _check_pair(student, teacher)
+    difference = student.double().clamp(0, 1) - teacher.double().clamp(0, 1)
+    return -10 * difference.square().flatten(1).mean(dim=1).log10()
+
+
+def mean_psnr_db(student: Tensor, teacher: Tensor) -> float | None:
+    """Mean of :func:`psnr_db` over the images that differ; None when all are identical.
+
+    Raises:
+        ConfigError: The shapes differ.
+    """
+    return finite_mean(psnr_db(student, teacher))
+
+
+def finite_mean(values: Tensor) -> float | None:
+    """Mean of per-image PSNRs ``[N]`` without the infinite ones (identical images); None when none is left.
+
+    NaN is not left out: images that hold NaN must show.
+    """
+    values = values[~values.isposinf()]
+    return float(values.double().mean()) if len(values) else None
+
+
+def relative_l2(student: Tensor, teacher: Tensor) -> Tensor:
+    """``||s - t|| / ||t||`` of each image, in the tensors' own range: float64 ``[N]``; 0 where both are zero.
+
+    Args:
+        student: ``[N, ...]``.
+        teacher: The same shape.
+
+    Raises:
+        ConfigError: The shapes differ.
+    """
+    _check_pair(student, teacher)
+    difference = (student.double() - teacher.double()).flatten(1).norm(dim=1)
+    return torch.where(difference == 0, 0.0, difference / teacher.double().flatten(1).norm(dim=1))
+
+
+def ssim(student: Tensor, teacher: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004), data range 1, by torchmetrics: float ``[N]``.
+
+    Args:
+        student: Images ``[N, C, H, W]``, clamped here to [0, 1]; at least 11x11.
+        teacher: Images of the same noise and shape.
+
+    Raises:
+        ConfigError: The shapes differ, or the images are smaller than the window.
+    """
+    _check_pair(student, teacher)
+    if student.ndim != 4 or min(student.shape[2:]) < SSIM_WINDOW:
+        raise ConfigError(
+            f"SSIM needs images [N, C, H, W] of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {list(student.shape)}. "
+            "Leave it out for smaller images."
+        )
+    images = [x.float().clamp(0, 1) for x in (student, teacher)]
+    return structural_similarity_index_measure(*images, data_range=1.0, reduction="none")
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS (Zhang et al. 2018) of each pair of images, by torchmetrics; of the extra ``modiff[lpips]``.
+
+    Args:
+        network: ``"alex"``, ``"vgg"`` or ``"squeeze"``: torchvision's weights, downloaded once.
+
+    Raises:
+        ConfigError: torchvision is not installed, or the network is unknown.
+        CheckpointError: The weights are neither in torch.hub's cache nor can they be downloaded.
+    """
+
+    def __init__(self, network: str = "alex") -> None:
+        super().__init__()
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        if network not in ("alex", "vgg", "squeeze"):
+            raise ConfigError(f"LPIPS network must be alex, vgg or squeeze; got {network!r}.")
+        try:
+            metric = LearnedPerceptualImagePatchSimilarity(network, normalize=True)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "LPIPS needs torchvision, which is not installed. Run: pip install 'modiff[lpips]'."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"The weights of LPIPS network {network!r} could not be downloaded: {error}. "
+                f"Connect once, or put torchvision's file into {torch.hub.get_dir()}/checkpoints."
+            ) from error
+        self.name = f"lpips-{network}"
+        self.network = metric.net
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance ``[N]`` of images ``[N, 1 or 3, H, W]``, clamped here to [0, 1]; grey ones are repeated.
+
+        Raises:
+            ConfigError: The shapes differ, or there are neither one nor three channels.
+        """
+        _check_pair(student, teacher)
+        if student.ndim != 4 or student.shape[1] not in (1, 3):
+            raise ConfigError(
+                f"LPIPS takes images [N, 1 or 3, H, W], got {list(student.shape)}. Leave it out for these."
+            )
+        images = [x.float().clamp(0, 1).expand(-1, 3, -1, -1) for x in (student, teacher)]
+        with torch.no_grad():
+            return self.network(*images, normalize=True).reshape(len(student))
+
+
+def _check_pair(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape or student.ndim < 2:
+        raise ConfigError(
+            f"Student {list(student.shape)} and teacher {list(teacher.shape)} must have the same shape [N, ...]. "
+            "Compare images of the same noise and batch."
+        )

@@ -1,0 +1,167 @@
+"""Original checkpoints: reading them safely, and filling a diffusers module from them with a strict report."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modiff.errors import CheckpointError
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one tensor of a diffusers module comes from.
+
+    Args:
+        key: Key in the original state dict.
+        rows: Output channels to take, int64; None: all. Trailing dims of size 1 that the target lacks are dropped (a
+            1x1 convolution that diffusers writes as a Linear).
+    """
+
+    key: str
+    rows: Tensor | None = None
+
+    def take(self, tensor: Tensor, ndim: int) -> Tensor:
+        """The part of the original tensor, with ``ndim`` dims."""
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        while tensor.ndim > ndim and tensor.shape[-1] == 1:
+            tensor = tensor.squeeze(-1)
+        return tensor
+
+
+def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
+    """Read the state dict of a ``.safetensors`` file, or of a pickle that holds tensors and plain containers only.
+
+    Takes the state dict itself, or finds it under ``state_dict`` (Lightning), ``ema`` / ``model`` (DiT), or in the list
+    that the DDIM repository writes (model, optimizer, epoch, step, average); drops a ``module.`` prefix.
+
+    Args:
+        path: The file.
+        ema: Take the averaged weights where the file holds both as separate state dicts. The averages inside a CompVis
+            state dict (``model_ema.*``) are the converter's matter.
+
+    Returns:
+        Tensors on the CPU, by their original keys.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, needs more than tensors, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {str(path)!r}. Give the path of a checkpoint that is on this machine.")
+    content = _read(path)
+    if isinstance(content, (list, tuple)) and content:
+        content = content[4] if ema and len(content) > 4 else content[0]
+    if isinstance(content, Mapping):
+        for key in ("state_dict", "ema" if ema else "model", "model"):
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = list(map(str, content))[:10] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(
+            f"{str(path)!r} holds no state dict (found: {found}). Save the model's state_dict() "
+            "alone and give that file."
+        )
+    state = {str(key): value for key, value in content.items()}
+    return strip(state, "module.") if all(key.startswith("module.") for key in state) else state
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{str(path)!r} holds more than tensors{f' ({wanted[1]})' if wanted else ''}; loading it could run code, "
+            "and modiff reads tensors only. If you trust the file, convert it once where the libraries it needs "
+            "are there: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt'), and give that file."
+        ) from error
+    except Exception as error:  # both readers raise many kinds on a damaged file
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}). It is damaged or no "
+            "checkpoint: download it again."
+        ) from error
+
+
+def strip(state: State, prefix: str) -> dict[str, Tensor]:
+    """The entries below a prefix, without it."""
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def require(state: State, keys: Iterable[str], what: str) -> None:
+    """Check that a state dict is of the expected kind at all.
+
+    Raises:
+        CheckpointError: A key is missing; the message names the first keys that are there.
+    """
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"This is not {what}: {_listed(missing)} missing. The file holds {_listed(list(state))}. Give a "
+            "checkpoint of that kind, or use the converter for this one."
+        )
+
+
+def count(state: State, pattern: str) -> int:
+    r"""Number of entries of a module list, from the largest index that a pattern's group finds.
+
+    >>> count({"down.0.block.1.bias": 0, "down.2.x": 0}, r"down\.(\d+)\.")
+    3
+    """
+    found = [int(match[1]) for key in state if (match := re.match(pattern, key))]
+    return max(found) + 1 if found else 0
+
+
+def fill(module: nn.Module, sources: Mapping[str, Source], state: State, what: str) -> None:
+    """Copy an original state dict into a module; nothing may be missing, left over or of another shape.
+
+    Args:
+        module: A diffusers module, filled in place and set to evaluation mode.
+        sources: For each entry of the module's state dict, where it comes from.
+        state: The original state dict, without what belongs to other modules.
+        what: Named in the error.
+
+    Raises:
+        CheckpointError: They differ; the first ten keys of each kind are named, in the original naming.
+    """
+    targets = module.state_dict()
+    missing = sorted({s.key for name in targets if (s := sources[name]).key not in state})
+    unexpected = sorted(set(state) - {sources[name].key for name in targets})
+    values, shapes = {}, []
+    for name, target in targets.items():
+        source = sources[name]
+        if source.key not in state:
+            continue
+        values[name] = source.take(state[source.key], target.ndim)
+        if values[name].shape != target.shape:
+            shapes.append(f"{source.key} {list(state[source.key].shape)}, not for {list(target.shape)}")
+    parts = [
+        f"{len(keys)} {kind}: {_listed(keys)}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(
+            f"The checkpoint does not fit {what}. Keys {'; '.join(parts)}. Give the file and the "
+            "options that belong together."
+        )
+    module.load_state_dict(values, strict=True)
+    module.eval()
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+    return ", ".join(map(repr, keys[:10])) + more

@@ -1,0 +1,51 @@
+"""A recipe for the tiny teacher, and the command line in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modiff.lit.cli import main
+
+RECIPE = """
+seed: 0
+num_images: 8
+wandb: disabled
+error_images: 2
+timing_rounds: 1
+sample_count: 4
+model:
+  teacher:
+    path: {teacher}
+  preset: w8a4-modiff
+  scheduler: ddim
+  steps: 4
+  features: {features}
+data:
+  batch_size: 4
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_teacher: Path, tiny_features: Path) -> Path:
+    """A recipe file of ``modiff evaluate``."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(teacher=tiny_teacher, features=tiny_features))
+    return path
+
+
+@pytest.fixture
+def modiff(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command; returns status, output and errors."""
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        status = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,0 +1,379 @@
+"""Samplers: evaluations, resets, exactness; the quadratic time steps against the closed form of DDIM."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+import modiff
+from modiff.errors import ConfigError
+from modiff.teachers.sampling import sample, set_timesteps
+from modiff.teachers.schedulers import SAMPLERS, QuadraticDDIMScheduler, make_scheduler
+
+STOCHASTIC = {"ddpm"}
+# Evaluations of 5 steps. PNDM without skip_prk_steps starts with a Runge-Kutta phase of 12 evaluations for 3 steps, and
+# PLMS visits its second time step twice; all others evaluate once per step.
+EVALUATIONS = {name: 5 for name in SAMPLERS} | {"pndm": 14, "plms": 6}
+SHAPE = (2, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).eval()
+
+
+@pytest.fixture
+def noise() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def step_noise(i: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 + i))
+
+
+def draw(denoiser, name: str, noise: torch.Tensor, steps: int = 5, **kwargs) -> torch.Tensor:
+    return sample(denoiser, make_scheduler(name), noise, steps, step_noise=step_noise, **kwargs)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+class TestEverySampler:
+    def test_evaluations_are_counted_and_all_but_the_first_quantized(self, unet, noise, name):
+        config = modiff.QuantConfig(activation=modiff.QuantSpec(8, "sample"), modulation=modiff.Modulation())
+        seen = []
+        student = modiff.quantize(unet, config)
+        try:
+            with modiff.trajectory(student) as run:
+                draw(student, name, noise, on_evaluation=lambda i, t, x: seen.append((i, float(t), x.shape)))
+        finally:
+            modiff.restore(student)
+        assert run.total == EVALUATIONS[name]
+        assert run.quantized == EVALUATIONS[name] - 1
+        assert [i for i, _, _ in seen] == list(range(run.total))
+        assert {shape for _, _, shape in seen} == {noise.shape}
+        assert [t for _, t, _ in seen] == [float(t) for t in set_timesteps(make_scheduler(name), 5)]
+
+    def test_full_precision_student_equals_the_teacher_exactly(self, unet, noise, name):
+        expected = draw(unet, name, noise)
+        assert expected.isfinite().all()
+        assert not torch.equal(expected, noise)
+        student = modiff.quantize(unet, modiff.QuantConfig())
+        try:
+            with modiff.trajectory(student) as run:
+                images = draw(student, name, noise)
+        finally:
+            modiff.restore(student)
+        assert torch.equal(images, expected)
+        assert run.quantized == 0
+
+    def test_second_trajectory_does_not_see_the_first(self, unet, noise, name):
+        scheduler = make_scheduler(name)
+        other = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+        student = modiff.quantize(unet, modiff.QuantConfig.preset("w32a4-modiff"))
+        images = []
+        try:
+            for start in (noise, other, noise):
+                with modiff.trajectory(student):
+                    images.append(sample(student, scheduler, start, 5, step_noise=step_noise))
+        finally:
+            modiff.restore(student)
+        assert torch.equal(images[0], images[2])
+        assert not torch.equal(images[0], images[1])
+
+    def test_is_a_pure_function(self, unet, noise, name):
+        before, state = noise.clone(), torch.get_rng_state()
+        draw(unet, name, noise)
+        assert torch.equal(noise, before)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_same_images_as_the_plain_diffusers_loop(self, unet, noise, name):
+        scheduler = make_scheduler(name)
+        scheduler.set_timesteps(5)
+        x, generator = noise * getattr(scheduler, "init_noise_sigma", 1.0), torch.Generator().manual_seed(7)
+        drawn = []
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            state = generator.get_state()
+            extra = {"generator": generator} if name in STOCHASTIC else {}
+            with torch.no_grad():
+                x = scheduler.step(unet(scaled, t).sample, t, x, **extra).prev_sample
+            replay = torch.Generator()
+            replay.set_state(state)
+            drawn.append(torch.randn(SHAPE, generator=replay))
+        assert torch.equal(sample(unet, make_scheduler(name), noise, 5, step_noise=drawn.__getitem__), x)
+
+
+def uniform_alphas(scheduler: DDIMScheduler) -> np.ndarray:
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, scheduler.config.num_train_timesteps))
+
+
+class TestQuadratic:
+    def test_time_steps_of_the_cifar10_protocol(self):
+        scheduler = make_scheduler("ddim_quadratic")
+        for steps in (10, 20, 50, 100):
+            expected = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
+            scheduler.set_timesteps(steps)
+            assert scheduler.timesteps.tolist() == expected[::-1]
+        assert scheduler.timesteps.tolist()[-6:] == [2, 1, 0, 0, 0, 0]  # 100 steps visit 0 four times
+
+    @pytest.mark.parametrize("steps", [10, 100])
+    @pytest.mark.parametrize("eta", [0.0, 0.7])
+    def test_closed_form_of_the_whole_trajectory(self, steps, eta, noise):
+        """Equation 12 of the DDIM paper in float64, from the list of the protocol, alpha = 1 before time step 0."""
+        scheduler = make_scheduler("ddim_quadratic", clip_sample=False)
+        alphas = uniform_alphas(scheduler)
+        times = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
+
+        def epsilon(x, t):
+            return torch.sin(3 * x) * 0.5 + x * 0.1 + 0.001 * float(t)
+
+        x = noise.double().numpy()
+        for i, (t, previous) in enumerate(zip(times[::-1], [*times[:-1][::-1], -1], strict=True)):
+            a, a_prev = alphas[t], alphas[previous] if previous >= 0 else 1.0
+            e = epsilon(torch.from_numpy(x), t).numpy()
+            sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
+            x0 = (x - np.sqrt(1 - a) * e) / np.sqrt(a)
+            x = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * e + sigma * step_noise(i).double().numpy()
+        images = sample(epsilon, scheduler, noise.double(), steps, eta=eta, step_noise=step_noise)
+        # The scheduler's alphas are float32.
+        torch.testing.assert_close(images, torch.from_numpy(x), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+    @pytest.mark.parametrize("extra", [{}, {"clip_sample": False}, {"thresholding": True}])
+    @pytest.mark.parametrize("eta", [0.0, 1.0])
+    def test_on_an_even_list_it_is_the_stock_scheduler(self, noise, prediction, extra, eta):
+        stock = DDIMScheduler(prediction_type=prediction, **extra)
+        stock.set_timesteps(10)
+        ours = QuadraticDDIMScheduler(prediction_type=prediction, **extra)
+        ours.set_timesteps(10)
+        ours._times = stock.timesteps.tolist()
+        for i, t in enumerate(stock.timesteps):
+            output = step_noise(i)
+            for clipped in (False, True):
+                ours._place = i
+                kwargs = {"eta": eta, "variance_noise": step_noise(50 + i), "use_clipped_model_output": clipped}
+                expected = stock.step(output, t, noise, **kwargs)
+                result = ours.step(output, t, noise, **kwargs)
+                torch.testing.assert_close(result.prev_sample, expected.prev_sample, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(result.pred_original_sample, expected.pred_original_sample)
+
+    def test_generator_gives_the_noise(self, noise):
+        results = []
+        for kwargs in ({"generator": torch.Generator().manual_seed(3)}, {"variance_noise": None}):
+            scheduler = make_scheduler("ddim_quadratic")
+            scheduler.set_timesteps(10)
+            if "variance_noise" in kwargs:
+                kwargs = {"variance_noise": torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))}
+            results.append(scheduler.step(noise, 800, noise, eta=1.0, return_dict=False, **kwargs)[0])
+        assert torch.equal(*results)
+
+    def test_wrong_order_is_refused(self, noise):
+        scheduler = make_scheduler("ddim_quadratic")
+        with pytest.raises(ConfigError, match="has no time steps yet. Call scheduler.set_timesteps"):
+            scheduler.step(noise, 800, noise)
+        scheduler.set_timesteps(10)
+        with pytest.raises(ConfigError, match="step was called for time step 3, but time step 800 is next"):
+            scheduler.step(noise, 3, noise)
+        scheduler.set_begin_index(9)
+        scheduler.step(noise, 0, noise)
+        with pytest.raises(ConfigError, match="all its steps are taken"):
+            scheduler.step(noise, 0, noise)
+
+    @pytest.mark.parametrize("steps", [1, 1001])
+    def test_number_of_steps(self, steps):
+        with pytest.raises(ConfigError, match=f"steps is {steps}; quadratic DDIM allows 2 to 1000"):
+            make_scheduler("ddim_quadratic").set_timesteps(steps)
+
+    def test_unknown_prediction_type(self, noise):
+        scheduler = make_scheduler("ddim_quadratic", prediction_type="score")
+        scheduler.set_timesteps(10)
+        with pytest.raises(ConfigError, match="prediction_type is 'score'; quadratic DDIM allows 'epsilon'"):
+            scheduler.step(noise, 800, noise)
+
+
+class TestMakeScheduler:
+    def test_takes_the_noise_schedule_of_another_scheduler(self):
+        teacher = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_end=0.012, clip_sample=False)
+        for config in (teacher, teacher.config, dict(teacher.config)):
+            scheduler = make_scheduler("ddim_quadratic", config)
+            assert isinstance(scheduler, QuadraticDDIMScheduler)
+            assert torch.equal(scheduler.alphas_cumprod, teacher.alphas_cumprod)
+            assert scheduler.config.clip_sample is False
+
+    def test_names(self):
+        assert make_scheduler("ddim").config.timestep_spacing == "leading"
+        trailing = make_scheduler("ddim_trailing", diffusers.DDIMScheduler())
+        trailing.set_timesteps(10)
+        assert trailing.timesteps.tolist() == list(range(999, 0, -100))
+        assert make_scheduler("plms").config.skip_prk_steps is True
+        assert make_scheduler("dpmpp_3s").config.solver_order == 3
+        assert make_scheduler("dpm_solver_2").config.algorithm_type == "dpmsolver"
+
+    def test_overrides_win(self):
+        teacher = diffusers.DDIMScheduler(num_train_timesteps=100)
+        scheduler = make_scheduler("ddim", teacher, timestep_spacing="trailing", num_train_timesteps=40)
+        assert scheduler.config.timestep_spacing == "trailing"
+        assert len(scheduler.alphas_cumprod) == 40
+        assert teacher.config.num_train_timesteps == 100
+
+    def test_class_path(self, unet, noise):
+        scheduler = make_scheduler("diffusers.HeunDiscreteScheduler", {"num_train_timesteps": 50})
+        seen = []
+        images = sample(unet, scheduler, noise, 4, on_evaluation=lambda i, t, x: seen.append(i))
+        assert len(seen) == 7  # two evaluations per step but for the last
+        assert images.isfinite().all()
+
+    def test_class_of_the_users_own(self, noise):
+        scheduler = make_scheduler(f"{__name__}.Halving", {"factor": 0.5})
+        assert torch.equal(sample(lambda x, t: (x,), scheduler, noise, 3), noise * 0.125)
+
+    @pytest.mark.parametrize("name", ["dddim", "ddim-trailing", None])
+    def test_unknown_name(self, name):
+        with pytest.raises(
+            ConfigError, match="unknown sampler .*; allowed are ddim, ddim_trailing, .* or a class path"
+        ):
+            make_scheduler(name)
+
+    @pytest.mark.parametrize("path", ["nowhere.Scheduler", "diffusers.NoSuchScheduler"])
+    def test_path_that_cannot_be_imported(self, path):
+        with pytest.raises(ConfigError, match=f"sampler '{path}' cannot be imported"):
+            make_scheduler(path)
+
+    def test_path_of_something_else(self):
+        with pytest.raises(ConfigError, match="'torch.nn.Linear' is no scheduler: it needs set_timesteps"):
+            make_scheduler("torch.nn.Linear")
+
+    def test_unknown_argument(self):
+        with pytest.raises(ConfigError, match="DDIMScheduler has no argument 'beta_strat'; allowed are beta_end"):
+            make_scheduler("ddim", {"beta_strat": 0.1})
+        with pytest.raises(ConfigError, match="DDIMScheduler has no argument 'clip'"):
+            make_scheduler("ddim", diffusers.DDIMScheduler(), clip=True)
+
+    def test_unknown_value(self):
+        with pytest.raises(ConfigError, match="DDIMScheduler refuses its arguments: cubic"):
+            make_scheduler("ddim", {"beta_schedule": "cubic"})
+
+    def test_config_of_another_kind(self):
+        with pytest.raises(ConfigError, match="scheduler config is 3; give a diffusers scheduler"):
+            make_scheduler("ddim", 3)
+
+    def test_noise_process_of_another_kind(self):
+        with pytest.raises(ConfigError, match="DDIMScheduler is of diffusion, but FlowMatchEuler.* Use a sampler that"):
+            make_scheduler("flow_euler", diffusers.DDIMScheduler())
+        flow = diffusers.FlowMatchEulerDiscreteScheduler()
+        with pytest.raises(
+            ConfigError, match="is of flow matching, but DDIMScheduler is of diffusion. Use 'flow_euler'"
+        ):
+            make_scheduler("ddim", flow)
+        solver = make_scheduler("unipc", flow, use_flow_sigmas=True, prediction_type="flow_prediction")
+        assert solver.config.use_flow_sigmas is True
+        assert make_scheduler("flow_euler", flow, shift=3.0).config.shift == 3.0
+
+
+class Halving:
+    """A scheduler with the two methods that are needed, and nothing else."""
+
+    def __init__(self, factor: float = 0.1) -> None:
+        self.factor = factor
+
+    def set_timesteps(self, steps, device=None):
+        self.timesteps = torch.arange(steps, 0, -1, device=device)
+
+    def step(self, output, t, x):
+        return (output * self.factor,)
+
+
+class TestSample:
+    def test_noise_of_a_sample_does_not_depend_on_its_batch(self, unet, noise):
+        for name, eta in (("ddim_quadratic", 1.0), ("ddim", 0.5), ("ddpm", 0.0)):
+            both = sample(unet, make_scheduler(name), noise, 5, eta=eta, step_noise=step_noise)
+            second = sample(unet, make_scheduler(name), noise[1:], 5, eta=eta, step_noise=lambda i: step_noise(i)[1:])
+            torch.testing.assert_close(both[1:], second, rtol=1e-4, atol=1e-5)  # another batch size: float rounding
+
+    def test_eta_adds_noise(self, unet, noise):
+        assert not torch.equal(draw(unet, "ddim", noise, eta=1.0), draw(unet, "ddim", noise))
+
+    @pytest.mark.parametrize("name", ["diffusers.EulerAncestralDiscreteScheduler", "diffusers.LCMScheduler"])
+    def test_noise_of_samplers_that_take_a_generator_only(self, unet, noise, name):
+        asked = []
+
+        def supply(i):
+            asked.append(i)
+            return step_noise(i)
+
+        extra = {"original_inference_steps": 20} if "LCM" in name else {}
+        scheduler = make_scheduler(name, {"num_train_timesteps": 100}, **extra)
+        first = sample(unet, scheduler, noise, 4, step_noise=supply)
+        assert set(asked) >= {0, 1, 2}
+        assert torch.equal(first, sample(unet, scheduler, noise, 4, step_noise=step_noise))
+        assert not torch.equal(first, sample(unet, scheduler, noise, 4, step_noise=lambda i: step_noise(i + 1)))
+
+    def test_noise_is_missing(self, unet, noise):
+        with pytest.raises(ConfigError, match="DDPMScheduler adds noise in its steps, but step_noise is None"):
+            sample(unet, make_scheduler("ddpm"), noise, 5)
+
+    def test_noise_of_another_shape(self, unet, noise):
+        with pytest.raises(
+            ConfigError, match=r"step_noise\(0\) has shape \[1, 1, 8, 8\], but the images have \[2, 1, 8"
+        ):
+            sample(unet, make_scheduler("ddpm"), noise, 5, step_noise=lambda i: step_noise(i)[:1])
+
+    def test_noise_drawn_in_another_way(self, noise):
+        class Uniform(Halving):
+            def step(self, output, t, x):
+                return (output + torch.rand_like(x),)
+
+        class Twice(Halving):
+            def step(self, output, t, x):
+                return (output + torch.randn_like(x) * torch.randn(x.shape),)
+
+        with pytest.raises(ConfigError, match=r"Uniform draws random numbers .* \(rand_like\)"):
+            sample(lambda x, t: x, Uniform(), noise, 2, step_noise=step_noise)
+        with pytest.raises(ConfigError, match="Twice draws noise twice in one step"):
+            sample(lambda x, t: x, Twice(), noise, 2, step_noise=step_noise)
+
+    def test_eta_where_there_is_none(self, unet, noise):
+        with pytest.raises(ConfigError, match="eta is 0.5, but EulerDiscreteScheduler has no eta. Set eta to 0"):
+            sample(unet, make_scheduler("euler"), noise, 5, eta=0.5)
+        with pytest.raises(ConfigError, match="eta is 1.5; allowed is 0"):
+            sample(unet, make_scheduler("ddim"), noise, 5, eta=1.5)
+
+    @pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "flow_euler"])
+    def test_more_steps_than_the_noise_schedule_has(self, unet, noise, name):
+        scheduler = make_scheduler(name, num_train_timesteps=10)
+        with pytest.raises(ConfigError, match="steps is 11, but .* has 10 time steps. Set steps to at most 10"):
+            sample(unet, scheduler, noise, 11)
+
+    @pytest.mark.parametrize("steps", [0, -1, 2.5, True, None])
+    def test_steps_of_another_kind(self, unet, noise, steps):
+        with pytest.raises(ConfigError, match="steps is .*; give a whole number of at least 1"):
+            sample(unet, make_scheduler("ddim"), noise, steps)
+
+    def test_time_steps_outside_the_noise_schedule(self, unet, noise):
+        # 900 steps of 1 from offset 200 end beyond the last of 1000.
+        with pytest.raises(
+            ConfigError, match="asks for time steps from 1099 to 200, and the noise schedule has 0 to 999"
+        ):
+            sample(unet, make_scheduler("ddim", steps_offset=200), noise, 900)
+
+    def test_steps_that_the_scheduler_refuses(self, unet, noise):
+        flow = make_scheduler("flow_euler", use_dynamic_shifting=True)
+        with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler cannot set 5 steps: .*mu"):
+            sample(unet, flow, noise, 5)
+
+    def test_denoiser_that_predicts_a_variance_too(self, noise):
+        with pytest.raises(ConfigError, match=r"The denoiser returned \[2, 2, 8, 8\] for an input \[2, 1, 8, 8\]"):
+            sample(lambda x, t: torch.cat([x, x], dim=1), make_scheduler("ddim"), noise, 5)
