@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,29 +61,36 @@ class QuantizedOperator(nn.Module):
         self._quantized_weight: Tensor | None = None
         self.layout = memory_format(self.module.weight)
         self.train(module.training)
-        if weight is not None and packed is None:
-            self.packed = self.pack(self.module.weight, weight)
-            self.quantized_weight()
+        self._weight_arrives = False
+        if packed is None:
+            self.quantize_weight()
+        self.register_load_state_dict_pre_hook(self._before_load)
+        self.register_load_state_dict_post_hook(self._after_load)
 
-    def pack(self, weight: Tensor, spec: QuantSpec) -> PackedWeight:
-        """Round the original's weight to nearest.
+    def quantize_weight(self) -> None:
+        """Round the original's weight, as it is now, to nearest.
 
         Raises:
-            ConfigError: The weight is on the meta device, or holds NaN or Inf.
+            ConfigError: It is on the meta device, or holds NaN or Inf.
         """
+        weight: Tensor = self.module.weight
+        if self.weight_spec is None:
+            return
         if weight.is_meta:
             raise ConfigError(
                 f"The weight of operator {self.name!r} is on the meta device. Load the teacher's weights before "
                 "modiff.quantize, or read a saved student with modiff.load."
             )
         with torch.inference_mode(False), torch.no_grad():
-            quantized = round_nearest(weight, spec)
+            quantized = round_nearest(weight, self.weight_spec)
             if not torch.isfinite(quantized.scale).all():
                 raise ConfigError(
                     f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
                     f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
                 )
-            return PackedWeight.pack(quantized, spec)
+            self.packed = PackedWeight.pack(quantized, self.weight_spec)
+        self._quantized_weight = None
+        self.quantized_weight()
 
     def quantized_weight(self) -> Tensor:
         """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
@@ -200,6 +207,23 @@ class QuantizedOperator(nn.Module):
                 moved = self._quantized_weight.to(probe.device)
                 self._quantized_weight = moved.contiguous(memory_format=self.layout)
         return self
+
+    def _before_load(self, _: nn.Module, state_dict: Mapping[str, Any], prefix: str, *__: Any) -> None:
+        self.state.refuse_inside("loaded into")
+        old = self.module._parameters.get("weight")
+        new = state_dict.get(f"{prefix}module.weight")
+        # The same weight again must not undo another rounding than to nearest.
+        same = new is not None and old is not None and old.shape == new.shape and torch.equal(old, new.to(old))
+        self._weight_arrives = self.packed is not None and not same and (new is not None or old is None)
+        if self.dropped and new is not None and new.shape == self.weight_shape:
+            room = torch.empty(self.weight_shape, dtype=self.module.weight.dtype, device=self.module.weight.device)
+            self.module.weight = nn.Parameter(room, requires_grad=self.module.weight.requires_grad)
+
+    def _after_load(self, *_: Any) -> None:
+        if self._weight_arrives and self.module.weight.shape == self.weight_shape:  # else PyTorch says what is wrong
+            self.quantize_weight()
+        if self.dropped:
+            self.drop_original()
 
     def extra_repr(self) -> str:
         """Bits of both sides."""

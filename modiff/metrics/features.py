@@ -70,8 +70,8 @@ def extract(network: nn.Module, images: Tensor) -> FeatureOutputs:
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         try:
-            rich = callable(getattr(network, "outputs", None))
-            outputs = network.outputs(images.float()) if rich else FeatureOutputs(network(images.float()))
+            rich = getattr(network, "outputs", None)
+            outputs = rich(images.float()) if callable(rich) else FeatureOutputs(network(images.float()))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -100,19 +100,15 @@ class ImageFidelity(Metric):
         """
         self._check(images, source)
         outputs = extract(self.network, images)
-        self._check_width("features", outputs.features, self.num_features)
-        self._add(f"{source}_", outputs.features)
-        setattr(self, f"{source}_count", getattr(self, f"{source}_count") + len(images))
+        self._add(f"{source}_", self._of_width("features", outputs.features, self.num_features))
+        self._increase(f"{source}_count", len(images))
         if self.num_spatial is not None:
-            self._check_width("spatial features", outputs.spatial, self.num_spatial)
-            self._add(f"{source}_spatial_", outputs.spatial)
+            self._add(f"{source}_spatial_", self._of_width("spatial features", outputs.spatial, self.num_spatial))
         if self.num_classes is not None:
-            self._check_width("class scores", outputs.logits, self.num_classes)
-            log_probability = outputs.logits.double().log_softmax(dim=1)
-            probability = log_probability.exp()
-            setattr(self, f"{source}_probability", getattr(self, f"{source}_probability") + probability.sum(dim=0))
-            negentropy = torch.where(probability > 0, probability * log_probability, 0.0).sum()
-            setattr(self, f"{source}_negentropy", getattr(self, f"{source}_negentropy") + negentropy)
+            logits = self._of_width("class scores", outputs.logits, self.num_classes)
+            probability = logits.double().softmax(dim=1)
+            self._increase(f"{source}_probability", probability.sum(dim=0))
+            self._increase(f"{source}_negentropy", torch.special.xlogy(probability, probability).sum())
         features = outputs.features.float()
         getattr(self, f"{source}_kept").append(features)
         getattr(self, f"{source}_priority").append(priorities(features, indices))
@@ -135,18 +131,22 @@ class ImageFidelity(Metric):
         if low < 0 or high > 1:
             raise ConfigError(f"Images must lie in [0, 1]; got [{low:.3g}, {high:.3g}]. Rescale and clamp them.")
 
-    def _check_width(self, what: str, values: Tensor | None, width: int) -> None:
+    def _of_width(self, what: str, values: Tensor | None, width: int) -> Tensor:
         if values is None or values.ndim != 2 or values.shape[1] != width:
             got = "none" if values is None else list(values.shape)
             raise ConfigError(
                 f"Feature network {self.network_name!r} should return {width} {what} per image; got {got}. Give the "
                 "num_features of this network, and a reference that was made with it."
             )
+        return values
 
     def _add(self, prefix: str, values: Tensor) -> None:
         values = values.double()
-        setattr(self, f"{prefix}sum", getattr(self, f"{prefix}sum") + values.sum(dim=0))
-        setattr(self, f"{prefix}outer", getattr(self, f"{prefix}outer") + values.T @ values)
+        self._increase(f"{prefix}sum", values.sum(dim=0))
+        self._increase(f"{prefix}outer", values.T @ values)
+
+    def _increase(self, state: str, amount: Tensor | int) -> None:
+        setattr(self, state, getattr(self, state) + amount)
 
     def _kept(self, source: str) -> tuple[Tensor, Tensor]:
         return keep_smallest(
@@ -172,13 +172,13 @@ class ImageFidelity(Metric):
         count = int(getattr(self, f"{source}_count"))
         if count < 2:
             raise ConfigError(f"A covariance needs at least 2 images, got {count} of the {source}. Give more images.")
-        moments = self._moments(f"{source}_", count)
-        spatial = [None, None] if self.num_spatial is None else self._moments(f"{source}_spatial_", count)
-        return FeatureStatistics(*moments, count, self.network_name, *spatial)
+        mean, covariance = self._moments(f"{source}_", count)
+        spatial = (None, None) if self.num_spatial is None else self._moments(f"{source}_spatial_", count)
+        return FeatureStatistics(mean, covariance, count, self.network_name, *spatial)
 
-    def _moments(self, prefix: str, count: int) -> list[Tensor]:
+    def _moments(self, prefix: str, count: int) -> tuple[Tensor, Tensor]:
         mean = getattr(self, f"{prefix}sum") / count
-        return [mean, (getattr(self, f"{prefix}outer") - count * torch.outer(mean, mean)) / (count - 1)]
+        return mean, (getattr(self, f"{prefix}outer") - count * torch.outer(mean, mean)) / (count - 1)
 
     def compute(self) -> dict[str, Any]:
         """All figures, None where one cannot be given; ``reasons`` then says why.
@@ -253,18 +253,18 @@ class _Report:
 
     def _frechet(self, key: str, source: str, other: FeatureStatistics | None, against: str) -> float | None:
         spatial = ".sfid" in key
-        if spatial and self.metric.num_spatial is None:
-            return self._none(key, f"feature network {self.metric.network_name!r} has no spatial features")
         size = self.metric.num_spatial if spatial else self.metric.num_features
+        if size is None:
+            return self._none(key, f"feature network {self.metric.network_name!r} has no spatial features")
         problem = self._problem(source, against, 2 * size)
-        if problem is not None:
-            return self._none(key, problem)
         mine = self.statistics[source]
-        if spatial:
-            mine, other = mine.spatial, other.spatial
-            if other is None:
-                return self._none(key, "the reference statistics hold no spatial features")
-        return frechet_distance(mine, other)
+        if problem is not None or mine is None or other is None:
+            return self._none(key, problem or "two images are needed")
+        if not spatial:
+            return frechet_distance(mine, other)
+        if mine.spatial is None or other.spatial is None:
+            return self._none(key, "the reference statistics hold no spatial features")
+        return frechet_distance(mine.spatial, other.spatial)
 
     def _inception_score(self, source: str) -> float | None:
         key = f"{source}.inception_score"
@@ -287,5 +287,6 @@ class _Report:
         real, generated = self.metric._kept(against)[0], self.metric._kept(source)[0]
         return dict(zip(keys, precision_recall(real, generated, NEIGHBOURS), strict=True))
 
-    def _none(self, key: str, reason: str) -> None:
+    def _none(self, key: str, reason: str) -> float | None:
         self.reasons[key] = reason
+        return None

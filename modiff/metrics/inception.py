@@ -36,7 +36,7 @@ class InceptionV3(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
             raise ConfigError(
-                "Feature network 'inception' needs torch-fidelity, which is not installed. "
+                f"Feature network 'inception' needs torch-fidelity, which is not installed or lacks a part: {error}. "
                 "Run: pip install 'modiff[fidelity]'; or give a TorchScript or .safetensors file."
             ) from error
         try:
@@ -44,7 +44,7 @@ class InceptionV3(nn.Module):
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"The weights of feature network 'inception' could not be loaded: {error}. "
-                f"Put {URL_INCEPTION_V3} into {torch.hub.get_dir()}/checkpoints."
+                f"Download {URL_INCEPTION_V3} into {torch.hub.get_dir()}/checkpoints."
             ) from error
         self._spatial: Tensor | None = None
         self.extractor.Mixed_6d.branch1x1.register_forward_hook(self._remember)

@@ -6,6 +6,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,8 +81,9 @@ class FeatureStatistics:
         """
         if len(features) < 2:
             raise ConfigError(f"A covariance needs at least 2 images, got {len(features)}. Give more images.")
-        moments = [*_moments(features), len(features), network]
-        return cls(*moments, *([] if spatial is None else _moments(spatial)))
+        mean, covariance = _moments(features)
+        spatial_mean, spatial_covariance = (None, None) if spatial is None else _moments(spatial)
+        return cls(mean, covariance, len(features), network, spatial_mean, spatial_covariance)
 
     def check(self, network: str, num_features: int, num_spatial: int | None = None) -> None:
         """Make sure that features of this network may be compared with these statistics.
@@ -166,7 +168,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(dim=0), torch.atleast_2d(torch.cov(features.T))
 
 
-def _read_safetensors(path: Path) -> dict[str, object]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     names = ("mean", "covariance", "spatial_mean", "spatial_covariance", "num_images")
     with safe_open(str(path), framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -178,9 +180,9 @@ def _read_safetensors(path: Path) -> dict[str, object]:
     return {**stored, "num_images": None if num_images is None else int(num_images), "network": network}
 
 
-def _read_npz(path: Path) -> dict[str, object]:
+def _read_npz(path: Path) -> dict[str, Any]:
     names = {"mu": "mean", "sigma": "covariance", "mu_s": "spatial_mean", "sigma_s": "spatial_covariance"}
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         if "mu" not in file or "sigma" not in file:
             raise ValueError(f"it has the arrays {sorted(file.files)}, not mu and sigma")
         return {ours: torch.from_numpy(file[theirs]) for theirs, ours in names.items() if theirs in file}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -62,6 +64,8 @@ def relative_l2(student: Tensor, teacher: Tensor) -> Tensor:
 def ssim(student: Tensor, teacher: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004), data range 1, by torchmetrics: float ``[N]``.
 
+    Gaussian window of 11 with sigma 1.5; the border is reflected and counted, where scikit-image leaves it out.
+
     Args:
         student: Images ``[N, C, H, W]``, clamped here to [0, 1]; at least 11x11.
         teacher: Images of the same noise and shape.
@@ -75,8 +79,10 @@ def ssim(student: Tensor, teacher: Tensor) -> Tensor:
             f"SSIM needs images [N, C, H, W] of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {list(student.shape)}. "
             "Leave it out for smaller images."
         )
-    images = [x.float().clamp(0, 1) for x in (student, teacher)]
-    return structural_similarity_index_measure(*images, data_range=1.0, reduction="none")
+    student, teacher = student.float().clamp(0, 1), teacher.float().clamp(0, 1)
+    values = structural_similarity_index_measure(student, teacher, data_range=1.0, reduction="none")
+    assert isinstance(values, Tensor)  # a tuple only where the full image of similarities is asked for
+    return values
 
 
 class PerceptualDistance(nn.Module):
@@ -90,7 +96,7 @@ class PerceptualDistance(nn.Module):
         CheckpointError: The weights are neither in torch.hub's cache nor can they be downloaded.
     """
 
-    def __init__(self, network: str = "alex") -> None:
+    def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex") -> None:
         super().__init__()
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

@@ -279,6 +279,21 @@ def test_a_loaded_student_saves_copies_and_moves(tmp_path):
     assert torch.equal(sample(copy.deepcopy(loaded).cpu()), sample(student))
 
 
+def test_state_dicts_of_loaded_students(tmp_path):
+    student = saved(tmp_path / "ckpt")
+    wanted = sample(student)
+    for model in (meta(), Denoiser(seed=3)):
+        loaded = modiff.load(tmp_path / "ckpt", model)
+        loaded.load_state_dict(loaded.state_dict())
+        assert torch.equal(sample(loaded), wanted)
+        with pytest.raises(RuntimeError, match="size mismatch for conv_out.module.weight"):
+            loaded.load_state_dict({**student.state_dict(), "conv_out.module.weight": torch.zeros(1)})
+        other = modiff.quantize(Denoiser(seed=9), QuantConfig.preset("w4a4-modiff"))
+        loaded.load_state_dict(other.state_dict())
+        assert torch.equal(loaded.conv_in.quantized_weight(), other.conv_in.quantized_weight())
+        assert loaded.conv_in.dropped == (loaded.conv_in.module.weight.numel() == 0)
+
+
 def test_restoring_gives_the_teacher_back(tmp_path):
     teacher = Denoiser()
     saved(tmp_path / "ckpt", dtype="float16")

@@ -1,0 +1,460 @@
+"""The state of a student: who owns it, when it is refused, what is counted and found."""
+
+import copy
+import pickle
+import weakref
+
+import pytest
+import torch
+from small_models import Denoiser, config, denoiser, drift, noise, run, student
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import modiff
+from modiff import Modulation, QuantConfig, QuantSpec
+from modiff.errors import ModiffError, TrajectoryError
+from modiff.layers.reference import ReferenceOperator
+
+ARGS = noise(1)[0]
+
+
+def test_a_modulated_operator_outside_a_trajectory_is_refused():
+    with pytest.raises(
+        TrajectoryError, match=r"'conv_in' was called outside a trajectory: .*`with modiff.trajectory\(student\):`"
+    ):
+        student()(*ARGS)
+
+
+def test_a_modulated_operator_called_past_its_student_is_refused():
+    model = student()
+    with modiff.trajectory(model), pytest.raises(TrajectoryError, match="'conv_in' was called outside its student"):
+        model.conv_in(ARGS[0])
+
+
+def test_plain_operators_need_no_trajectory():
+    model, inputs = student("w8a4-ptq"), noise(2)
+    inside, _ = run(model, inputs)
+    with torch.no_grad():
+        assert all(torch.equal(model(*args), o) for args, o in zip(inputs, inside, strict=True))
+
+
+def test_a_batch_shape_change_inside_is_refused():
+    model = student()
+    with modiff.trajectory(model):
+        model(*ARGS)
+        with pytest.raises(
+            TrajectoryError, match=r"'conv_in' has shape \[3, 3, 8, 8\] in evaluation 1, but had \[2, 3, 8, 8\] in the"
+        ):
+            model(*noise(1, batch=3)[0])
+
+
+def test_nested_and_concurrent_trajectories_are_refused_and_the_open_one_goes_on():
+    model, inputs = student(), noise(3)
+    expected, _ = run(student(), inputs)
+    with modiff.trajectory(model) as counts:
+        first = model(*inputs[0])
+        with (
+            pytest.raises(TrajectoryError, match=r"already open on this student.*Close it first, or use a deepcopy"),
+            modiff.trajectory(model),
+        ):
+            pass
+        outputs = [first, *(model(*args) for args in inputs[1:])]
+    assert counts.total == 3
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_two_students_have_trajectories_of_their_own():
+    a, b, inputs = student(), student("w8a2-modiff"), noise(3)
+    expected = run(student(), inputs)[0][-1]
+    with modiff.trajectory(a), modiff.trajectory(b):
+        for args in inputs:
+            output = a(*args)
+            b(*args)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("what", "act"),
+    [
+        ("copied or pickled", copy.deepcopy),
+        ("copied or pickled", pickle.dumps),
+        ("moved or cast", lambda model: model.to(torch.bfloat16)),
+        ("moved or cast", lambda model: model.cpu()),
+        ("restored", modiff.restore),
+        ("loaded into", lambda model: model.load_state_dict(model.state_dict())),
+    ],
+)
+def test_copying_moving_and_restoring_inside_are_refused(what, act):
+    model = student()
+    with modiff.trajectory(model) as counts:
+        model(*ARGS)
+        with pytest.raises(TrajectoryError, match=f"cannot be {what} inside a trajectory. Leave modiff.trajectory"):
+            act(model)
+        model(*ARGS)
+    assert counts.total == 2
+    act(model)
+
+
+def test_gradients_are_off_inside_and_refused_where_asked_for():
+    model = student()
+    with modiff.trajectory(model):
+        assert not model(ARGS[0].clone().requires_grad_(), ARGS[1]).requires_grad
+        x = ARGS[0].clone().requires_grad_()
+        with (
+            torch.enable_grad(),
+            pytest.raises(TrajectoryError, match=r"'conv_in' got an input that requires a gradient"),
+        ):
+            model(x, ARGS[1])
+    with pytest.raises(TrajectoryError, match=r"Run it under torch.no_grad\(\)"):
+        student("w8a8-ptq")(x, ARGS[1])
+
+
+def test_state_never_joins_a_graph():
+    model = modiff.quantize(nn.Sequential(nn.Linear(4, 4)), config())
+    with modiff.trajectory(model) as counts, torch.enable_grad():
+        for _ in range(3):
+            assert not model(torch.randn(2, 4)).requires_grad
+        assert not counts.caches["0"][0].o_hat.requires_grad
+
+
+def test_integer_inputs_are_refused():
+    model = modiff.quantize(nn.Sequential(nn.Linear(4, 4)), config("w8a8-ptq"))
+    with pytest.raises(TypeError, match="'0' got torch.int64 input; allowed are floating-point tensors. Cast it"):
+        model(torch.ones(2, 4, dtype=torch.int64))
+
+
+class Failing(Denoiser):
+    fail = False
+
+    def forward(self, x, t):
+        output = super().forward(x, t)
+        if self.fail:
+            raise KeyboardInterrupt
+        return output
+
+
+def test_a_failed_evaluation_ends_the_use_of_its_trajectory():
+    torch.manual_seed(0)
+    model = modiff.quantize(Failing().requires_grad_(False), config())
+    with modiff.trajectory(model):
+        model(*ARGS)
+        model.fail = True
+        with pytest.raises(KeyboardInterrupt):
+            model(*ARGS)
+        model.fail = False
+        with pytest.raises(TrajectoryError, match="previous evaluation of this trajectory did not finish.*Start a new"):
+            model(*ARGS)
+    assert run(model, noise(3))[1].total == 3
+
+
+def test_an_exception_inside_closes_the_trajectory():
+    model = student()
+
+    def interrupted():
+        with modiff.trajectory(model):
+            model(*ARGS)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    outputs, counts = run(model, noise(3))
+    assert counts.total == 3
+    assert torch.equal(outputs[-1], run(student(), noise(3))[0][-1])
+
+
+class Twice(nn.Module):
+    """One Linear at two call sites, ``sites`` times per evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Linear(4, 4).requires_grad_(False)
+        self.alias = self.shared
+        self.sites = 2
+
+    def forward(self, x):
+        first = self.shared(x)
+        return torch.cat([first, *[self.alias(x.flip(0) * 3) for _ in range(self.sites - 1)]])
+
+
+def test_a_module_used_twice_per_evaluation_keeps_a_state_for_each_call():
+    spec = QuantSpec(4, "sample", symmetric=False)
+    teacher = Twice().double()
+    references = [ReferenceOperator(teacher.shared, None, spec, Modulation()) for _ in range(2)]
+    model = modiff.quantize(teacher, QuantConfig(None, spec, Modulation()))
+    assert model.shared is model.alias
+    assert len(modiff.describe(model)) == 1
+    with modiff.trajectory(model) as counts:
+        for x in drift((3, 4), 8, dtype=torch.float64):
+            expected = torch.cat([references[0].evaluate(x), references[1].evaluate(x.flip(0) * 3)])
+            torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+        assert len(counts.caches["shared"]) == 2
+    modiff.restore(model)
+    assert model.shared is model.alias
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"), [(3, "is called more often in evaluation 1"), (1, "was called 1 times in")]
+)
+def test_a_change_of_the_number_of_calls_is_refused(sites, message):
+    model = modiff.quantize(Twice(), config())
+    with modiff.trajectory(model):
+        model(torch.randn(2, 4))
+        model.sites = sites
+        with pytest.raises(TrajectoryError, match=f"Operator 'shared' {message}.*skip=True"):
+            model(torch.randn(2, 4))
+
+
+def test_another_trajectory_may_have_another_number_of_calls():
+    model = modiff.quantize(Twice(), config())
+    run(model, [(torch.randn(2, 4),)] * 2)
+    model.sites = 3
+    assert run(model, [(torch.randn(2, 4),)] * 2)[1].total == 2
+
+
+def test_plain_operators_may_change_their_number_of_calls():
+    model = modiff.quantize(Twice(), config("w8a4-ptq"))
+    with modiff.trajectory(model) as counts:
+        model(torch.randn(2, 4))
+        model.sites = 3
+        model(torch.randn(2, 4))
+    assert counts.quantized == 2
+
+
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq", "w8a32-ptq"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_are_reported_with_first_operator_and_evaluation(preset, bad):
+    model, inputs = student(preset), noise(6)
+    inputs[3][1][0, 2] = bad  # the timestep's input: the first operator that sees it is not the first that runs
+    with pytest.raises(
+        TrajectoryError, match=r"NaN or Inf in the input of operator 'time', first in evaluation 3 of 6 \(from 0\)"
+    ):
+        run(model, inputs)
+    assert run(model, noise(3))[1].total == 3
+
+
+def test_nan_in_the_first_evaluation_and_in_the_warm_up_rounds():
+    for modulation in ({}, {"warmup": "refine"}):
+        inputs = noise(2)
+        inputs[0][0][1, 2, 3, 4] = float("nan")
+        with pytest.raises(TrajectoryError, match="operator 'conv_in', first in evaluation 0 of 2"):
+            run(student(**modulation), inputs)
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y, lambda y: (y,), lambda y: {"sample": y}])
+def test_nan_in_the_last_output_is_reported(wrap):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return wrap(self.linear(x) / (3 - self.count))
+
+    model = modiff.quantize(Last().requires_grad_(False), config())
+    with pytest.raises(TrajectoryError, match="NaN or Inf in the student's output, first in evaluation 2 of 3"):
+        run(model, [(torch.randn(2, 3),) for _ in range(3)])
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the operations that read a tensor's value on the host."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_assert_async", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in self.READS):
+            self.reads.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a8-modiff", "w8a4-ptq", "w8a32-ptq"])
+def test_no_value_is_read_on_the_host_before_the_trajectory_closes(preset):
+    model, inputs = student(preset), noise(4)
+    with Syncs() as syncs:
+        with modiff.trajectory(model):
+            for args in inputs:
+                model(*args)
+            assert syncs.reads == []
+        # One read for each evaluation's flag, out of a single tensor that is on the host by then.
+        assert len(syncs.reads) <= len(inputs)
+
+
+def test_the_sync_counter_sees_item():
+    with Syncs() as syncs:
+        torch.ones(2).sum().item()
+    assert syncs.reads
+
+
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_answer_in_their_dtype_and_keep_float32_differences(preset, dtype):
+    inputs = noise(6, dtype=dtype)
+    model = modiff.quantize(denoiser().to(dtype), config(preset))
+    with modiff.trajectory(model) as counts:
+        outputs = [model(*args) for args in inputs]
+        assert {t.dtype for c in counts.caches.values() for t in (c[0].a_hat, c[0].o_hat)} <= {torch.float32}
+    assert {o.dtype for o in outputs} == {dtype}
+    expected = [denoiser()(*(a.float() for a in args)) for args in inputs]
+    for found, wanted in zip(outputs, expected, strict=True):
+        assert (found.float() - wanted).norm() < (0.15 if preset.endswith("modiff") else 0.3) * wanted.norm()
+
+
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+def test_autocast_leaves_differences_and_products_in_float32(preset):
+    """The float32 norm between them sees the same numbers, rounded to bfloat16 once per operator."""
+    model = student(preset)
+    with modiff.trajectory(model) as counts, torch.autocast("cpu", torch.bfloat16):
+        output = [model(*args) for args in noise(3)][-1]
+        assert {t.dtype for c in counts.caches.values() for t in (c[0].a_hat, c[0].o_hat)} <= {torch.float32}
+    assert output.dtype == torch.bfloat16
+    single = modiff.quantize(nn.Sequential(nn.Linear(6, 5)).requires_grad_(False), config(preset))
+    inputs = [(x,) for x in drift((3, 6), 5)]
+    expected, _ = run(single, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = run(single, inputs)
+    assert all(torch.equal(f, e.bfloat16()) for f, e in zip(found, expected, strict=True))
+
+
+def test_autocast_leaves_float64_alone_as_pytorch_does():
+    teacher = nn.Sequential(nn.Linear(6, 5)).double().requires_grad_(False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = teacher(x).dtype
+        outputs, _ = run(modiff.quantize(teacher, config()), [(x,)])
+    assert outputs[0].dtype == wanted == torch.float64
+
+
+@pytest.mark.parametrize("modulation", [{}, {"state_dtype": "float16"}])
+def test_overwriting_an_output_or_an_input_does_not_reach_the_state(modulation):
+    inputs = drift((2, 4), 5)
+
+    def outputs(spoil):
+        torch.manual_seed(0)
+        base = config(**modulation)
+        model = modiff.quantize(nn.Sequential(nn.Linear(4, 4)).requires_grad_(False), base)
+        kept = []
+        with modiff.trajectory(model):
+            for x in inputs:
+                x = x.clone()
+                y = model(x)
+                kept.append(y.clone())
+                if spoil:
+                    y.fill_(1e9)
+                    x.fill_(-1e9)
+        return kept
+
+    assert all(torch.equal(a, b) for a, b in zip(outputs(True), outputs(False), strict=True))
+
+
+def test_plain_operators_leave_their_input_alone():
+    model = modiff.quantize(nn.Sequential(nn.Linear(4, 4)).requires_grad_(False), config("w8a2-ptq"))
+    x = torch.randn(2, 4)
+    before = x.clone()
+    model(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(3, -1, -1, -1),
+        lambda x: x.repeat(1, 1, 1, 2)[..., ::2],
+        lambda x: torch.complex(x, x).conj().imag,
+    ],
+    ids=["channels_last", "transposed", "expanded", "strided", "negative"],
+)
+def test_memory_layouts_change_nothing(preset, layout):
+    torch.manual_seed(0)
+    model = modiff.quantize(nn.Sequential(nn.Conv2d(3, 4, 3)).requires_grad_(False), config(preset))
+    inputs = [layout(x) for x in drift((2, 3, 6, 6), 5)]
+    expected, _ = run(model, [(x.contiguous().resolve_neg(),) for x in inputs])
+    found, _ = run(model, [(x,) for x in inputs])
+    mixed, _ = run(model, [(x if i % 2 else x.contiguous(),) for i, x in enumerate(inputs)])
+    for outputs in (found, mixed):
+        for a, b in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "sample", "channel", "sample_channel", "group"])
+def test_empty_batches_pass_through(granularity):
+    spec = QuantSpec(4, granularity, group_size=2 if granularity == "group" else None)
+    for modulation in (Modulation(), Modulation(warmup="refine"), None):
+        model = modiff.quantize(
+            nn.Sequential(nn.Conv2d(3, 4, 3)).requires_grad_(False), QuantConfig(spec_w(), spec, modulation)
+        )
+        outputs, counts = run(model, [(torch.empty(0, 3, 5, 5),)] * 3)
+        assert outputs[-1].shape == (0, 4, 3, 3)
+        assert counts.total == 3
+
+
+def spec_w():
+    return QuantSpec(8, "channel")
+
+
+@pytest.mark.parametrize("preset", ["w4a4-modiff", "w4a4-ptq"])
+def test_casting_a_student_does_not_round_its_quantized_weights(preset):
+    model = student(preset)
+    before = {name: m._quantized_weight.clone() for name, m in model.named_modules() if hasattr(m, "_quantized_weight")}
+    model.to(torch.bfloat16)
+    assert model.conv_in.weight.dtype == torch.bfloat16
+    assert len(before) == 3
+    for name, weight in before.items():
+        assert torch.equal(model.get_submodule(name)._quantized_weight, weight)
+    outputs, _ = run(model, noise(2, dtype=torch.bfloat16))
+    assert outputs[-1].dtype == torch.bfloat16
+
+
+def test_state_is_freed_and_its_size_is_that_of_both_caches():
+    model = student(state_dtype="float16")
+    with modiff.trajectory(model) as counts:
+        model(*ARGS)
+        # â in float32: conv_in 3x64, time 4, conv_out 8x64 values; ô in float16: 8x64, 8, 3x64 values; 2 images.
+        assert counts.state_bytes == 2 * (4 * (192 + 4 + 512) + 2 * (512 + 8 + 192))
+        first = counts.caches["conv_in"][0].a_hat
+        model(*ARGS)
+        assert counts.caches["conv_in"][0].a_hat is first  # filled in place
+        kept = weakref.ref(first)
+        del first
+    assert counts.state_bytes == 0
+    assert counts.caches == {}
+    assert kept() is None
+    assert model.conv_in.state._scratch == {}
+
+
+def test_state_is_not_in_the_state_dict():
+    model = student()
+    keys = set(model.state_dict())
+    with modiff.trajectory(model):
+        model(*ARGS)
+        assert set(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("use", [modiff.describe, modiff.restore, lambda model: modiff.trajectory(model).__enter__()])
+def test_what_needs_a_student_says_so(use):
+    with pytest.raises(TrajectoryError, match="Denoiser is not a student. Call modiff.quantize"):
+        use(denoiser())
+
+
+def test_trajectory_errors_are_runtime_errors_too():
+    assert issubclass(TrajectoryError, RuntimeError)
+    assert issubclass(TrajectoryError, ModiffError)
+
+
+def test_hooks_of_a_copy_belong_to_the_copy():
+    model = student()
+    copied = copy.deepcopy(model)
+    with modiff.trajectory(copied) as counts:
+        copied(*ARGS)
+        with modiff.trajectory(model) as others:
+            model(*ARGS)
+    assert (counts.total, others.total) == (1, 1)
+    assert copied.conv_in.state is copied.conv_out.state is not model.conv_in.state
