@@ -1,5 +1,6 @@
 """modiff: training-free quantization of diffusion models."""
 
+from modiff.checkpoint import load, save
 from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.conversion import describe, quantize, restore
 from modiff.cost import cost
@@ -12,7 +13,9 @@ __all__ = [
     "Rule",
     "cost",
     "describe",
+    "load",
     "quantize",
     "restore",
+    "save",
     "trajectory",
 ]

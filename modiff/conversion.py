@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import ConfigError
 from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.operators import OperatorAdapter, find_adapter
 from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.slots import Slot, slots
 from modiff.layers.state import ATTRIBUTE, ModulationState, state_of
 from modiff.quantizers.granularity import activation_partition
+from modiff.quantizers.packing import PackedWeight
 
 RECORD = "_modiff_record"
 
@@ -74,13 +76,25 @@ class Description:
 
 @dataclass
 class Record:
-    """What :func:`quantize` did, kept on the student."""
+    """What :func:`quantize` or :func:`modiff.load` did, kept on the student.
+
+    Args:
+        config: The quantization.
+        keep_teacher: The original weights are still there.
+        description: One row for each operator.
+        names: Every name of each quantized operator, by its first one.
+        hooks: On the student itself.
+        loaded: The student was loaded: nothing says that what the model held before was its teacher.
+        replaced: Tensors of the model that loading replaced.
+    """
 
     config: QuantConfig
     keep_teacher: bool
     description: Description
     names: dict[str, list[str]] = field(default_factory=dict)
     hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    loaded: bool = False
+    replaced: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -103,8 +117,25 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
         The same module, now the student.
 
     Raises:
-        ConfigError: The model has no linear operators or is a student already, a rule's pattern matches nothing, or a
-            granularity does not exist for an operator. The model is then unchanged.
+        ConfigError: The model has no linear operators or is a student already, a rule's pattern matches nothing, a
+            granularity does not exist for an operator, or a weight is no number. The model is then unchanged.
+    """
+    return convert(model, config, keep_teacher)
+
+
+def convert(
+    model: nn.Module, config: QuantConfig, keep_teacher: bool, weights: Mapping[str, PackedWeight] | None = None
+) -> nn.Module:
+    """:func:`quantize`, with quantized weights that are known already.
+
+    Args:
+        model: As for :func:`quantize`.
+        config: Likewise.
+        keep_teacher: Likewise.
+        weights: Quantized weight by operator; None: the model's are rounded to nearest.
+
+    Raises:
+        ConfigError: As for :func:`quantize`.
     """
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
@@ -117,14 +148,14 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
     plans = _plan(model, config)
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
-    built = [(plan, _build(plan, state)) for plan in plans if plan.row.skipped is None]
+    built = [(plan, _build(plan, state, weights)) for plan in plans if plan.row.skipped is None]
     record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
     for plan, operator in built:
         record.names[plan.row.name] = plan.names
         for name in plan.names:
             _set(model, name, operator)
         if not keep_teacher:
-            operator.drop_teacher()
+            operator.drop_original()
     record.hooks = [
         model.register_forward_pre_hook(state.begin_evaluation),
         model.register_forward_hook(state.end_evaluation),
@@ -139,34 +170,73 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
 
     Args:
         student: What :func:`quantize` returned.
-        teacher: Where the weights come from if the student was made with ``keep_teacher=False``.
+        teacher: Where the weights come from if the student was made with ``keep_teacher=False``, or loaded. Of a
+            student loaded into its teacher, the student itself: the model is then as it was before.
 
     Returns:
         The same module, in full precision.
 
     Raises:
-        ConfigError: The weights were not kept and no teacher is given, or it is another model. Nothing is changed then.
+        ConfigError: The weights were not kept and no teacher is given, or the teacher is another architecture. The
+            student is then unchanged.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     state_of(student).refuse_inside("restored")
     record: Record = getattr(student, RECORD)
-    if not record.keep_teacher and teacher is None:
-        raise ConfigError(
-            "The student was made with keep_teacher=False. Give the teacher: restore(student, teacher=...)."
-        )
-    originals = {name: operator.module for name, operator in operators(student).items()}
-    weights = {} if teacher is None else {name: _weights(teacher, name, module) for name, module in originals.items()}
+    if teacher is None and (record.loaded or not record.keep_teacher):
+        why = "was loaded" if record.loaded else "was made with keep_teacher=False"
+        raise ConfigError(f"The student {why}. Give the teacher: restore(student, teacher=...).")
+    if teacher is student and not record.keep_teacher:
+        raise ConfigError("The teacher is the student itself, whose weights were not kept. Give another copy of it.")
+    own = teacher is None or teacher is student
+    copies = [] if own else _tensors_of(teacher, student)  # type: ignore[arg-type]
     for name, names in record.names.items():
-        original = originals[name]
-        if teacher is not None:
-            original.load_state_dict(weights[name])
+        original = student.get_submodule(name).module
+        assert isinstance(original, nn.Module)
         for alias in names:
             _set(student, alias, original)
+    for slot, old in record.replaced if own else []:
+        slot.put(old)
+    _copy(copies)
     for hook in record.hooks:
         hook.remove()
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
+
+
+def _tensors_of(teacher: nn.Module, student: nn.Module) -> list[tuple[Slot, torch.Tensor]]:
+    """The teacher's tensor for each slot of the student."""
+    advice = "Give the model that the student was made from; restore it first if it is a student too."
+    first = next(iter(getattr(student, RECORD).names), "")
+    if hasattr(teacher, ATTRIBUTE):
+        raise ConfigError(
+            f"The teacher given has no full-precision operator {first!r} of the student's shape. {advice}"
+        )
+    theirs = {slot.name: slot.tensor for slot in slots(teacher)}
+    found = []
+    for slot in slots(student):
+        tensor = theirs.get(slot.name)
+        if tensor is None or tensor.shape != slot.shape or tensor.is_meta:
+            module, _, key = slot.name.rpartition(".")
+            has = "none" if tensor is None else f"{list(tensor.shape)} on {tensor.device}"
+            raise ConfigError(
+                f"The teacher given has no full-precision operator {module!r} of the student's shape: the student has "
+                f"{key} {list(slot.shape)}, the teacher {has}. {advice}"
+            )
+        found.append((slot, tensor))
+    return found
+
+
+@torch.no_grad()
+def _copy(copies: list[tuple[Slot, torch.Tensor]]) -> None:
+    """Copy tensors into the slots, in the dtype and on the device that these have."""
+    for slot, tensor in copies:
+        if slot.dropped is None:
+            slot.tensor.copy_(tensor)
+        elif slot.tensor.numel() != tensor.numel():  # else a module with several names, filled already
+            empty = slot.tensor
+            slot.put(nn.Parameter(tensor.to(empty, copy=True), requires_grad=empty.requires_grad))
 
 
 def describe(student: nn.Module) -> Description:
@@ -183,21 +253,6 @@ def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
     """The quantized operators of a student by name, in the order of the walk."""
     state_of(student)
     return {name: student.get_submodule(name) for name in getattr(student, RECORD).names}  # type: ignore[misc]
-
-
-def _weights(teacher: nn.Module, name: str, original: nn.Module) -> dict[str, Tensor]:
-    """The teacher's state dict of operator ``name``, if it fits."""
-    try:
-        found = teacher.get_submodule(name).state_dict()
-    except AttributeError:
-        found = {}
-    expected = {key: value.shape for key, value in original.state_dict().items()}
-    if {key: value.shape for key, value in found.items()} != expected:
-        raise ConfigError(
-            f"The teacher given has no full-precision operator {name!r} of the student's shape. Give the model that "
-            "the student was made from; restore it first if it is a student too."
-        )
-    return found
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:
@@ -288,10 +343,20 @@ def _decide(plan: _Plan, config: QuantConfig) -> Row:
     return Row(name, kind, weight, activation, modulation, pattern)
 
 
-def _build(plan: _Plan, state: ModulationState) -> QuantizedOperator:
+def plan(model: nn.Module, config: QuantConfig) -> Description:
+    """What :func:`quantize` would do.
+
+    Raises:
+        ConfigError: As for :func:`quantize`.
+    """
+    return Description(tuple(plan.row for plan in _plan(model, config)))
+
+
+def _build(plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None) -> QuantizedOperator:
     row = plan.row
     assert plan.adapter is not None
-    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state)
+    packed = None if weights is None or row.weight is None else weights[row.name]
+    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed)
     if row.modulation is None:
         return QuantizedOperator(*args)
     return ModulatedOperator(*args, modulation=row.modulation)

@@ -16,6 +16,7 @@ from modiff.errors import ConfigError
 from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.operators import OperatorAdapter, find_adapter
 from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.slots import slots
 from modiff.layers.state import ATTRIBUTE, trajectory
 
 
@@ -114,16 +115,16 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
 
 
 def weight_bytes(model: nn.Module) -> float:
-    """Bytes of a model's parameters, quantized weights packed at their width with float32 scales."""
-    floats = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    total = 0.0
-    for module in model.modules():
-        if isinstance(module, QuantizedOperator) and module.weight_spec is not None:
-            spec, weight = module.weight_spec, module.weight
-            floats.pop(id(weight), None)  # once only: it may be tied
-            total += weight.numel() * spec.bits / 8
-            total += module.num_weight_scales * (4 if spec.symmetric else 5)
-    return total + sum(floats.values())
+    """Bytes of a model's parameters as :func:`modiff.save` stores them: codes packed, scales float32."""
+    packed = {id(m.module): m.packed for m in model.modules() if isinstance(m, QuantizedOperator) and m.packed}
+    # A parameter that is tied to a quantized weight is still there in full precision.
+    full = {
+        id(s.tensor): s.tensor
+        for s in slots(model)
+        if not s.buffer and not (s.key == "weight" and id(s.owner) in packed)
+    }
+    parts = [t for w in packed.values() for t in (w.codes, w.scale, w.zero_point) if t is not None]
+    return float(sum(t.numel() * t.element_size() for t in (*full.values(), *parts)))
 
 
 def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[int, int]:
@@ -144,7 +145,8 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[i
 
 
 def _row(name: str, module: Any, macs: float, state: float, evaluations: int) -> OperatorCost:
-    full_bits = 8 * module.weight.element_size()
+    original = module.module if isinstance(module, QuantizedOperator) else module
+    full_bits = 8 * original.weight.element_size()
     weight_bits = activation_bits = full_bits
     modulation = None
     if isinstance(module, QuantizedOperator):

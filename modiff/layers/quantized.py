@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from modiff.kernels.simulate import fake_quantize_
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.state import ModulationState
 from modiff.quantizers.granularity import Partition, activation_partition
+from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import round_nearest
 
 
@@ -24,15 +25,16 @@ class QuantizedOperator(nn.Module):
     original would return.
 
     Args:
-        module: The original operator; it is not changed.
+        module: The original operator, kept untouched for :func:`modiff.restore` (but see :meth:`drop_original`).
         name: Its qualified name.
         adapter: How its type applies a weight.
         weight: Weight spec or None.
         activation: Activation spec or None. ``clip`` holds in every call: without state there is no first evaluation.
         state: Shared by all operators of the student.
+        packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
 
     Raises:
-        ConfigError: The original's weight holds NaN or Inf.
+        ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class QuantizedOperator(nn.Module):
         weight: QuantSpec | None,
         activation: QuantSpec | None,
         state: ModulationState,
+        packed: PackedWeight | None = None,
     ) -> None:
         super().__init__()
         self.module: Any = module
@@ -51,50 +54,85 @@ class QuantizedOperator(nn.Module):
         self.weight_spec = weight
         self.activation_spec = activation
         self.state = state
-        self.num_weight_scales = 0
+        self.dropped = False
+        self.packed = packed
         self._partitions: dict[int, Partition] = {}
+        # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
         self._quantized_weight: Tensor | None = None
-        self._shares_weight = False
+        self.layout = memory_format(self.module.weight)
         self.train(module.training)
-        self.quantize_weight()
+        self._weight_arrives = False
+        if packed is None:
+            self.quantize_weight()
         self.register_load_state_dict_pre_hook(self._before_load)
         self.register_load_state_dict_post_hook(self._after_load)
 
     def quantize_weight(self) -> None:
-        """Quantize the original's weight as it is now.
+        """Round the original's weight, as it is now, to nearest.
 
         Raises:
-            ConfigError: It holds NaN or Inf.
+            ConfigError: It is on the meta device, or holds NaN or Inf.
         """
+        weight: Tensor = self.module.weight
         if self.weight_spec is None:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            quantized = round_nearest(self.module.weight, self.weight_spec)
-            values = quantized.dequantize()
-        if not quantized.scale.is_meta and not torch.isfinite(quantized.scale).all():
+        if weight.is_meta:
             raise ConfigError(
-                f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
-                f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
+                f"The weight of operator {self.name!r} is on the meta device. Load the teacher's weights before "
+                "modiff.quantize, or read a saved student with modiff.load."
             )
-        # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
-        self._quantized_weight = values
-        self.num_weight_scales = quantized.num_scales
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = round_nearest(weight, self.weight_spec)
+            if not torch.isfinite(quantized.scale).all():
+                raise ConfigError(
+                    f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
+                    f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
+                )
+            self.packed = PackedWeight.pack(quantized, self.weight_spec)
+        self._quantized_weight = None
+        self.quantized_weight()
 
-    def drop_teacher(self) -> None:
-        """Let go of the original's weight: its parameter shares the memory of the quantized one where dtypes allow.
+    def quantized_weight(self) -> Tensor:
+        """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
+        if self._quantized_weight is None:
+            assert self.packed is not None
+            with torch.inference_mode(False), torch.no_grad():
+                values = self.packed.unpack().dequantize()
+                self._quantized_weight = values.contiguous(memory_format=self.layout)
+        return self._quantized_weight
 
-        The parameter is replaced, not written to: another module may be tied to it.
+    def drop_original(self, dtype: torch.dtype | None = None, layout: torch.memory_format | None = None) -> None:
+        """Free the original's weight; :func:`modiff.restore` then needs the teacher.
+
+        An empty parameter stays in its place, of which other code reads the dtype and device.
+
+        Args:
+            dtype: Of the empty parameter; None: as it was.
+            layout: Of the values in the products; None: as it was.
         """
-        old = self.module.weight
-        if self._quantized_weight is not None and isinstance(old, nn.Parameter):  # else computed by a parametrization
-            self._shares_weight = True
-            self.module.weight = nn.Parameter(self._quantized_weight.to(old.dtype), requires_grad=old.requires_grad)
+        old = self.module._parameters.get("weight")
+        if self.packed is not None and old is not None:  # a parametrized weight is computed: nothing to free
+            empty = torch.empty(0, dtype=dtype or old.dtype, device=self.packed.codes.device)
+            self.module.weight = nn.Parameter(empty, requires_grad=old.requires_grad)
+            self.dropped = True
+        self.layout = layout or self.layout
+
+    @property
+    def num_weight_scales(self) -> int:
+        """How many scales the quantized weight has; 0 in full precision."""
+        return 0 if self.packed is None else self.packed.scale.numel()
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the original's weight."""
+        shape: torch.Size = self.module.weight.shape if self.packed is None else self.packed.shape
+        return shape
 
     @property
     def weight(self) -> Tensor:
-        """The original's parameter; other code reads its dtype and device."""
+        """The original's parameter; where it was dropped, the quantized values in its dtype."""
         weight: Tensor = self.module.weight
-        return weight
+        return self.quantized_weight().to(weight.dtype) if self.dropped else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -126,7 +164,7 @@ class QuantizedOperator(nn.Module):
 
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
-        weight = self.module.weight if self._quantized_weight is None else self._quantized_weight
+        weight = self.module.weight if self.packed is None else self.quantized_weight()
         bias = self.module.bias if with_bias else None
         weight, bias = weight.detach().to(a.dtype), None if bias is None else bias.detach().to(a.dtype)
         if torch.is_autocast_enabled(a.device.type):
@@ -159,26 +197,44 @@ class QuantizedOperator(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_inside("moved or cast")
-        quantized = self._quantized_weight
         super()._apply(fn, recurse)
-        if quantized is not None:
-            weight = self.module.weight
-            self._quantized_weight = quantized.to(weight.device)
-            if self._shares_weight and weight.dtype == quantized.dtype:
-                weight.data = self._quantized_weight
+        if self.packed is not None:
+            probe = torch.empty([2] * len(self.packed.shape), device=self.packed.codes.device)
+            probe = fn(probe.to(memory_format=self.layout))
+            self.layout = memory_format(probe)
+            self.packed = self.packed.to(probe.device)
+            if self._quantized_weight is not None:
+                moved = self._quantized_weight.to(probe.device)
+                self._quantized_weight = moved.contiguous(memory_format=self.layout)
         return self
 
-    def _before_load(self, *_: Any) -> None:
+    def _before_load(self, _: nn.Module, state_dict: Mapping[str, Any], prefix: str, *__: Any) -> None:
         self.state.refuse_inside("loaded into")
+        old = self.module._parameters.get("weight")
+        new = state_dict.get(f"{prefix}module.weight")
+        # The same weight again must not undo another rounding than to nearest.
+        same = new is not None and old is not None and old.shape == new.shape and torch.equal(old, new.to(old))
+        self._weight_arrives = self.packed is not None and not same and (new is not None or old is None)
+        if self.dropped and new is not None and new.shape == self.weight_shape:
+            room = torch.empty(self.weight_shape, dtype=self.module.weight.dtype, device=self.module.weight.device)
+            self.module.weight = nn.Parameter(room, requires_grad=self.module.weight.requires_grad)
 
     def _after_load(self, *_: Any) -> None:
-        self.quantize_weight()
-        if self._shares_weight:
-            self.drop_teacher()
+        if self._weight_arrives and self.module.weight.shape == self.weight_shape:  # else PyTorch says what is wrong
+            self.quantize_weight()
+        if self.dropped:
+            self.drop_original()
 
     def extra_repr(self) -> str:
         """Bits of both sides."""
         return f"weight={self.weight_spec}, activation={self.activation_spec}"
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout of a convolution's weight: contiguous, or channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.ndim, torch.contiguous_format)
+    return last if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() else torch.contiguous_format
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

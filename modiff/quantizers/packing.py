@@ -88,8 +88,8 @@ class PackedWeight:
 
     Args:
         codes: uint8 ``[packed_bytes(shape.numel(), spec.bits)]``.
-        scale: float32, one for each set of the weight's partition, all dims kept: ``[1, 1, ..]`` (``tensor``),
-            ``[out, 1, ..]`` (``channel``) or ``[out, groups, 1, ..]`` (``group``).
+        scale: float32 (float64 for float64 weights), one for each set of the weight's partition, all dims kept:
+            ``[1, 1, ..]`` (``tensor``), ``[out, 1, ..]`` (``channel``) or ``[out, groups, 1, ..]`` (``group``).
         zero_point: uint8 in the shape of ``scale``; None when symmetric.
         shape: Shape of the weight, ``[out, in / groups, *kernel]``.
         spec: The quantizer.
@@ -108,15 +108,15 @@ class PackedWeight:
         expected = packed_bytes(self.shape.numel(), self.spec.bits)
         if self.codes.numel() != expected:
             raise CheckpointError(
-                f"{self.codes.numel()} bytes of codes were given for a weight {list(self.shape)} of {self.spec.bits} bits, "
-                f"which has {expected}. The checkpoint is inconsistent: save it again."
+                f"{self.codes.numel()} bytes of codes were given for a weight {list(self.shape)} of {self.spec.bits} "
+                f"bits, which has {expected}. The checkpoint is inconsistent: save it again."
             )
         scale = list(weight_partition(self.spec).range_shape(self.shape))
         zero_point = scale if self.zero_point is None else list(self.zero_point.shape)
         if list(self.scale.shape) != scale or zero_point != scale:
             raise CheckpointError(
-                f"The scales of a weight {list(self.shape)} have shape {list(self.scale.shape)}, zero points {zero_point}; "
-                f"{self.spec.granularity!r} needs {scale}. The checkpoint is inconsistent: save it again."
+                f"The scales of a weight {list(self.shape)} have shape {list(self.scale.shape)}, zero points "
+                f"{zero_point}; {self.spec.granularity!r} needs {scale}. The checkpoint is inconsistent: save it again."
             )
         if self.spec.symmetric != (self.zero_point is None):
             kind, given = ("symmetric", "were") if self.spec.symmetric else ("asymmetric", "were not")
@@ -134,9 +134,10 @@ class PackedWeight:
     def unpack(self) -> QuantizedWeight:
         """Codes as floats, scales and zero points that broadcast against them: exactly what was packed."""
         partition = weight_partition(self.spec)
-        codes = unpack_codes(self.codes, self.spec.bits, self.shape).float() + self.spec.code_range[0]
+        dtype = self.scale.dtype
+        codes = unpack_codes(self.codes, self.spec.bits, self.shape).to(dtype) + self.spec.code_range[0]
         scale = partition.expand(self.scale, self.shape)
-        zero_point = None if self.zero_point is None else partition.expand(self.zero_point.float(), self.shape)
+        zero_point = None if self.zero_point is None else partition.expand(self.zero_point.to(dtype), self.shape)
         return QuantizedWeight(codes, scale, zero_point, self.scale.numel())
 
     def to(self, device: torch.device | str) -> PackedWeight:
