@@ -87,7 +87,7 @@ def _read(path: Path) -> Any:
         raise CheckpointError(
             f"{str(path)!r} holds more than tensors{f' ({wanted[1]})' if wanted else ''}; loading it could run code, "
             "and modiff reads tensors only. If you trust the file, convert it once where the libraries it needs "
-            "are there: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt'), and give that file."
+            "are there, torch.save(torch.load(path, weights_only=False)['state_dict'], 'new.pt'), and give new.pt."
         ) from error
     except Exception as error:  # both readers raise many kinds on a damaged file
         raise CheckpointError(

@@ -165,7 +165,7 @@ def convert_ldm_unet(
     if (num_heads is None) == (num_head_channels is None):
         raise CheckpointError(
             f"num_heads is {num_heads} and num_head_channels {num_head_channels}; the file does not tell them. Give "
-            "exactly one, from the unet_config of the model (LSUN-Churches: num_heads=8, LSUN-Bedrooms: num_head_channels=32)."
+            "exactly one, from the unet_config of the model (Churches: num_heads=8, Bedrooms: num_head_channels=32)."
         )
     width = num_heads or num_head_channels
     uneven = [c for c in layout["block_out_channels"] if c % width]
@@ -215,7 +215,7 @@ def _layout(state: State) -> dict[str, Any]:
 
 
 def _upsamples(state: State, i: int) -> bool:
-    """Whether an output block ends with an upsampler, behind its residual block and, where there is one, its attention."""
+    """Whether an output block ends with an upsampler, behind its residual block and its attention."""
     ends = [f"output_blocks.{i}.{place}.{leaf}" for place in (1, 2) for leaf in ("conv.weight", "in_layers.0.weight")]
     return any(key in state for key in ends)
 

@@ -95,7 +95,10 @@ class TestEverySampler:
 
     def test_is_a_pure_function(self, unet, noise, name):
         before, state = noise.clone(), torch.get_rng_state()
-        draw(unet, name, noise)
+        scheduler = make_scheduler(name)
+        timesteps = scheduler.timesteps.clone()
+        sample(unet, scheduler, noise, 5, step_noise=step_noise)
+        assert torch.equal(scheduler.timesteps, timesteps)
         assert torch.equal(noise, before)
         assert torch.equal(torch.get_rng_state(), state)
 
