@@ -115,6 +115,9 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
             f"Teacher {spec.title!r}: the files in {folder} are damaged or of another architecture ({first}). "
             "Copy or train them again."
         ) from error
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        # Loaded weights are views into a mapped file whose alignment varies, and with it the last bits of a product.
+        tensor.data = tensor.data.clone()
     size = denoiser.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return Teacher(
