@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from modiff.checkpoint import save
 from modiff.config import QuantConfig
 from modiff.conversion import describe
 from modiff.errors import ConfigError
@@ -29,7 +30,7 @@ from modiff.lit.callbacks.samples import Samples
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.data import NoiseDataModule
 from modiff.lit.report import write_report
-from modiff.lit.rundir import RunDirectory, atomic_write, write_json
+from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
 from modiff.lit.store import BatchStore
 from modiff.lit.student import LitStudent
 from modiff.lit.wandb_logger import finish_wandb, make_wandb_logger
@@ -57,6 +58,16 @@ class StudentCLI(ModiffCLI):
             parser.set_defaults({"model.config": dataclasses.asdict(QuantConfig.preset(preset))})
         super().parse_arguments(parser, args)
         self.config.model.preset = None
+        if self.config.ckpt is not None and self.config.model.config is not None:
+            raise ConfigError(
+                f"--ckpt {self.config.ckpt} holds a quantization of its own, but the recipe gives one too. Add "
+                "--model.preset null (and --model.config null), or remove --ckpt."
+            )
+
+    def instantiate_classes(self) -> None:
+        """Build; the student comes from ``--ckpt`` where that is given."""
+        super().instantiate_classes()
+        self.model.ckpt = self.config.ckpt
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run: everything that the images and figures depend on."""
@@ -67,6 +78,7 @@ class StudentCLI(ModiffCLI):
             "batch_size": config.data.batch_size,
             "seed": config.seed,
             "precision": config.trainer.precision,
+            "ckpt": None if config.ckpt is None else digest((Path(config.ckpt) / "config.json").read_text()),
         }
 
     @property
@@ -128,16 +140,16 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     Raises:
         ConfigError: Nothing is quantized, or the directory holds another run.
     """
-    if cli.model.config is None:
+    if cli.model.config is None and cli.config.ckpt is None:
         raise ConfigError(
-            "Nothing is quantized: give --model.preset, for example w8a4-modiff, or --model.config. "
+            "Nothing is quantized: give --model.preset, for example w8a4-modiff, --model.config or --ckpt. "
             "`modiff sample` draws with the teacher alone."
         )
+    cli.model.configure_model()
     run = cli.output_directory(cli.identity())
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return json.loads((run.path / "metrics.json").read_text())
-    cli.model.configure_model()
     fidelity = Fidelity.of(cli.model)
     module = prepare(cli, run)
     module.teacher_store = BatchStore(teacher_images) if teacher_images else None
@@ -271,9 +283,23 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def quantize(args: Sequence[str]) -> int:
+    """``modiff quantize``: pack the student of a recipe into ``--output``, to be read by ``--ckpt`` or ``modiff.load``."""
+    cli = StudentCLI("quantize", args)
+    if cli.model.config is None:
+        raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
+    cli.model.configure_model()
+    folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
+    save(cli.model.student, folder, teacher=cli.model.spec.title, overwrite=cli.config.overwrite)
+    stored = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    print(f"{folder}: {stored:.2f} MiB. Use it: modiff evaluate --ckpt {folder}, or modiff.load({str(folder)!r}, denoiser).")
+    return 0
+
+
 def sample(args: Sequence[str]) -> int:
     """``modiff sample``: images only; with no quantization, the teacher's."""
     cli = StudentCLI("sample", args)
+    cli.model.configure_model()
     run = cli.output_directory(cli.identity())
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")

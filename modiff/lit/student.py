@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from modiff.checkpoint import load
 from modiff.config import QuantConfig
 from modiff.conversion import quantize
 from modiff.errors import ConfigError
@@ -66,6 +67,7 @@ class LitStudent(LightningModule):
         self.features = features
         self.reference = reference
         self.seed = 0
+        self.ckpt: str | None = None
         self.store: BatchStore | None = None
         self.teacher_store: BatchStore | None = None
         self.loaded: Teacher | None = None
@@ -80,9 +82,11 @@ class LitStudent(LightningModule):
         self.loaded = load_teacher(self.spec)
         set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
         self.teacher = self.loaded.denoiser
-        if self.config is not None:
-            shared = {id(p): p for p in (*self.teacher.parameters(), *self.teacher.buffers())}
-            self.student = quantize(copy.deepcopy(self.teacher, shared), self.config)
+        if self.config is None and self.ckpt is None:
+            return
+        shared = {id(p): p for p in (*self.teacher.parameters(), *self.teacher.buffers())}
+        base = copy.deepcopy(self.teacher, shared)
+        self.student = quantize(base, self.config) if self.config is not None else load(self.ckpt, copy.deepcopy(base))
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
