@@ -45,7 +45,7 @@ def train(args: Sequence[str]) -> int:
     if config.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
     trainer = cli.make_trainer(
-        callbacks, logger=CSVLogger(run.path, name="", version="logs"), default_root_dir=run.path
+        callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path
     )
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
