@@ -1,6 +1,6 @@
 """Bits against quality on the packaged teacher, three seeds: writes mnist_bits.md and mnist_bits.json beside itself.
 
-python benchmarks/mnist_bits.py [--seeds 0 1 2] [--num_images 128] [--output runs/mnist_bits]
+python benchmarks/mnist_bits.py [--seeds 0 1 2] [--num_images 64] [--output runs/mnist_bits]
 
 Interrupted, it goes on where it stopped. Every row is a run of `modiff evaluate`; its command stands in the JSON.
 """
@@ -52,7 +52,7 @@ def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_images", type=int, default=128)
+    parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("runs/mnist_bits"))
     parser.add_argument("--part", choices=("all", "preset", OTHER_SYMMETRY), default="all", help="to run two at once")
     args = parser.parse_args()
