@@ -38,7 +38,12 @@ def rows() -> list[tuple[str, int, str, list[str]]]:
     for bits in BITS:
         for arm in ("ptq", "modiff"):
             symmetric = arm == "ptq" or bits < 6
-            options = ["--model.preset", f"w8a{bits}-{arm}", "--model.config.activation.symmetric", str(symmetric).lower()]
+            options = [
+                "--model.preset",
+                f"w8a{bits}-{arm}",
+                "--model.config.activation.symmetric",
+                str(symmetric).lower(),
+            ]
             found.append((arm, bits, OTHER_SYMMETRY, options))
     return found
 
@@ -101,7 +106,10 @@ def markdown(results: list[dict[str, Any]], args: argparse.Namespace, provenance
             values = [mean([r[key] for r in cells[arm, bits, "preset"]]) for arm in ARMS]
             lines.append(f"| A{bits} | " + " | ".join(values) + " |")
     lines += ["", "## Symmetry: PSNR, dB", "", "The presets take the better one of each pair.", ""]
-    lines += ["| activations | ptq, asymmetric | ptq, symmetric | modiff, asymmetric | modiff, symmetric |", "|---|---|---|---|---|"]
+    lines += [
+        "| activations | ptq, asymmetric | ptq, symmetric | modiff, asymmetric | modiff, symmetric |",
+        "|---|---|---|---|---|",
+    ]
     for bits in BITS:
         symmetric_preset = {"ptq": False, "modiff": bits >= 6}
         values = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from functools import partial
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
@@ -13,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.training import TrainingSamples
 from modiff.lit.data import ImageDataModule
+from modiff.lit.rundir import atomic_write
+from modiff.lit.running import interruptible, rank_zero
 
 
 class TrainCLI(ModiffCLI):
@@ -20,7 +23,7 @@ class TrainCLI(ModiffCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of training only."""
-        parser.add_argument("--ema_decay", type=Optional[float], default=0.999, help="Of the averaged weights.")
+        parser.add_argument("--ema_decay", type=float | None, default=0.999, help="Of the averaged weights.")
         parser.add_argument("--sample_images", type=int, default=40, help="Images drawn at each validation; 0: none.")
         parser.add_argument("--checkpoint_every", type=int, default=250, help="Optimizer steps between checkpoints.")
 
@@ -33,8 +36,8 @@ def train(args: Sequence[str]) -> int:
     config = cli.config
     data = {k: v for k, v in config.data.as_dict().items() if k != "path"}
     run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
-    run.claim(cli.recipe)
-    (run.path / "config.yaml").write_text(cli.dump())
+    rank_zero(run.claim, cli.recipe)
+    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
         LearningRateMonitor("step"),
@@ -44,15 +47,11 @@ def train(args: Sequence[str]) -> int:
         callbacks.append(TrainingSamples(run.path / "samples", config.sample_images))
     if config.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
-    trainer = cli.make_trainer(
-        callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path
-    )
+    trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path)
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
-    if trainer.interrupted:
-        run.mark("interrupted")
-        raise KeyboardInterrupt
+    fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
+    interruptible(run, trainer, fit)
     if trainer.is_global_zero:
         cli.model.export(run.path / "export")
         run.mark("complete")

@@ -17,6 +17,8 @@ from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
 from modiff.metrics.trajectory import psnr_db, relative_l2
 
+NO_FEATURES = "the teacher has no feature network; give model.features"
+
 
 class Fidelity(Callback):
     """Fréchet distances, PSNR and relative L2 error, over all ranks.
@@ -93,5 +95,5 @@ class Fidelity(Callback):
             "teacher": results.get("teacher", {"fid": None}),
             "student": student,
             "features": results.get("features", {"network": None, "num_features": None, "num_images": None}),
-            "reasons": results.get("reasons", {"student.fid": "the teacher has no feature network; give model.features"}),
+            "reasons": results.get("reasons", {"student.fid": NO_FEATURES}),
         }
