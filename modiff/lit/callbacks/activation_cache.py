@@ -76,10 +76,12 @@ class ActivationCache(Callback):
         needed = self.state_mib_per_image * batch_size
         free = free_mib(module.device)
         if needed > free:
-            fits = int(free * 0.8 / self.state_mib_per_image)
+            fits = min(
+                int(free * 0.8 / self.state_mib_per_image) or int(free / self.state_mib_per_image), batch_size - 1
+            )
+            fix = f"use batch {fits} (--data.batch_size {fits})" if fits else "not even one image fits; free memory"
             raise ConfigError(
-                f"The state of a batch of {batch_size} needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB: use "
-                f"batch {max(fits, 1)} (--data.batch_size {max(fits, 1)})."
+                f"The state of a batch of {batch_size} needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB: {fix}."
             )
 
 
