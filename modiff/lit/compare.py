@@ -122,9 +122,12 @@ def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
     for name, other in found.items():
         for key, value in other.items():
             if value != first[key]:
+                option = {"num_images": "--num_images", "seed": "--seed", "batch_size": "--data.batch_size"}.get(
+                    key, f"--trainer.{key}" if key == "precision" else f"--model.{key}"
+                )
                 raise ConfigError(
                     f"{first_name} and {name} differ in {key} ({first[key]!r} and {value!r}), so they have different "
-                    f"teacher images. Set it for all of them, for example --model.{key} {first[key]!r}."
+                    f"teacher images. Set it for all of them, for example {option} {first[key]}."
                 )
     return first
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
+from modiff.errors import CheckpointError
 from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.training import TrainingSamples
 from modiff.lit.data import ImageDataModule
@@ -28,14 +30,27 @@ class TrainCLI(ModiffCLI):
         parser.add_argument("--checkpoint_every", type=int, default=250, help="Optimizer steps between checkpoints.")
 
 
-def train(args: Sequence[str]) -> int:
-    """Train, resuming from the last checkpoint of the same run; then export."""
-    cli = TrainCLI(
+def make_cli(args: Sequence[str]) -> TrainCLI:
+    """Parse and build."""
+    return TrainCLI(
         "train", args, model_class=LightningModule, datamodule_class=ImageDataModule, subclass_mode_model=True
     )
+
+
+def train(args: Sequence[str]) -> int:
+    """Train, resuming from the last checkpoint of the same run; then export.
+
+    Raises:
+        ConfigError: A field is wrong, or the data cannot be used; nothing is written then.
+        CheckpointError: ``--ckpt`` does not exist.
+    """
+    cli = make_cli(args)
     config = cli.config
+    if config.ckpt is not None and not Path(config.ckpt).is_file():
+        raise CheckpointError(f"--ckpt {config.ckpt} does not exist. Give a file of Lightning, such as last.ckpt.")
     data = {k: v for k, v in config.data.as_dict().items() if k != "path"}
     run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
+    rank_zero(cli.datamodule.setup, "fit")  # wrong data is refused before anything is written
     rank_zero(run.claim, cli.recipe)
     rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
     folder = run.path / "checkpoints"

@@ -69,12 +69,18 @@ class Writer:
         """Numbers to every logger, pictures to W&B."""
         numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, (int, float))}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=0)
-            logger.save()
-        if self.logger is not None:
+            if logger is not self.logger:
+                logger.log_metrics(numbers, step=0)
+                logger.save()
+        if self.logger is None:
+            return
+        try:
+            self.logger.log_metrics(numbers, step=0)
             for name in ("samples", "trajectory_errors", "cost"):
                 if (folder / f"{name}.png").is_file():
                     self.logger.log_image(name, [str(folder / f"{name}.png")])
+        except Exception as error:  # whatever W&B raises must not stop a run
+            print(f"W&B: logging failed ({type(error).__name__}: {error}); everything is in {folder}.")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
