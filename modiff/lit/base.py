@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.progress import progress_bar
+from modiff.lit.launchers import check_world_size
 from modiff.lit.rundir import RunDirectory
 
 FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
@@ -46,10 +47,10 @@ class ModiffCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The shared options."""
-        parser.add_argument("--output", type=Optional[str], default=None, help="Directory; default runs/<recipe>.")
+        parser.add_argument("--output", type=str | None, default=None, help="Directory; default runs/<recipe>.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace another run in --output.")
-        parser.add_argument("--num_images", type=Optional[int], default=None, help="Images to draw.")
-        parser.add_argument("--ckpt", type=Optional[str], default=None, help="Checkpoint to start from.")
+        parser.add_argument("--num_images", type=int | None, default=None, help="Images to draw.")
+        parser.add_argument("--ckpt", type=str | None, default=None, help="Checkpoint to start from.")
         parser.add_argument("--seed", type=int, default=0, help="Image i depends on the seed and on i only.")
         parser.add_argument(
             "--wandb",
@@ -67,6 +68,7 @@ class ModiffCLI(LightningCLI):
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
+        check_world_size(self.config.trainer)
 
     def instantiate_classes(self) -> None:
         """Build; fields that only their class can check are refused here, as plainly."""

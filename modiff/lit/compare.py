@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
@@ -15,11 +15,14 @@ from torch import Tensor
 from modiff.errors import ConfigError
 from modiff.lit import plots
 from modiff.lit.base import plain_error, recipe_name
-from modiff.lit.evaluate import StudentCLI, evaluate_recipe, rank_zero
+from modiff.lit.evaluate import evaluate_recipe
 from modiff.lit.pictures import labelled_rows, save_picture
 from modiff.lit.report import markdown_table, metrics_table, write_compare_report
 from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
+from modiff.lit.running import rank_zero
+from modiff.lit.student_cli import StudentCLI
 
+TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
 
 
@@ -34,9 +37,9 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("recipes", nargs="+", type=str, help="Recipe files of modiff evaluate.")
     parser.add_argument("--output", type=str, default="runs/compare", help="Directory of the comparison.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace another run in --output.")
-    parser.add_argument("--num_images", type=Optional[int], default=None, help="Images; None: what the recipes say.")
-    parser.add_argument("--ckpt", type=Optional[str], default=None, help="Checkpoint to start from.")
-    parser.add_argument("--seed", type=Optional[int], default=None, help="Seed; None: what the recipes say.")
+    parser.add_argument("--num_images", type=int | None, default=None, help="Images; None: what the recipes say.")
+    parser.add_argument("--ckpt", type=str | None, default=None, help="Checkpoint to start from.")
+    parser.add_argument("--seed", type=int | None, default=None, help="Seed; None: what the recipes say.")
     parser.add_argument(
         "--wandb", type=Literal["auto", "online", "offline", "disabled"], default="auto", help="Weights & Biases."
     )
@@ -55,13 +58,15 @@ def compare(args: Sequence[str]) -> int:
     # Every recipe is parsed before anything is written or drawn.
     clis = {name: _parse(name, path, options, forwarded) for name, path in zip(names, options.recipes, strict=True)}
     shared = shared_identity(clis)
-    run = RunDirectory(folder, {"command": "compare", "recipes": {n: c.identity() for n, c in clis.items()}}, options.overwrite)
+    identity = {"command": "compare", "recipes": {name: cli.identity() for name, cli in clis.items()}}
+    run = RunDirectory(folder, identity, options.overwrite)
     rank_zero(run.claim, "compare")
     teacher_images = folder / "teacher"
     rows: list[tuple[str, dict[str, Any]]] = []
     try:
         for position, (name, cli) in enumerate(clis.items(), start=1):
-            rank_zero(print, f"\n[{position}/{len(clis)}] {name}: {cli.num_images} images, {cli.config.model.steps} steps")
+            images = f"{cli.num_images} images, {cli.config.model.steps} steps"
+            rank_zero(print, f"\n[{position}/{len(clis)}] {name}: {images}")
             rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{digest(shared)}")))
     except KeyboardInterrupt:
         rank_zero(run.mark, "interrupted")
@@ -112,14 +117,17 @@ def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
     for name, cli in clis.items():
         identity = cli.identity()
         model = identity.pop("model")
-        found[name] = {**identity, **{k: model[k] for k in ("teacher", "scheduler", "steps", "eta", "features", "reference")}}
+        found[name] = {**identity, **{key: model[key] for key in TEACHER_FIELDS}}
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
         for key, value in other.items():
             if value != first[key]:
+                option = {"num_images": "--num_images", "seed": "--seed", "batch_size": "--data.batch_size"}.get(
+                    key, f"--trainer.{key}" if key == "precision" else f"--model.{key}"
+                )
                 raise ConfigError(
                     f"{first_name} and {name} differ in {key} ({first[key]!r} and {value!r}), so they have different "
-                    f"teacher images. Set it for all of them, for example --model.{key} {first[key]!r}."
+                    f"teacher images. Set it for all of them, for example {option} {first[key]}."
                 )
     return first
 

@@ -97,6 +97,8 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         if channels not in (1, 3):
             raise ConfigError(f"data.channels is {channels}; allowed are 1 (grey) and 3 (RGB).")
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size is {batch_size}; allowed are whole numbers, 1 or more.")
         if path is not None and not Path(path).exists():
             raise ConfigError(f"data.path {path!r} does not exist. Give a folder with parquet files or images.")
         self.name = name
@@ -117,8 +119,18 @@ class ImageDataModule(LightningDataModule):
         """Decode all images into memory."""
         if self.train_set is None:
             splits = self._load()
+            if not {"train", "test"} <= set(splits):
+                raise ConfigError(
+                    f"Data set {self.name!r} has the splits {', '.join(splits)}; needed are train and test. Give a "
+                    "folder with both: --data.path FOLDER."
+                )
             self.train_set = self._decode(splits["train"], self.limit_train)
             self.test_set = self._decode(splits["test"], None)
+            if len(self.train_set) < self.batch_size:
+                raise ConfigError(
+                    f"data.batch_size is {self.batch_size}, but there are only {len(self.train_set)} training images. "
+                    "Use a smaller batch."
+                )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches; incomplete ones are dropped."""
@@ -151,10 +163,14 @@ class ImageDataModule(LightningDataModule):
             return self._load_from_hub()
         folder = Path(self.path)
         files = {split: sorted(str(f) for f in folder.glob(f"{split}*.parquet")) for split in ("train", "test")}
-        if all(files.values()):
-            return datasets.load_dataset("parquet", data_files=files)
-        if (folder / "train").is_dir() and (folder / "test").is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(folder))
+        try:
+            if all(files.values()):
+                return datasets.load_dataset("parquet", data_files=files)
+            if (folder / "train").is_dir() and (folder / "test").is_dir():
+                return datasets.load_dataset("imagefolder", data_dir=str(folder))
+        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ConfigError(f"data.path {self.path!r} cannot be read ({reason}). Copy the files again.") from error
         raise ConfigError(
             f"data.path {self.path!r} holds neither train*.parquet and test*.parquet nor train/ and test/ folders."
         )
@@ -191,7 +207,7 @@ class ImageDataModule(LightningDataModule):
         out = torch.zeros(len(split), self.channels, size, size, dtype=torch.uint8)
         for i, image in enumerate(split[column]):
             if max(image.size) > size:
-                raise ConfigError(f"Image {i} is {image.size}, larger than data.image_size {size}.")
+                raise ConfigError(f"Image {i} is {image.size}, larger than data.image_size {size}. Raise it.")
             pixels = torch.from_numpy(np.array(image.convert(mode)))
             pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
             top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2

@@ -2,124 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from modiff.checkpoint import save
-from modiff.config import QuantConfig
-from modiff.conversion import describe
 from modiff.errors import ConfigError
-from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.activation_cache import ActivationCache
 from modiff.lit.callbacks.costs import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
-from modiff.lit.data import NoiseDataModule
-from modiff.lit.report import write_report
-from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
+from modiff.lit.rundir import RunDirectory, atomic_write, write_json
+from modiff.lit.running import interruptible, rank_zero
 from modiff.lit.store import BatchStore
 from modiff.lit.student import LitStudent
+from modiff.lit.student_cli import StudentCLI
 from modiff.lit.wandb_logger import finish_wandb, make_wandb_logger
-from modiff.lit import plots
-
-
-class StudentCLI(ModiffCLI):
-    """The commands that draw images: a LitStudent and a NoiseDataModule."""
-
-    def __init__(self, command: str, args: Sequence[str]) -> None:
-        super().__init__(command, args, model_class=LitStudent, datamodule_class=NoiseDataModule)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of drawing only."""
-        parser.add_argument("--save_images", type=bool, default=False, help="Write every image as a PNG file.")
-        parser.add_argument("--sample_count", type=int, default=24, help="Samples in samples.png.")
-        parser.add_argument("--error_images", type=int, default=4, help="Samples for the error curves; 0: none.")
-        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of the timing; 0: none.")
-        parser.link_arguments("num_images", "data.num_images")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Expand the preset first, so that ``--model.config.FIELD`` overrides one of its fields."""
-        preset = find_preset(args)
-        if preset is not None:
-            parser.set_defaults({"model.config": dataclasses.asdict(QuantConfig.preset(preset))})
-        super().parse_arguments(parser, args)
-        self.config.model.preset = None
-        if self.config.ckpt is not None and self.config.model.config is not None:
-            raise ConfigError(
-                f"--ckpt {self.config.ckpt} holds a quantization of its own, but the recipe gives one too. Add "
-                "--model.preset null (and --model.config null), or remove --ckpt."
-            )
-
-    def instantiate_classes(self) -> None:
-        """Build; the student comes from ``--ckpt`` where that is given."""
-        super().instantiate_classes()
-        self.model.ckpt = self.config.ckpt
-
-    def identity(self) -> dict[str, Any]:
-        """What makes a run the same run: everything that the images and figures depend on."""
-        config = self.config
-        return {
-            "model": config.model.as_dict(),
-            "num_images": self.num_images,
-            "batch_size": config.data.batch_size,
-            "seed": config.seed,
-            "precision": config.trainer.precision,
-            "ckpt": None if config.ckpt is None else digest((Path(config.ckpt) / "config.json").read_text()),
-        }
-
-    @property
-    def num_images(self) -> int:
-        """Images to keep."""
-        return int(self.datamodule.num_images)
-
-
-def find_preset(args: Sequence[str]) -> str | None:
-    """The preset that recipes and command line ask for, the last one winning.
-
-    Raises:
-        ConfigError: A recipe or the command line gives a preset and a whole config.
-    """
-    preset, config_in = None, None
-    tokens = list(args)
-    for i, token in enumerate(tokens):
-        key, equals, value = token.partition("=")
-        value = value if equals else (tokens[i + 1] if i + 1 < len(tokens) else "")
-        if key in ("--config", "-c"):
-            model = _read_yaml(value).get("model") or {}
-            if isinstance(model, dict):
-                preset = model.get("preset", preset)
-                config_in = value if model.get("config") is not None else config_in
-        elif key == "--model.preset":
-            preset = None if value in ("null", "None") else value
-        elif key == "--model.config" and value not in ("null", "None"):
-            config_in = "the command line"
-    if preset is not None and config_in is not None:
-        raise ConfigError(f"preset {preset!r} and a config (in {config_in}) are both given. Remove one of them.")
-    return preset
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path} does not exist. Give a recipe, such as recipes/mnist/w8a4_modiff.yaml.")
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}".replace("\n", " ")) from error
-    return content if isinstance(content, dict) else {}
+from modiff.lit.writer import Writer
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -191,100 +97,8 @@ def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
     return module
 
 
-def interruptible(run: RunDirectory, trainer: Trainer, work: Callable[[], Any]) -> None:
-    """Run; after Ctrl-C mark the partial output as such and raise KeyboardInterrupt (Lightning would exit)."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        work()
-    except SystemExit as error:
-        if not trainer.interrupted:
-            raise
-        signal.signal(signal.SIGINT, handler)
-        rank_zero(run.mark, "interrupted")
-        raise KeyboardInterrupt from error
-
-
-def rank_zero(function: Callable[..., Any], *args: Any) -> None:
-    """Call on rank 0 only, before there is a process group."""
-    if rank_zero_only.rank in (None, 0):
-        function(*args)
-
-
-class Writer:
-    """Turns the results of a finished run into files.
-
-    Args:
-        cli: The parsed recipe.
-        run: Its directory.
-        logger: W&B, or None.
-    """
-
-    def __init__(self, cli: StudentCLI, run: RunDirectory, logger: Any) -> None:
-        self.cli, self.run, self.logger = cli, run, logger
-
-    def write(self, trainer: Trainer, module: LitStudent, seconds: float) -> None:
-        """Write metrics.json, pictures and the report; then drop the batches kept for resuming."""
-        results, folder = module.results, self.run.path
-        metrics = self.metrics(results, seconds)
-        errors, rows = results.get("errors"), results["cost_rows"]
-        if errors:
-            plots.trajectory_errors_plot(errors, folder / "trajectory_errors.png", self.cli.recipe)
-            write_json(folder / "trajectory_errors.json", errors)
-        plots.cost_plot(rows, folder / "cost.png")
-        write_json(folder / "cost.json", rows)
-        write_report(
-            folder,
-            recipe=self.cli.recipe,
-            metrics=metrics,
-            errors=errors,
-            cost_rows=rows,
-            config_yaml=self.cli.dump(),
-            description=str(describe(module.student)),  # type: ignore[arg-type]
-        )
-        write_json(folder / "metrics.json", metrics)
-        self.log(trainer, metrics, folder)
-        self.run.mark("complete")
-        shutil.rmtree(folder / "partial", ignore_errors=True)
-
-    def metrics(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The content of metrics.json."""
-        return {
-            **results["fidelity"],
-            "cost": results["cost"],
-            "evaluations": results["evaluations"],
-            "num_images": self.cli.num_images,
-            "seconds": seconds,
-            **results.get("timing", {"seconds_per_image_evaluation": None, "time_ratio": None}),
-            "seed": self.cli.config.seed,
-            "provenance": results["provenance"],
-        }
-
-    def log(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
-        """Numbers to every logger, pictures to W&B."""
-        numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, (int, float))}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=0)
-            logger.save()
-        if self.logger is not None:
-            for name in ("samples", "trajectory_errors", "cost"):
-                if (folder / f"{name}.png").is_file():
-                    self.logger.log_image(name, [str(folder / f"{name}.png")])
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted names.
-
-    >>> flatten({"a": {"b": 1}, "c": 2})
-    {'a.b': 1, 'c': 2}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
 def quantize(args: Sequence[str]) -> int:
-    """``modiff quantize``: pack the student of a recipe into ``--output``, to be read by ``--ckpt`` or ``modiff.load``."""
+    """``modiff quantize``: pack the student of a recipe into ``--output``, for ``--ckpt`` or ``modiff.load``."""
     cli = StudentCLI("quantize", args)
     if cli.model.config is None:
         raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
@@ -292,7 +106,8 @@ def quantize(args: Sequence[str]) -> int:
     folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
     save(cli.model.student, folder, teacher=cli.model.spec.title, overwrite=cli.config.overwrite)
     stored = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    print(f"{folder}: {stored:.2f} MiB. Use it: modiff evaluate --ckpt {folder}, or modiff.load({str(folder)!r}, denoiser).")
+    use = f"modiff evaluate --ckpt {folder}, or modiff.load({str(folder)!r}, denoiser)"
+    print(f"{folder}: {stored:.2f} MiB. Use it: {use}.")
     return 0
 
 
@@ -312,9 +127,7 @@ def sample(args: Sequence[str]) -> int:
         Samples(run.path, config.sample_count, save_images=True),
     ]
     trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
-    interruptible(
-        run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False)
-    )
+    interruptible(run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
     if trainer.is_global_zero:
         facts = {"num_images": cli.num_images, "seed": config.seed, **module.results}
         write_json(run.path / "sample.json", facts)

@@ -167,7 +167,7 @@ def _headline_tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Html:
-    student, teacher, seconds = metrics["student"], metrics["teacher"], metrics["seconds_per_image_evaluation"]
+    student, teacher, seconds = metrics["student"], metrics["teacher"], metrics["seconds_per_image_evaluation"] or {}
     missing = missing_reasons(metrics)
 
     def text(key: str, value: float | None, unit: str = "") -> str:

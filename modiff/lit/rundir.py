@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError
 
 from modiff.errors import ConfigError
 
@@ -16,12 +20,23 @@ MARKER = "run.json"
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` on a temporary neighbour of ``path``, then rename it: readers see the whole file or none."""
+    """Call ``write`` on a temporary neighbour of ``path``, then rename it: readers see the whole file or none.
+
+    Raises:
+        OSError: The file cannot be written (a full disk, no rights); what was at ``path`` is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:  # safetensors wraps the system's error in one of its own
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,8 +85,8 @@ class RunDirectory:
             if overwrite:
                 self._stale = True
             return
-        if overwrite and old:
-            self._stale = True
+        if (overwrite and old) or (old is None and rank_zero_only.rank not in (None, 0)):
+            self._stale = True  # a rank that is not 0 may look while rank 0, which decides, claims the directory
             return
         holds = f"another run ({old.get('name', 'unknown')})" if old else "files that are not a run of modiff"
         fix = "add --overwrite true to replace it, or give another --output" if old else "give another --output"

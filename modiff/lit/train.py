@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
+from modiff.errors import CheckpointError
 from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.training import TrainingSamples
 from modiff.lit.data import ImageDataModule
+from modiff.lit.rundir import atomic_write
+from modiff.lit.running import interruptible, rank_zero
 
 
 class TrainCLI(ModiffCLI):
@@ -20,21 +25,34 @@ class TrainCLI(ModiffCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of training only."""
-        parser.add_argument("--ema_decay", type=Optional[float], default=0.999, help="Of the averaged weights.")
+        parser.add_argument("--ema_decay", type=float | None, default=0.999, help="Of the averaged weights.")
         parser.add_argument("--sample_images", type=int, default=40, help="Images drawn at each validation; 0: none.")
         parser.add_argument("--checkpoint_every", type=int, default=250, help="Optimizer steps between checkpoints.")
 
 
-def train(args: Sequence[str]) -> int:
-    """Train, resuming from the last checkpoint of the same run; then export."""
-    cli = TrainCLI(
+def make_cli(args: Sequence[str]) -> TrainCLI:
+    """Parse and build."""
+    return TrainCLI(
         "train", args, model_class=LightningModule, datamodule_class=ImageDataModule, subclass_mode_model=True
     )
+
+
+def train(args: Sequence[str]) -> int:
+    """Train, resuming from the last checkpoint of the same run; then export.
+
+    Raises:
+        ConfigError: A field is wrong, or the data cannot be used; nothing is written then.
+        CheckpointError: ``--ckpt`` does not exist.
+    """
+    cli = make_cli(args)
     config = cli.config
+    if config.ckpt is not None and not Path(config.ckpt).is_file():
+        raise CheckpointError(f"--ckpt {config.ckpt} does not exist. Give a file of Lightning, such as last.ckpt.")
     data = {k: v for k, v in config.data.as_dict().items() if k != "path"}
     run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
-    run.claim(cli.recipe)
-    (run.path / "config.yaml").write_text(cli.dump())
+    rank_zero(cli.datamodule.setup, "fit")  # wrong data is refused before anything is written
+    rank_zero(run.claim, cli.recipe)
+    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
         LearningRateMonitor("step"),
@@ -44,15 +62,11 @@ def train(args: Sequence[str]) -> int:
         callbacks.append(TrainingSamples(run.path / "samples", config.sample_images))
     if config.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
-    trainer = cli.make_trainer(
-        callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path
-    )
+    trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path)
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
-    if trainer.interrupted:
-        run.mark("interrupted")
-        raise KeyboardInterrupt
+    fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
+    interruptible(run, trainer, fit)
     if trainer.is_global_zero:
         cli.model.export(run.path / "export")
         run.mark("complete")

@@ -27,6 +27,7 @@ def indexed_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], str
     """
     out = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in enumerate(indices):
-        bits = np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
+        key, counter = np.array([seed, index], np.uint64), np.array([0, 0, 0, stream], np.uint64)
+        bits = np.random.Philox(key=key, counter=counter)
         np.random.Generator(bits).standard_normal(out=out[row], dtype=np.float32)
     return torch.from_numpy(out)

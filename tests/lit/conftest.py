@@ -31,11 +31,17 @@ trainer:
 """
 
 
+@pytest.fixture(scope="session")
+def recipe_text(tiny_teacher: Path, tiny_features: Path) -> str:
+    """A recipe of ``modiff evaluate``: 8 images in batches of 4, 4 steps."""
+    return RECIPE.format(teacher=tiny_teacher, features=tiny_features)
+
+
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_teacher: Path, tiny_features: Path) -> Path:
-    """A recipe file of ``modiff evaluate``."""
+def recipe(tmp_path: Path, recipe_text: str) -> Path:
+    """The same as a file."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE.format(teacher=tiny_teacher, features=tiny_features))
+    path.write_text(recipe_text)
     return path
 
 

@@ -73,14 +73,13 @@ class ActivationCache(Callback):
     def _refuse_overflow(self, module: LitStudent, batch_size: int) -> None:
         x = module.noise(torch.zeros(1, dtype=torch.long))
         self.state_mib_per_image = cost(module.student, x, 0).state_mib_per_image
-        needed = self.state_mib_per_image * batch_size
-        free = free_mib(module.device)
+        each = self.state_mib_per_image
+        needed, free = each * batch_size, free_mib(module.device)
         if needed > free:
-            fits = int(free * 0.8 / self.state_mib_per_image)
-            raise ConfigError(
-                f"The state of a batch of {batch_size} needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB: use "
-                f"batch {max(fits, 1)} (--data.batch_size {max(fits, 1)})."
-            )
+            fits = min(int(0.8 * free / each) or int(free / each), batch_size - 1)
+            fix = f"use batch {fits} (--data.batch_size {fits})" if fits else "not even one image fits; free memory"
+            sizes = f"needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB"
+            raise ConfigError(f"The state of a batch of {batch_size} {sizes}: {fix}.")
 
 
 def free_mib(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from modiff.errors import ConfigError
 from modiff.lit.student import LitStudent, to_unit_range
@@ -16,6 +16,8 @@ from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
 from modiff.metrics.trajectory import psnr_db, relative_l2
+
+NO_FEATURES = "the teacher has no feature network; give model.features"
 
 
 class Fidelity(Callback):
@@ -48,7 +50,8 @@ class Fidelity(Callback):
             network = load_feature_network(features)
             num_features = count_features(network, torch.zeros(2, *sample_shape))
             self.images = ImageFidelity(network, statistics, num_features)
-        self.psnr, self.pairs, self.l2 = SumMetric(), SumMetric(), MeanMetric()
+        # Float64, so that the order of batches and ranks does not show.
+        self.sums = {name: SumMetric().set_dtype(torch.float64) for name in ("psnr_db", "different", "l2", "images")}
 
     @classmethod
     def of(cls, module: LitStudent) -> Fidelity:
@@ -59,7 +62,7 @@ class Fidelity(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LitStudent, stage: str) -> None:
         """Move to the device."""
-        for metric in (self.images, self.psnr, self.pairs, self.l2):
+        for metric in (self.images, *self.sums.values()):
             if metric is not None:
                 metric.to(pl_module.device)
 
@@ -67,14 +70,15 @@ class Fidelity(Callback):
         """Add the images of a batch, surplus ones excepted."""
         valid: Tensor = outputs["valid"]
         teacher, student = outputs["teacher"][valid], outputs["student"][valid]
-        if not len(teacher):
-            return
-        self.l2.update(relative_l2(student, teacher).float())
+        self.sums["images"].update(len(teacher))
+        self.sums["l2"].update(relative_l2(student, teacher).double().sum() if len(teacher) else 0.0)
         teacher, student = to_unit_range(teacher), to_unit_range(student)
         different = (teacher != student).flatten(1).any(dim=1)
-        if bool(different.any()):
-            self.psnr.update(psnr_db(student[different], teacher[different]).double().sum())
-            self.pairs.update(different.sum().double())
+        some = bool(different.any())
+        self.sums["different"].update(different.sum())
+        self.sums["psnr_db"].update(psnr_db(student[different], teacher[different]).double().sum() if some else 0.0)
+        if not len(teacher):
+            return
         if self.images is not None:
             index = outputs["index"][valid]
             self.images.update(teacher, "teacher", index)
@@ -83,15 +87,15 @@ class Fidelity(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
         """Reduce over ranks."""
         results = self.images.compute() if self.images is not None else {}
-        pairs = float(self.pairs.compute())
+        sums = {name: float(metric.compute()) for name, metric in self.sums.items()}
         student = {
             **results.get("student", {"fid": None, "fid_to_teacher": None}),
-            "psnr_db": float(self.psnr.compute()) / pairs if pairs else None,
-            "relative_l2": float(self.l2.compute()),
+            "psnr_db": sums["psnr_db"] / sums["different"] if sums["different"] else None,
+            "relative_l2": sums["l2"] / sums["images"],
         }
         pl_module.results["fidelity"] = {
             "teacher": results.get("teacher", {"fid": None}),
             "student": student,
             "features": results.get("features", {"network": None, "num_features": None, "num_images": None}),
-            "reasons": results.get("reasons", {"student.fid": "the teacher has no feature network; give model.features"}),
+            "reasons": results.get("reasons", {"student.fid": NO_FEATURES}),
         }

@@ -49,7 +49,7 @@ class Provenance(Callback):
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree modiff runs from, with ``-dirty`` where it was changed; None for an installed package."""
+    """Commit of the source tree modiff runs from, ``-dirty`` where it was changed; None for an installed package."""
     folder = Path(modiff.__file__).parent
 
     def git(*args: str) -> str:

@@ -1,0 +1,78 @@
+"""The options and the parsing of the commands that draw images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from modiff.errors import CheckpointError, ConfigError
+from modiff.lit.base import ModiffCLI
+from modiff.lit.data import NoiseDataModule
+from modiff.lit.presets import resolve_quantization
+from modiff.lit.rundir import digest
+from modiff.lit.student import LitStudent
+
+
+class StudentCLI(ModiffCLI):
+    """The commands that draw images: a LitStudent and a NoiseDataModule."""
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        super().__init__(command, args, model_class=LitStudent, datamodule_class=NoiseDataModule)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of drawing only."""
+        parser.add_argument("--save_images", type=bool, default=False, help="Write every image as a PNG file.")
+        parser.add_argument("--sample_count", type=int, default=24, help="Samples in samples.png.")
+        parser.add_argument("--error_images", type=int, default=4, help="Samples for the error curves; 0: none.")
+        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of the timing; 0: none.")
+        parser.link_arguments("num_images", "data.num_images")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Resolve the quantization first: ``--model.config.FIELD`` overrides a field of the preset too."""
+        rest, quantization = resolve_quantization(args)
+        # The last option wins over the recipes, which jsonargparse reads as well.
+        rest += ["--model.preset=null", f"--model.config={json.dumps(quantization)}"]
+        super().parse_arguments(parser, rest)
+        if self.config.ckpt is not None and self.config.model.config is not None:
+            raise ConfigError(
+                f"--ckpt {self.config.ckpt} holds a quantization of its own, but the recipe gives one too. Add "
+                "--model.preset null (and --model.config null), or remove --ckpt."
+            )
+
+    def instantiate_classes(self) -> None:
+        """Build; the student comes from ``--ckpt`` where that is given."""
+        super().instantiate_classes()
+        self.model.ckpt = self.config.ckpt
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the same run: everything that the images and figures depend on."""
+        config = self.config
+        return {
+            "model": config.model.as_dict(),
+            "num_images": self.num_images,
+            "batch_size": config.data.batch_size,
+            "seed": config.seed,
+            "precision": config.trainer.precision,
+            "ckpt": None if config.ckpt is None else checkpoint_digest(Path(config.ckpt)),
+        }
+
+    @property
+    def num_images(self) -> int:
+        """Images to keep."""
+        return int(self.datamodule.num_images)
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Content hash of a packed student, which names the hash of its weights.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    manifest = folder / "config.json"
+    if not manifest.is_file():
+        raise CheckpointError(f"--ckpt {folder} holds no config.json. Give a folder that `modiff quantize` wrote.")
+    return digest(manifest.read_text())

@@ -1,0 +1,118 @@
+"""Invariant 3: the image of index i depends on (seed, i, config, batch size) only, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modiff.config import QuantConfig
+from modiff.layers.state import trajectory
+from modiff.lit.data import NoiseDataModule
+from modiff.lit.student import LitStudent
+from modiff.teachers.noise import indexed_noise
+from modiff.teachers.zoo import TeacherSpec
+
+
+def images(teacher: Path, num_images: int, batch_size: int, world_size: int = 1, **options) -> torch.Tensor:
+    """The student's images 0 .. num_images - 1, as the ranks of a run draw them."""
+    module = LitStudent(TeacherSpec(path=str(teacher)), preset="w8a4-modiff", steps=3, **options)
+    module.seed = 7
+    module.configure_model()
+    found = {}
+    for rank in range(world_size):
+        for batch in NoiseDataModule(batch_size, num_images).batches(world_size, rank):
+            with trajectory(module.student):
+                drawn = module.trace(module.student, batch["index"])
+            for i, image, keep in zip(batch["index"].tolist(), drawn, batch["valid"].tolist(), strict=True):
+                if keep:
+                    assert i not in found
+                    found[i] = image
+    assert sorted(found) == list(range(num_images))
+    return torch.stack([found[i] for i in range(num_images)])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_invariant_3_images_do_not_depend_on_their_number_or_on_the_ranks(tiny_teacher, eta) -> None:
+    whole = images(tiny_teacher, 7, 3, eta=eta)
+    assert torch.equal(images(tiny_teacher, 2, 3, eta=eta), whole[:2])
+    assert torch.equal(images(tiny_teacher, 7, 3, world_size=2, eta=eta), whole)
+    assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_invariant_3_batch_sizes_agree_up_to_rounding(tiny_teacher, eta) -> None:
+    # A rounding difference of 1e-7 may move one 4-bit code, whose error the next evaluation feeds back.
+    a, b = images(tiny_teacher, 4, 4, eta=eta), images(tiny_teacher, 4, 1, eta=eta)
+    assert torch.allclose(a, b, atol=2e-2)
+    assert (a - b).abs().mean() < 1e-3
+
+
+def test_invariant_3_step_noise_matters_and_is_seeded(tiny_teacher) -> None:
+    quiet, noisy = images(tiny_teacher, 2, 2), images(tiny_teacher, 2, 2, eta=0.7)
+    assert not torch.allclose(quiet, noisy, atol=0.1)
+
+
+def test_every_rank_gets_equally_many_whole_batches() -> None:
+    for num_images in (1, 4, 9):
+        ranks = [NoiseDataModule(4, num_images).batches(2, rank) for rank in range(2)]
+        assert len(ranks[0]) == len(ranks[1])
+        index = torch.cat([b["index"] for batches in ranks for b in batches])
+        valid = torch.cat([b["valid"] for batches in ranks for b in batches])
+        assert all(len(b["index"]) == 4 for batches in ranks for b in batches)
+        assert sorted(index[valid].tolist()) == list(range(num_images))
+
+
+def test_seeds_indices_and_streams_do_not_collide() -> None:
+    def draw(seed, index, stream=0):
+        return indexed_noise(seed, [index], (4,), stream)
+
+    cases = [(0, 0), (1, 0), (0, 1), (2**32, 0), (0, 2**32), (2**32 + 1, 0), (0, 0, 1), (0, 0, 2), (1, 1), (0, 2**63)]
+    drawn = [tuple(draw(*case).flatten().tolist()) for case in cases]
+    assert len(set(drawn)) == len(cases)
+    # What this is for: the generator of PyTorch's CPU forgets all but 32 bits.
+    forgetful = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 2**32)]
+    assert torch.equal(*forgetful)
+
+
+def test_noise_is_standard_normal_and_rows_are_their_own() -> None:
+    noise = indexed_noise(3, range(200), (1, 8, 8))
+    assert noise.dtype == torch.float32
+    assert abs(float(noise.mean())) < 0.03
+    assert abs(float(noise.std()) - 1) < 0.03
+    assert torch.equal(indexed_noise(3, [5], (1, 8, 8))[0], noise[5])
+
+
+def test_streams_of_a_long_image_do_not_overlap() -> None:
+    """The counter's highest word is the stream, so no image is large enough to run into the next one."""
+    first, second = indexed_noise(0, [0], (1 << 16,)), indexed_noise(0, [0], (1 << 16,), stream=1)
+    assert not set(first[0, -64:].tolist()) & set(second[0, :64].tolist())
+
+
+def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> None:
+    base = [sys.executable, "-m", "modiff.lit.cli", "evaluate", "--config", str(recipe), "--timing_rounds", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    jobs = {
+        "one": subprocess.Popen([*base, "--output", str(tmp_path / "one")], env=environment),
+        "two": subprocess.Popen([*base, *two, "--output", str(tmp_path / "two")], env=environment),
+    }
+    assert {name: job.wait(timeout=200) for name, job in jobs.items()} == {"one": 0, "two": 0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "samples.safetensors").read_bytes() == (two / "samples.safetensors").read_bytes()
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
+    assert (a["provenance"]["world_size"], b["provenance"]["world_size"]) == (1, 2)
+    assert a["cost"] == b["cost"]
+    assert a["evaluations"] == b["evaluations"]
+    for key in ("psnr_db", "relative_l2"):
+        assert b["student"][key] == pytest.approx(a["student"][key], rel=1e-12)
+    assert b["student"]["fid_to_teacher"] == pytest.approx(a["student"]["fid_to_teacher"], rel=1e-6, abs=1e-9)
+
+
+def test_config_is_kept_as_given() -> None:
+    assert LitStudent(preset="w8a4-modiff").config == QuantConfig.preset("w8a4-modiff")

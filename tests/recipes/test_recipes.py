@@ -1,0 +1,125 @@
+"""Every recipe is parsed and built by its command; presets are what their files are called; invariant 5."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import modiff
+from modiff.config import QuantConfig
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+TRAINED = [path for path in RECIPES if "class_path" in yaml.safe_load(path.read_text())["model"]]
+DRAWN = [path for path in RECIPES if path not in TRAINED]
+IDS = {"ids": lambda path: str(path.relative_to(FOLDER))}
+
+
+def build(path: Path, *options: str):
+    """The parsed and built command of a recipe of images."""
+    from modiff.lit.student_cli import StudentCLI
+
+    return StudentCLI("evaluate", ["--config", str(path), *options])
+
+
+def test_all_recipes_of_the_first_release_are_there() -> None:
+    names = {path.stem for path in (FOLDER / "mnist").glob("*.yaml")}
+    assert names >= {
+        *("teacher", "w8a8_ptq", "w8a8_modiff", "w8a4_ptq", "w8a4_modiff", "w8a3_modiff", "w8a2_modiff"),
+        *("w4a4_ptq", "w4a4_modiff", "w8a4_modiff_no_compensation"),
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, **IDS)
+def test_recipe_is_flat_and_commented(path) -> None:
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert f"--config recipes/{path.relative_to(FOLDER)}" in text
+    assert "defaults:" not in text
+
+
+@pytest.mark.parametrize("path", DRAWN, **IDS)
+def test_recipe_is_built_by_evaluate(path) -> None:
+    cli = build(path)
+    assert cli.model.config is not None
+    assert cli.num_images >= 64
+    assert cli.recipe == str(path.relative_to(FOLDER).with_suffix(""))
+
+
+@pytest.mark.parametrize("path", TRAINED, **IDS)
+def test_recipe_is_built_by_train(path) -> None:
+    from modiff.lit.train import make_cli
+
+    cli = make_cli(["--config", str(path)])
+    assert type(cli.model).__name__ in ("LitTeacher", "LitClassifier")
+    parameters = sum(p.numel() for p in cli.model.parameters())
+    assert parameters <= 2_000_000
+
+
+@pytest.mark.parametrize("path", [p for p in DRAWN if "no_compensation" not in p.stem], **IDS)
+def test_preset_is_the_one_in_the_name(path) -> None:
+    assert build(path).model.config == QuantConfig.preset(path.stem.replace("_", "-"))
+
+
+def test_ablation_differs_in_compensation_only() -> None:
+    ablation = build(FOLDER / "mnist" / "w8a4_modiff_no_compensation.yaml").model.config
+    full = build(FOLDER / "mnist" / "w8a4_modiff.yaml").model.config
+    assert not ablation.modulation.error_compensation
+    assert (ablation.weight, ablation.activation, ablation.rules) == (full.weight, full.activation, full.rules)
+    assert full.modulation == modiff.Modulation()
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w8a4", "w4a4"])
+def test_invariant_5_both_arms_quantize_the_same_operators_at_the_same_bits(bits) -> None:
+    rows = {}
+    for arm in ("ptq", "modiff"):
+        cli = build(FOLDER / "mnist" / f"{bits}_{arm}.yaml")
+        student = modiff.quantize(small_unet(), cli.model.config)
+        rows[arm] = [
+            (row.name, row.type, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
+            for row in modiff.describe(student)
+        ]
+    assert rows["ptq"] == rows["modiff"]
+    assert all(row[2] == int(bits[1]) and row[3] == int(bits[3]) for row in rows["ptq"])
+
+
+def small_unet() -> torch.nn.Module:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+
+
+@pytest.mark.parametrize("path", DRAWN, **IDS)
+def test_dumped_recipe_is_the_same_recipe(path, tmp_path) -> None:
+    cli = build(path)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(cli.dump())
+    again = build(saved)
+    assert again.model.config == cli.model.config
+    assert again.identity() == cli.identity()
+    assert again.dump() == cli.dump()
+    values = yaml.safe_load(saved.read_text())
+    assert values["model"]["config"]["activation"]["group_size"] is None
+    assert "preset" in values["model"]
+    assert values["model"]["preset"] is None
+
+
+def test_script_for_launchers_is_the_command(capsys) -> None:
+    import runpy
+
+    assert runpy.run_path(str(FOLDER / "run.py"))["main"] is __import__("modiff.lit.cli").lit.cli.main
