@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": ("modiff.lit.compare", "several recipes against the same teacher images: one table, one picture"),
     "sample": ("modiff.lit.evaluate", "draw images with the student, or without quantization with the teacher"),
     "train": ("modiff.lit.train", "train a small teacher, or the classifier that measures its images"),
+    "statistics": ("modiff.lit.statistics", "feature statistics of real images, the reference of a Fréchet distance"),
 }
 
 
