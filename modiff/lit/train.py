@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Optional
 
 from jsonargparse import Namespace
@@ -15,6 +17,7 @@ from modiff.errors import ConfigError
 from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.training import TrainingDistance, TrainingSamples
 from modiff.lit.data import ImageDataModule
+from modiff.lit.evaluate import interruptible
 
 
 class TrainCLI(ModiffCLI):
@@ -54,19 +57,23 @@ def train(args: Sequence[str]) -> int:
         decay = config.ema_decay**config.ema_every  # the same memory in optimizer steps
         callbacks.append(EMAWeightAveraging(decay=decay, update_every_n_steps=config.ema_every))
     trainer = cli.make_trainer(
-        callbacks, logger=CSVLogger(run.path, name="", version="logs"), default_root_dir=run.path
+        callbacks, logger=CSVLogger(run.path, name="", version=free_logs(run.path)), default_root_dir=run.path
     )
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
-    if trainer.interrupted:
-        run.mark("interrupted")
-        raise KeyboardInterrupt
+    fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
+    interruptible(run, trainer, fit)
     if trainer.is_global_zero:
         cli.model.export(run.path / "export")
         run.mark("complete")
         print(f"Trained; exported to {run.path / 'export'}.")
     return 0
+
+
+def free_logs(folder: Path) -> str:
+    """Name of a folder for the curves: ``logs``, after each interruption ``logs_1``, ... (a logger empties its folder)."""
+    names = ["logs", *(f"logs_{i}" for i in range(1, 1 + sum(1 for _ in folder.glob("logs*"))))]
+    return next(name for name in names if not (folder / name).exists())
 
 
 def distance_callback(config: Namespace) -> list[TrainingDistance]:

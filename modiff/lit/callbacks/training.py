@@ -53,7 +53,8 @@ class TrainingDistance(Callback):
     """
 
     def __init__(self, features: str | Path, reference: str | Path, count: int = 1000, batch_size: int = 250) -> None:
-        network = load_feature_network(features)
+        with torch.random.fork_rng(devices=[]):  # a new network starts with random weights: not training's numbers
+            network = load_feature_network(features)
         statistics = FeatureStatistics.load(reference)
         self.images = ImageFidelity(network, statistics, max_kept=4)  # single features are not needed
         self.name = f"val/frechet_{self.images.network_name}"
