@@ -8,7 +8,8 @@ stand measured in cifar10.json are kept, an interrupted row goes on at its next 
 `modiff train` leaves in runs/cifar10; rows of a teacher that is not there stay open. A session of half an hour:
 --minutes 30. Without --features the rows have a PSNR and no Fréchet distance.
 
-By default the files beside this script are rewritten; trials (--num_images, --results) go to another folder.
+By default the files beside this script are rewritten; trials (--num_images, --steps, --batch_size) go to
+another folder, by default that of the runs.
 --list writes the two files without measuring anything.
 """
 
@@ -37,7 +38,7 @@ SLOWEST = 2.0
 def main(argv: list[str] | None = None) -> int:
     """Run what is open, as far as the limits allow; write both files after every row."""
     args = make_parser().parse_args(argv)
-    trial = args.num_images is not None or args.batch_size is not None
+    trial = any(value is not None for value in (args.num_images, args.batch_size, args.steps))
     folder = args.results or (args.output if trial else HERE)
     rows = [row for row in all_rows() if args.only in (None, row.teacher)]
     results = Results(folder, args)
@@ -184,8 +185,10 @@ class Results:
         return {
             **row.facts(),
             "steps": steps(row, self.args),
+            "paper_fid": row.paper_fid if self.args.steps is None else None,
             "num_images": num_images(row, self.args),
             "measured": False,
+            "machine": None,
             "command": command(row, self.args),
         }
 
@@ -193,7 +196,7 @@ class Results:
         new = self.rows.get(old["id"])
         if new is None:
             return
-        facts = {k: v for k, v in new.items() if k not in ("measured", "command")}
+        facts = {k: v for k, v in new.items() if k not in ("measured", "machine", "command")}
         if not self.args.list:
             facts["precision"] = self.args.precision
         for key, value in facts.items():
@@ -219,7 +222,9 @@ class Results:
 
         if row.teacher not in self.fingerprints:
             mine = load_teacher(TeacherSpec(path=teacher_path(row, self.args))).fingerprint
-            others = {r["teacher_fingerprint"] for r in self.rows.values() if r["measured"] and r["teacher"] == row.teacher}
+            others = {
+                r["teacher_fingerprint"] for r in self.rows.values() if r["measured"] and r["teacher"] == row.teacher
+            }
             if others - {mine}:
                 raise SystemExit(
                     f"{self.folder / 'cifar10.json'} holds rows of another {row.teacher} teacher ({others.pop()}, this "

@@ -50,20 +50,28 @@ def tables(rows: list[dict[str, Any]], teacher: str) -> list[str]:
     """Distances to real images and to the teacher's, and PSNR, of one teacher and number of steps."""
     arms = ARMS if teacher == "small" else ("ptq", "modiff")
     head = ["| W/A | " + " | ".join(f"{TITLES[arm]}" for arm in arms) + " |", "|---|" + "---|" * len(arms)]
-    lines = ["Fréchet distance to real images, [paper's FID]. Full precision, ours: " + value(rows, "teacher_fid", rows) + ".", "", *head]
+    teacher_fid = value("teacher_fid", rows)
+    lines = [f"Fréchet distance to real images, [paper's FID]. Full precision, ours: {teacher_fid}.", "", *head]
     weights = [w for w in WEIGHTS if any(row["weight_bits"] == w for row in rows)]
     for weight in weights:
         plain = [r for r in rows if r["weight_bits"] == weight and r["activation_bits"] is None]
         if plain:
-            lines.append(f"| {weight}/32 | {cell(rows, 'fid', plain)} |" + " |" * (len(arms) - 1))
+            lines.append(f"| {weight}/32 | {cell('fid', plain)} |" + " |" * (len(arms) - 1))
         lines += [bits_row(rows, weight, bits, arms, "fid") for bits in BITS if has(rows, weight, bits)]
     if teacher == "small":
         lines += ["", "One scale per …, W8:", "", "| A, scale per | plain | modulated |", "|---|---|---|"]
         for granularity in OTHER_GRANULARITIES:
             for bits in (4, 3):
-                cells = [cell(rows, "fid", pick(rows, 8, bits, arm, granularity)) for arm in ("ptq", "modiff")]
+                cells = [cell("fid", pick(rows, 8, bits, arm, granularity)) for arm in ("ptq", "modiff")]
                 lines.append(f"| A{bits}, {granularity} | " + " | ".join(cells) + " |")
-    for key, title in (("fid_to_teacher", "Fréchet distance to the teacher's images"), ("psnr_db", "PSNR to the teacher's images, dB")):
+    titles = {
+        "fid_to_teacher": "Fréchet distance to the teacher's images",
+        "psnr_db": "PSNR to the teacher's images, dB",
+    }
+    for key, title in titles.items():
+        if not values(rows, key):
+            lines += ["", f"{title}: {OPEN}, the same rows."]
+            continue
         lines += ["", f"{title}:", "", *head]
         lines += [bits_row(rows, w, bits, arms, key) for w in weights for bits in BITS if has(rows, w, bits)]
     return lines
@@ -76,7 +84,7 @@ def has(rows: list[dict[str, Any]], weight: int, bits: int) -> bool:
 
 def bits_row(rows: list[dict[str, Any]], weight: int, bits: int, arms: tuple[str, ...], key: str) -> str:
     """One line of a table."""
-    cells = [cell(rows, key, pick(rows, weight, bits, arm)) for arm in arms]
+    cells = [cell(key, pick(rows, weight, bits, arm)) for arm in arms]
     return f"| {weight}/{bits} | " + " | ".join(cells) + " |"
 
 
@@ -94,16 +102,16 @@ def pick(
     return [row for row in rows if tuple(row[key] for key in keys) == wanted]
 
 
-def cell(rows: list[dict[str, Any]], key: str, chosen: list[dict[str, Any]]) -> str:
+def cell(key: str, chosen: list[dict[str, Any]]) -> str:
     """Our figure, and in the table of distances to real images the paper's."""
     if not chosen:
         return ""
-    text = value(rows, key, chosen)
+    text = value(key, chosen)
     published = chosen[0]["paper_fid"]
     return f"{text} [{published:g}]" if key == "fid" and published is not None else text
 
 
-def value(rows: list[dict[str, Any]], key: str, chosen: list[dict[str, Any]]) -> str:
+def value(key: str, chosen: list[dict[str, Any]]) -> str:
     """Mean and half the spread over the measured seeds."""
     found = values(chosen, key)
     if not found:
@@ -120,7 +128,8 @@ def values(chosen: list[dict[str, Any]], key: str) -> list[float]:
 
 def machines(rows: list[dict[str, Any]]) -> str:
     """Where they were measured."""
-    found = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}, {r['precision']}" for r in rows if r["measured"]})
+    measured = [row for row in rows if row["measured"]]
+    found = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}, {r['precision']}" for r in measured})
     return f"Machine: {'; '.join(found)}." if found else "No GPU has been at hand for it yet."
 
 
@@ -169,7 +178,7 @@ def refresh(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             plain = pick(part, weight, 3, "modiff")
             published = plain[0]["paper_fid"] if plain else None
-            cells = [value(part, "fid", plain), value(part, "fid", refreshed), value(part, "teacher_fid", part)]
+            cells = [value("fid", plain), value("fid", refreshed), value("teacher_fid", part)]
             cells.append("-" if published is None else f"{published:g}")
             lines.append(f"| {teacher}, {steps} | W{weight} | " + " | ".join(cells) + " |")
     return lines

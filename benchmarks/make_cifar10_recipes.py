@@ -56,7 +56,9 @@ def quantization(row: Row) -> str:
     """The preset, or where there is none for it, the same written out."""
     assert row.activation_bits is not None
     if row.arm != "modiff_no_compensation" and row.granularity == "sample":
-        return f"  preset: w{row.weight_bits}a{row.activation_bits}-{row.arm}   # weights: rounded to nearest, per channel"
+        return (
+            f"  preset: w{row.weight_bits}a{row.activation_bits}-{row.arm}   # weights: rounded to nearest, per channel"
+        )
     compensation = "" if row.arm == "modiff" else "\n      error_compensation: false"
     modulation = "    modulation:" + (compensation or " {}")
     other = "" if row.granularity == "sample" else "; another granularity"

@@ -167,7 +167,7 @@ def _headline_tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Html:
-    student, teacher, seconds = metrics["student"], metrics["teacher"], metrics["seconds_per_image_evaluation"]
+    student, teacher, seconds = metrics["student"], metrics["teacher"], metrics["seconds_per_image_evaluation"] or {}
     missing = missing_reasons(metrics)
 
     def text(key: str, value: float | None, unit: str = "") -> str:
@@ -188,8 +188,8 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
         ),
         (
             "Time per image and evaluation",
-            f"{_ms(seconds['student'])} ({number(metrics['time_ratio'], 3)} x)",
-            _ms(seconds["teacher"]),
+            _ms(seconds.get("student")) + (f" ({number(metrics['time_ratio'], 3)} x)" if seconds else ""),
+            _ms(seconds.get("teacher")),
         ),
     ]
     note = (

@@ -25,7 +25,9 @@ def make_parser() -> ArgumentParser:
         exit_on_error=False,
         description="Mean and covariance of a data set's features, for --model.reference and --reference.",
     )
-    parser.add_argument("--features", type=str, required=True, help="Feature network: safetensors, TorchScript, inception.")
+    parser.add_argument(
+        "--features", type=str, required=True, help="Feature network: safetensors, TorchScript, inception."
+    )
     parser.add_argument("--output", type=str, required=True, help="The .safetensors file to write.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace an existing file.")
     parser.add_argument("--split", type=Literal["train", "test"], default="train", help="Which images.")
@@ -68,7 +70,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}). Use auto or cpu.") from error
+        raise ConfigError(
+            f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}). Use auto or cpu."
+        ) from error
     return device
 
 

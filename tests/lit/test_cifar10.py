@@ -251,7 +251,7 @@ def test_the_recipe_trains_logs_its_distance_and_resumes_to_the_same_bits(
     # Without pictures and distances, and stopped after 3 of 6 steps (in the middle of an epoch of 4): the same weights.
     part = ["train", "--config", recipe, "--output", tmp_path / "part", "--sample_images", "0"]
     stop = tmp_path / "stop.yaml"
-    stop.write_text("trainer:\n  callbacks:\n  - class_path: tests.lit.stop_training.StopAfter\n    init_args: {steps: 3}\n")
+    stop.write_text("trainer:\n  callbacks:\n  - class_path: stop_training.StopAfter\n    init_args: {steps: 3}\n")
     status, _, _ = modiff(*part, "--config", stop)
     assert status == 130
     assert json.loads((tmp_path / "part" / "run.json").read_text())["status"] == "interrupted"
