@@ -15,6 +15,7 @@ COMMANDS = {
     "quantize": ("modiff.lit.evaluate", "pack the quantized student of a recipe into a folder"),
     "sample": ("modiff.lit.evaluate", "draw images with the student, or without quantization with the teacher"),
     "train": ("modiff.lit.train", "train a small teacher, or the classifier that measures its images"),
+    "statistics": ("modiff.lit.statistics", "feature statistics of real images, the reference of a Fréchet distance"),
 }
 
 

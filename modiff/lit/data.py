@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from modiff.errors import ConfigError
+from modiff.lit.batches import DeviceBatches, ImageDataset
 
 
 class NoiseDataModule(LightningDataModule):
@@ -52,27 +53,6 @@ class NoiseDataModule(LightningDataModule):
         return [{"index": index, "valid": index < self.num_images} for index in indices]
 
 
-class ImageDataset(Dataset):
-    """Images held in memory as bytes.
-
-    Args:
-        images: uint8 ``[N, C, H, W]``.
-        labels: int64 ``[N]``.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """One batch: ``image`` float ``[B, C, H, W]`` in [0, 1], ``label`` int64 ``[B]``."""
-        index = torch.as_tensor(indices)
-        return {"image": self.images[index].float().div_(255), "label": self.labels[index]}
-
-
 class ImageDataModule(LightningDataModule):
     """Images of a Hugging Face data set: a hub name, local parquet, or a folder of images.
 
@@ -83,6 +63,8 @@ class ImageDataModule(LightningDataModule):
         channels: 1 (grey) or 3 (RGB).
         batch_size: Images per batch and rank.
         limit_train: Use the first images only (for quick trials); None for all.
+        horizontal_flips: Mirror each training image left to right with probability 1/2.
+        on_device: Hold all images on the training device as uint8 and cut batches there: no loader in the way.
     """
 
     def __init__(
@@ -93,6 +75,8 @@ class ImageDataModule(LightningDataModule):
         channels: int = 1,
         batch_size: int = 128,
         limit_train: int | None = None,
+        horizontal_flips: bool = False,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
@@ -107,6 +91,8 @@ class ImageDataModule(LightningDataModule):
         self.channels = channels
         self.batch_size = batch_size
         self.limit_train = limit_train
+        self.horizontal_flips = horizontal_flips
+        self.on_device = on_device
         self.train_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
 
@@ -125,6 +111,7 @@ class ImageDataModule(LightningDataModule):
                     "folder with both: --data.path FOLDER."
                 )
             self.train_set = self._decode(splits["train"], self.limit_train)
+            self.train_set.flips = self.horizontal_flips
             self.test_set = self._decode(splits["test"], None)
             if len(self.train_set) < self.batch_size:
                 raise ConfigError(
@@ -132,17 +119,21 @@ class ImageDataModule(LightningDataModule):
                     "Use a smaller batch."
                 )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | DeviceBatches:
         """Shuffled training batches; incomplete ones are dropped."""
         assert self.train_set is not None
         return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | DeviceBatches:
         """Test images in order."""
         assert self.test_set is not None
         return self._loader(self.test_set, shuffle=False)
 
-    def _loader(self, dataset: ImageDataset, shuffle: bool) -> DataLoader:
+    def _loader(self, dataset: ImageDataset, shuffle: bool) -> DataLoader | DeviceBatches:
+        if self.on_device:
+            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+            return DeviceBatches(dataset, self.batch_size, device, shuffle, torch.initial_seed(), world, rank)
         sampler = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sampler = torch.utils.data.DistributedSampler(dataset, shuffle=shuffle)

@@ -188,8 +188,8 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
         ),
         (
             "Time per image and evaluation",
-            f"{_ms(seconds['student'])} ({number(metrics['time_ratio'], 3)} x)",
-            _ms(seconds["teacher"]),
+            _ms(seconds.get("student")) + (f" ({number(metrics['time_ratio'], 3)} x)" if seconds else ""),
+            _ms(seconds.get("teacher")),
         ),
     ]
     note = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class LitTeacher(LightningModule):
         warmup_steps: Optimizer steps of the linear rise.
         weight_decay: Of AdamW.
         sample_steps: DDIM steps of the sample grids drawn at each validation.
+        channels_last: Keep weights and images in the layout that tensor cores want.
+        compile: Train through ``torch.compile``; where that finds no compiler, one line says so.
     """
 
     def __init__(
@@ -35,9 +38,15 @@ class LitTeacher(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
         sample_steps: int = 50,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        self.denoiser = UNet2DModel(**denoiser)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.denoiser = UNet2DModel(**denoiser).to(memory_format=self.memory_format)
+        self.use_compile = compile
+        self._training_denoiser: Callable[..., Any] | None = None
+        self._random_state: dict[str, Any] | None = None
         self.scheduler = DDIMScheduler(**(schedule or {}))
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
@@ -46,12 +55,48 @@ class LitTeacher(LightningModule):
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the predicted noise for images ``[B, C, H, W]`` in [0, 1]."""
-        clean = images * 2 - 1
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        clean = (images * 2 - 1).to(memory_format=self.memory_format)
+        device = clean.device if generator is None else generator.device
+        noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
         steps = self.scheduler.config.num_train_timesteps
-        timestep = torch.randint(0, steps, (len(clean),), generator=generator).to(clean.device)
+        timestep = torch.randint(0, steps, (len(clean),), generator=generator, device=device).to(clean.device)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
-        return nn.functional.mse_loss(self.denoiser(noisy, timestep).sample.float(), noise)
+        # Validation and sampling go without compilation: their batches have other sizes.
+        compiled = self._training_denoiser if self.training else None
+        return nn.functional.mse_loss((compiled or self.denoiser)(noisy, timestep).sample.float(), noise)
+
+    def on_fit_start(self) -> None:
+        """Compile, where asked for and possible."""
+        if not self.use_compile:
+            return
+        problem = compiler_problem(self.device)
+        if problem is None:
+            # The method, not the module: a second module would double every name in the checkpoints.
+            self._training_denoiser = torch.compile(self.denoiser.forward)
+        elif self.trainer.is_global_zero:
+            print(f"torch.compile finds no working compiler here ({problem}); training goes on without it.")
+
+    def on_fit_end(self) -> None:
+        """The compiled function belongs to this fit."""
+        self._training_denoiser = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers, so that a resumed training draws the noise of an uninterrupted one."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read it; checkpoints of earlier versions have none."""
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_start(self) -> None:
+        """Go on with it. It is one rank's: several would draw the same noise from it."""
+        state, self._random_state = self._random_state, None
+        if state is None or self.trainer.world_size > 1:
+            return
+        torch.set_rng_state(state["cpu"].cpu())
+        if state["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One optimizer step."""
@@ -65,7 +110,10 @@ class LitTeacher(LightningModule):
         self.log("val/loss", self.loss(batch["image"], generator), prog_bar=True, sync_dist=True)
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Draw ``count`` images by DDIM: float ``[count, C, H, W]`` in [0, 1], on the CPU."""
+        """Draw ``count`` images by DDIM: float ``[count, C, H, W]`` in [0, 1], on the CPU.
+
+        The noise has a generator of its own: the random numbers of training are not touched.
+        """
         pipeline = DDIMPipeline(unet=self.denoiser, scheduler=self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
@@ -149,6 +197,15 @@ class LitClassifier(LightningModule):
                 ]
             )
         FeatureStatistics.from_features(features, network.name).save(folder / "feature_statistics.safetensors")
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile does not work on this device, in a line; None where it does. Tried on a small function."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # compilers fail in their own ways: none found, broken, no headers
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return None
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> dict[str, Any]:

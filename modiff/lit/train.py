@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
-from modiff.errors import CheckpointError
+from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.base import ModiffCLI
-from modiff.lit.callbacks.training import TrainingSamples
+from modiff.lit.callbacks.training import TrainingDistance, TrainingSamples
 from modiff.lit.data import ImageDataModule
 from modiff.lit.rundir import atomic_write
 from modiff.lit.running import interruptible, rank_zero
@@ -26,7 +27,11 @@ class TrainCLI(ModiffCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of training only."""
         parser.add_argument("--ema_decay", type=float | None, default=0.999, help="Of the averaged weights.")
+        parser.add_argument("--ema_every", type=int, default=1, help="Optimizer steps between averagings.")
         parser.add_argument("--sample_images", type=int, default=40, help="Images drawn at each validation; 0: none.")
+        parser.add_argument("--features", type=str | None, default=None, help="Feature network for a distance.")
+        parser.add_argument("--reference", type=str | None, default=None, help="Of `modiff statistics`.")
+        parser.add_argument("--distance_images", type=int, default=1000, help="Images drawn for the distance.")
         parser.add_argument("--checkpoint_every", type=int, default=250, help="Optimizer steps between checkpoints.")
 
 
@@ -50,7 +55,8 @@ def train(args: Sequence[str]) -> int:
         raise CheckpointError(f"--ckpt {config.ckpt} does not exist. Give a file of Lightning, such as last.ckpt.")
     data = {k: v for k, v in config.data.as_dict().items() if k != "path"}
     run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
-    rank_zero(cli.datamodule.setup, "fit")  # wrong data is refused before anything is written
+    distance = distance_callback(config)  # refuses wrong files before anything is written
+    rank_zero(cli.datamodule.setup, "fit")  # and this wrong data
     rank_zero(run.claim, cli.recipe)
     rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
     folder = run.path / "checkpoints"
@@ -60,8 +66,10 @@ def train(args: Sequence[str]) -> int:
     ]
     if config.sample_images:  # before the averaging, which swaps the weights back at the end of a validation
         callbacks.append(TrainingSamples(run.path / "samples", config.sample_images))
+    callbacks += distance
     if config.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
+        decay = config.ema_decay**config.ema_every  # the same memory in optimizer steps
+        callbacks.append(EMAWeightAveraging(decay=decay, update_every_n_steps=config.ema_every))
     trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path)
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
@@ -72,3 +80,21 @@ def train(args: Sequence[str]) -> int:
         run.mark("complete")
         print(f"Trained; exported to {run.path / 'export'}.")
     return 0
+
+
+def distance_callback(config: Namespace) -> list[TrainingDistance]:
+    """The callback that logs the Fréchet distance, where it was asked for.
+
+    Raises:
+        ConfigError: Only one of the feature network and its reference statistics is given, or a number is below 1.
+    """
+    if config.ema_every < 1:
+        raise ConfigError(f"ema_every is {config.ema_every}; allowed are whole numbers, 1 or more.")
+    if (config.features is None) != (config.reference is None):
+        raise ConfigError(
+            "features and reference come together. Make the reference once: "
+            "modiff statistics --features NETWORK --data.path FOLDER --output reference.safetensors"
+        )
+    if config.features is None:
+        return []
+    return [TrainingDistance(config.features, config.reference, config.distance_images)]

@@ -48,13 +48,15 @@ def sample(
     """
     scheduler = copy.deepcopy(scheduler)
     arguments = _step_arguments(scheduler, eta)
-    timesteps = set_timesteps(scheduler, steps, noise.device)
+    # The scheduler reads its time steps on the host: there it waits for no device. The denoiser gets them on its own.
+    timesteps = set_timesteps(scheduler, steps, "cpu")
+    on_device = timesteps.to(noise.device)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, t in enumerate(timesteps):
         if on_evaluation is not None:
             on_evaluation(i, t, x)
         scale = getattr(scheduler, "scale_model_input", None)
-        output = _tensor(denoiser(x if scale is None else scale(x, t), t))
+        output = _tensor(denoiser(x if scale is None else scale(x, t), on_device[i]))
         if output.shape != x.shape:
             raise ConfigError(
                 f"The denoiser returned {list(output.shape)} for an input {list(x.shape)}. Where it predicts a "

@@ -56,7 +56,8 @@ class Cost(Callback):
             for row in student.operators
         ]
         if self.rounds > 0:
-            module.results["timing"] = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+            with trainer.precision_plugin.forward_context():  # as the images were drawn
+                module.results["timing"] = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
     def time(self, module: LitStudent, batch_size: int) -> dict[str, Any]:
         """Median seconds per image and evaluation of both, alternating so that drift of the machine cancels."""

@@ -53,6 +53,8 @@ class LineProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:  # type: ignore[override]
         """Print the step and the loss."""
         super().on_train_batch_end(trainer, *args)
+        if time.monotonic() - self._last < self.every_s:
+            return  # reading the loss waits for the device
         loss = trainer.progress_bar_metrics.get("train/loss", float("nan"))
         self._say(f"step {trainer.global_step}, loss {loss:.4f}")
 
