@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import diffusers
 import torch
+from diffusers import loaders
 
 
 class _Standin(types.ModuleType):
@@ -26,30 +27,23 @@ class _Standin(types.ModuleType):
 @contextmanager
 def _transformers():
     """Let pipelines be imported where transformers is not installed."""
-    names = (
-        "transformers",
-        "transformers.models",
-        "transformers.models.clip",
-        "transformers.models.clip.modeling_clip",
-    )
     if importlib.util.find_spec("transformers") is not None:
         yield
         return
-    import diffusers.loaders as loaders
-
-    sys.modules.update({name: _Standin(name) for name in names})
+    names = ("transformers", "tokenizers")
     added = {}
-    for file in ("single_file", "ip_adapter", "lora_pipeline", "textual_inversion"):
-        module = importlib.import_module(f"diffusers.loaders.{file}")
-        added.update({k: v for k, v in vars(module).items() if k.endswith("Mixin") and k not in vars(loaders)})
-    vars(loaders).update(added)
+    sys.modules.update({name: _Standin(name) for name in names})
     try:
+        for file in ("single_file", "ip_adapter", "lora_pipeline", "textual_inversion"):
+            module = importlib.import_module(f"diffusers.loaders.{file}")
+            added.update({k: v for k, v in vars(module).items() if k.endswith("Mixin") and k not in vars(loaders)})
+        vars(loaders).update(added)
         yield
     finally:
         for name in names:
             del sys.modules[name]
         for name in added:
-            delattr(loaders, name)
+            vars(loaders).pop(name)
 
 
 def pipeline_class(module, name):
@@ -67,7 +61,7 @@ BLOCKS = {
 
 def _vae(channels=4):
     return diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, sample_size=8, layers_per_block=1
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, sample_size=8, shift_factor=0.0
     )
 
 
@@ -118,7 +112,8 @@ def _embeddings(batch, *shape, seed=1):
 
 def stable_diffusion(batch=2, guidance=3.0):
     cls = pipeline_class("stable_diffusion.pipeline_stable_diffusion", "StableDiffusionPipeline")
-    pipe = cls(_vae(), None, None, _conditional_unet(), diffusers.PNDMScheduler(100), None, None, False)
+    scheduler = diffusers.PNDMScheduler(100, steps_offset=1, skip_prk_steps=True)
+    pipe = cls(_vae(), None, None, _conditional_unet(), scheduler, None, None, requires_safety_checker=False)
     return pipe, {
         "prompt_embeds": _embeddings(batch, 5, 12),
         "negative_prompt_embeds": _embeddings(batch, 5, 12, seed=2),
@@ -275,6 +270,7 @@ def sana():
     return pipe, {
         "prompt_embeds": _embeddings(2, 5, 12),
         "prompt_attention_mask": torch.ones(2, 5, dtype=torch.int64),
+        "negative_prompt": None,
         "negative_prompt_embeds": _embeddings(2, 5, 12, seed=2),
         "negative_prompt_attention_mask": torch.ones(2, 5, dtype=torch.int64),
         "height": 32,
