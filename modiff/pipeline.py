@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from modiff.config import QuantConfig
-from modiff.conversion import quantize, restore
+from modiff.conversion import RECORD, operators, quantize, restore
 from modiff.errors import ConfigError
 from modiff.layers.caches import Trajectory
 from modiff.layers.state import ATTRIBUTE, context_names, hold
@@ -91,19 +91,28 @@ def quantize_pipeline(
             raise ConfigError(
                 f"config is None, but {name!r} is no student. Give a config or a preset's name, such as 'w8a8-modiff'."
             )
-    done: list[nn.Module] = []
-    try:
-        for denoiser in found.values() if config is not None else ():
-            quantize(denoiser, config, keep_teacher)  # type: ignore[arg-type]
-            done.append(denoiser)
-    except Exception:
-        for denoiser in done if keep_teacher else ():
-            restore(denoiser)
-        raise
+    if config is not None:
+        _quantize_all({id(denoiser): denoiser for denoiser in found.values()}.values(), config, keep_teacher)
     setattr(pipe, CONTEXTS, names)
     setattr(pipe, TRAJECTORIES, {})
     pipe.__class__ = _wrapped(_unwrapped(type(pipe)))
     return pipe
+
+
+def _quantize_all(denoisers: Iterable[nn.Module], config: QuantConfig, keep_teacher: bool) -> None:
+    """Quantize all or none."""
+    done: list[nn.Module] = []
+    try:
+        for denoiser in denoisers:
+            done.append(quantize(denoiser, config))
+    except Exception:
+        for denoiser in done:
+            restore(denoiser)
+        raise
+    for denoiser in done if not keep_teacher else ():
+        for operator in operators(denoiser).values():
+            operator.drop_original()
+        getattr(denoiser, RECORD).keep_teacher = False
 
 
 def restore_pipeline(pipe: Any) -> Any:

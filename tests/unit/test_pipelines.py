@@ -271,6 +271,25 @@ def test_an_error_leaves_all_denoisers_as_they_were():
         modiff.restore_pipeline(pipe)
 
 
+@pytest.mark.parametrize("keep_teacher", [True, False])
+def test_all_denoisers_are_quantized_or_none(keep_teacher):
+    teacher, pipe = own(calls=1)(), own(calls=1)
+    pipe.parts["unet_2"] = nn.Sequential(nn.SiLU())
+    with pytest.raises(ConfigError, match="no linear operators"):
+        modiff.quantize_pipeline(pipe, "w8a8-modiff", keep_teacher=keep_teacher)
+    assert torch.equal(pipe(), teacher)
+
+
+def test_the_original_weights_may_be_dropped():
+    kept = modiff.quantize_pipeline(own(calls=1), "w8a8-modiff")
+    pipe = modiff.quantize_pipeline(own(calls=1), "w8a8-modiff", keep_teacher=False)
+    assert pipe.parts["unet"].conv_in.dropped
+    assert torch.equal(pipe(), kept())
+    with pytest.raises(ConfigError, match="was made with keep_teacher=False"):
+        modiff.restore_pipeline(pipe)
+    assert torch.equal(pipe(), kept())
+
+
 def test_quantizing_twice_is_refused_and_the_first_stays():
     pipe = modiff.quantize_pipeline(own(calls=1), "w8a8-modiff")
     images = pipe()
