@@ -5,6 +5,7 @@ from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.conversion import describe, quantize, restore
 from modiff.cost import cost
 from modiff.layers.state import trajectory
+from modiff.pipeline import quantize_pipeline, restore_pipeline
 
 __all__ = [
     "Modulation",
@@ -15,7 +16,9 @@ __all__ = [
     "describe",
     "load",
     "quantize",
+    "quantize_pipeline",
     "restore",
+    "restore_pipeline",
     "save",
     "trajectory",
 ]

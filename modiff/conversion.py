@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ class Row:
         modulation: None: plain quantization.
         rule: Pattern of the rule that matched last, None where the config's own fields apply.
         skipped: Why it was left untouched; None where it was quantized.
+        constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     modulation: Modulation | None = None
     rule: str | None = None
     skipped: str | None = None
+    constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Description:
                 row.type,
                 "" if row.skipped else _spec_text(row.weight),
                 "" if row.skipped else _spec_text(row.activation),
-                "" if row.skipped else _modulation_text(row.modulation),
+                "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
                 row.rule or "",
                 row.skipped or "",
             )
@@ -242,11 +244,15 @@ def _copy(copies: list[tuple[Slot, torch.Tensor]]) -> None:
 def describe(student: nn.Module) -> Description:
     """One row for each linear operator: name, type, bits, granularity, the rule that matched, or why it was skipped.
 
+    After a trajectory it also says which operators had a fixed input, and were computed once (``constant``).
+
     Raises:
         TrajectoryError: The module is not a student.
     """
-    state_of(student)
-    return getattr(student, RECORD).description
+    state = state_of(student)
+    rows = getattr(student, RECORD).description.rows
+    fixed = state.last.constant if state.last else frozenset()
+    return Description(tuple(replace(row, constant=True) if row.name in fixed else row for row in rows))
 
 
 def operators(student: nn.Module) -> dict[str, QuantizedOperator]:

@@ -17,7 +17,7 @@ from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.operators import OperatorAdapter, find_adapter
 from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.slots import slots
-from modiff.layers.state import ATTRIBUTE, trajectory
+from modiff.layers.state import ATTRIBUTE, state_of, trajectory
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class OperatorCost:
         activation_bits: Width of its input codes, or of its weight's dtype.
         bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
         state_bytes: â and ô, per image.
+        constant: Its input was fixed throughout the last trajectory before: its product is counted once.
     """
 
     name: str
@@ -39,6 +40,7 @@ class OperatorCost:
     activation_bits: int
     bops: float
     state_bytes: float
+    constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Cost:
 def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> Cost:
     """Measure a student, or a full-precision teacher, by running one evaluation.
 
+    Operators whose input was fixed throughout the student's last trajectory (keys and values of a prompt) are counted
+    once per trajectory; before any trajectory none is known.
+
     Args:
         model: Student or teacher.
         *args: As for the denoiser's forward; dim 0 of the first tensor is the batch.
@@ -91,6 +96,8 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
             "cost(student, x, t)."
         )
     found = _find(model)
+    last = state_of(model).last if hasattr(model, ATTRIBUTE) else None
+    constant = last.constant if last else frozenset()
     counter = _Counter()
     with ExitStack() as stack:
         run = stack.enter_context(trajectory(model)) if hasattr(model, ATTRIBUTE) else None
@@ -98,9 +105,11 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
         stack.enter_context(counter.watch(found))
         model(*args, **kwargs)
         state = {} if run is None else {n: sum(_cache_bytes(c) for c in caches) for n, caches in run.caches.items()}
+    if hasattr(model, ATTRIBUTE):
+        state_of(model).last = last  # measuring is no trajectory of the user's
     rows = tuple(
-        _row(name, module, counter.macs.get(name, 0) / images, state.get(name, 0) / images, evaluations)
-        for name, (module, _) in found.items()
+        _row(name, module, macs / images, state.get(name, 0) / images, evaluations, name in constant)
+        for name, (module, macs) in ((n, (m, counter.macs.get(n, 0))) for n, (m, _) in found.items())
     )
     bits = 8 * next((p.element_size() for p in model.parameters()), 4)
     other = counter.other_macs / images
@@ -144,7 +153,7 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[i
     return 1 + refreshes, evaluations - 1 - refreshes
 
 
-def _row(name: str, module: Any, macs: float, state: float, evaluations: int) -> OperatorCost:
+def _row(name: str, module: Any, macs: float, state: float, evaluations: int, constant: bool) -> OperatorCost:
     original = module.module if isinstance(module, QuantizedOperator) else module
     full_bits = 8 * original.weight.element_size()
     weight_bits = activation_bits = full_bits
@@ -153,9 +162,10 @@ def _row(name: str, module: Any, macs: float, state: float, evaluations: int) ->
         weight_bits = module.weight_spec.bits if module.weight_spec else full_bits
         activation_bits = module.activation_spec.bits if module.activation_spec else full_bits
         modulation = module.modulation if isinstance(module, ModulatedOperator) else None
-    full, low = warm_evaluations(modulation, evaluations)
+    # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
+    full, low = (1, 0) if constant else warm_evaluations(modulation, evaluations)
     bops = macs * weight_bits * (full * full_bits + low * activation_bits) / evaluations
-    return OperatorCost(name, macs, weight_bits, activation_bits, bops, state)
+    return OperatorCost(name, macs, weight_bits, activation_bits, bops, state, constant)
 
 
 def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:

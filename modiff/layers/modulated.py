@@ -9,8 +9,9 @@ from torch import Tensor
 
 from modiff.config import Modulation
 from modiff.kernels.simulate import fake_quantize_
+from modiff.layers.caches import InputIdentity, OperatorCache
 from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
-from modiff.layers.state import OperatorCache, dense_like
+from modiff.layers.state import dense_like
 
 
 class ModulatedOperator(QuantizedOperator):
@@ -30,21 +31,34 @@ class ModulatedOperator(QuantizedOperator):
         """One evaluation: warm up, refresh, or advance by the quantized difference."""
         self.check(x)
         out_dtype = output_dtype(x)
+        cache = self.state.next_cache(self.name, x, self.adapter.is_batched(self.module, x.ndim))
+        if cache is not None and cache.source is not None:
+            if cache.source.matches(x):
+                return self.unchanged(x, cache).to(out_dtype)
+            cache.source = None
         a = compute_input(x)
-        cache = self.state.next_cache(self.name, x)
         if cache is None:
-            warm = self.refine if self.modulation.warmup == "refine" else self.full
-            output = warm(a, self.allocate(a))
+            cache = self.allocate(a)
+            refines = self.modulation.warmup == "refine"
+            output = self.refine(a, cache) if refines else self.full(a, cache)
+            exact = not refines
         elif self.refreshes():
-            output = self.full(a, cache)
+            output, exact = self.full(a, cache), True
         else:
-            output = self.advance(a, cache)
+            output, exact = self.advance(a, cache), not self.modulation.error_compensation
+        if exact:
+            cache.source = InputIdentity.of(x)
         return output.to(out_dtype)
 
     def refreshes(self) -> bool:
         """Whether this evaluation is a full-precision refresh."""
         every, run = self.modulation.refresh_every, self.state.trajectory
-        return every is not None and run is not None and run.total % every == 0
+        return every is not None and run is not None and run.current.total % every == 0
+
+    def unchanged(self, x: Tensor, cache: OperatorCache) -> Tensor:
+        """The input is the very tensor that â holds, so the residual is 0 and ô stays: no product (trap 10)."""
+        self.state.note_unchanged(self.name, x, cache, quantized=not self.refreshes())
+        return cache.o_hat.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
     def allocate(self, a: Tensor) -> OperatorCache:
         """Memory for this call's state; ô is allocated when its shape is known."""

@@ -196,7 +196,7 @@ class QuantizedOperator(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.state.refuse_inside("moved or cast")
+        self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)
         super()._apply(fn, recurse)
         if self.packed is not None:
             probe = torch.empty([2] * len(self.packed.shape), device=self.packed.codes.device)

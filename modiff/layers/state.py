@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff.errors import TrajectoryError
+from modiff.errors import ConfigError, TrajectoryError
+from modiff.layers.caches import OUTPUT, Context, OperatorCache, Trajectory, first_flag
+
+__all__ = ["OUTPUT", "Context", "ModulationState", "OperatorCache", "Trajectory", "state_of", "trajectory"]
 
 ATTRIBUTE = "_modiff_state"
-OUTPUT = "(output)"  # stands for the student's own output among the names of operators
-
-
-@dataclass
-class OperatorCache:
-    """What one call site of a modulated operator keeps between evaluations.
-
-    Args:
-        a_hat: Reconstruction â of the input (without error compensation: the last input itself); shape of the input.
-        o_hat: Output ô = A(â) + bias; shape of the output, dtype ``state_dtype``.
-    """
-
-    a_hat: Tensor
-    o_hat: Tensor
-
-
-@dataclass
-class Trajectory:
-    """Counts of one trajectory, from noise to image.
-
-    Args:
-        total: Denoiser calls.
-        quantized: Calls in which every operator that quantizes activations quantized its input.
-    """
-
-    total: int = 0
-    quantized: int = 0
-    caches: dict[str, list[OperatorCache]] = field(default_factory=dict, repr=False)
-    probes: list[tuple[list[str], Tensor]] = field(default_factory=list, repr=False)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes held for â and ô by all operators, for the whole batch."""
-        tensors = [t for caches in self.caches.values() for cache in caches for t in (cache.a_hat, cache.o_hat)]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def first_nonfinite(self) -> tuple[str, int] | None:
-        """First operator and evaluation (from 0) whose input held NaN or Inf; ``OUTPUT`` for the student's own output.
-
-        Synchronizes with the device, once unless something is found.
-        """
-        if not self.probes:
-            return None
-        good = torch.stack([torch.isfinite(probe).all() for _, probe in self.probes]).tolist()
-        if all(good):
-            return None
-        evaluation = good.index(False)
-        names, probe = self.probes[evaluation]
-        return names[int(torch.isfinite(probe).int().argmin())], evaluation
 
 
 class ModulationState:
@@ -73,11 +26,11 @@ class ModulationState:
 
     def __init__(self) -> None:
         self.trajectory: Trajectory | None = None
-        self._in_evaluation = False
+        self.last: Trajectory | None = None  # the last one that was closed: its counts
         self._calls: dict[str, int] = {}
-        self._first_calls: dict[str, int] | None = None
         self._quantized = [0, 0]
         self._probes: list[tuple[str, Tensor]] = []
+        self._changes: list[tuple[str, Tensor]] = []
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,7 +49,16 @@ class ModulationState:
                 f"The student cannot be {what} inside a trajectory. Leave modiff.trajectory(...) first."
             )
 
-    def open(self) -> Trajectory:
+    def refuse_move(self, casts: bool) -> None:
+        """Raise where the student may not be moved (or cast): the open trajectory's state would stay behind.
+
+        Raises:
+            TrajectoryError: A trajectory is open, and does not allow moves between devices; casts it never allows.
+        """
+        if casts or self.trajectory is None or not self.trajectory.movable:
+            self.refuse_inside("moved or cast")
+
+    def open(self, run: Trajectory) -> Trajectory:
         """Start a trajectory.
 
         Raises:
@@ -107,33 +69,34 @@ class ModulationState:
                 "A trajectory is already open on this student; they can be neither nested nor concurrent. "
                 "Close it first, or use a deepcopy of the student for each."
             )
-        self.trajectory = Trajectory()
-        self._in_evaluation = False
-        self._first_calls = None
-        return self.trajectory
+        self.trajectory = run
+        return run
 
     def close(self) -> None:
         """End the trajectory and free its state."""
         if self.trajectory is not None:
-            self.trajectory.caches = {}
+            self.trajectory.close()
+            self.last = self.trajectory
         self.trajectory = None
-        self._in_evaluation = False
         self._scratch = {}
         self._probes = []
+        self._changes = []
 
     def begin_evaluation(self, *_: Any) -> None:
         """Forward pre-hook of the root module."""
-        if self.trajectory is None:
+        run = self.trajectory
+        if run is None:
             return
-        if self._in_evaluation:
+        if run.in_evaluation:
             raise TrajectoryError(
                 "The previous evaluation of this trajectory did not finish (it raised, or the student calls itself), "
                 "so its state is unusable. Start a new trajectory."
             )
-        self._in_evaluation = True
+        run.begin()
         self._calls = {}
         self._quantized = [0, 0]
         self._probes = []
+        self._changes = []
 
     def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook of the root module.
@@ -144,65 +107,88 @@ class ModulationState:
         run = self.trajectory
         if run is None:
             return
-        if self._first_calls is None:
-            self._first_calls = self._calls
-        elif self._calls != self._first_calls:
-            name = next(
-                n for n in {**self._first_calls, **self._calls} if self._calls.get(n) != self._first_calls.get(n)
-            )
+        here = run.current
+        if here.calls is None:
+            here.calls = self._calls
+        elif self._calls != here.calls:
+            name = next(n for n in {**here.calls, **self._calls} if self._calls.get(n) != here.calls.get(n))
             raise TrajectoryError(
-                f"Operator {name!r} was called {self._calls.get(name, 0)} times in evaluation {run.total}, but "
-                f"{self._first_calls.get(name, 0)} times in the first one: its state would go to the wrong call. "
+                f"Operator {name!r} was called {self._calls.get(name, 0)} times in evaluation {here.total}{here}, but "
+                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. "
                 "Exclude it with Rule(..., skip=True)."
             )
-        self._in_evaluation = False
-        run.total += 1
+        run.in_evaluation = False
+        here.total += 1
         done, all_ = self._quantized
-        run.quantized += int(all_ > 0 and done == all_)
+        here.quantized += int(all_ > 0 and done == all_)
         result = _first_tensor(output)
         if result is not None:
             # What is wrong in an inner operator shows at the next one; only the last one needs this.
             self._probes.append((OUTPUT, result.sum(dtype=torch.promote_types(result.dtype, torch.float32))))
-        if self._probes:
-            device = self._probes[0][1].device
-            probes = torch.stack([probe.to(device) for _, probe in self._probes])
-            run.probes.append(([name for name, _ in self._probes], probes))
+        for found, kept in ((self._probes, run.probes), (self._changes, run.changes)):
+            if found:
+                device = found[0][1].device
+                kept.append(([name for name, _ in found], torch.stack([probe.to(device) for _, probe in found])))
 
-    def next_cache(self, name: str, x: Tensor) -> OperatorCache | None:
-        """The cache of this call of operator ``name``; None in its first evaluation.
+    def next_cache(self, name: str, x: Tensor, batched: bool) -> OperatorCache | None:
+        """The cache of this call of operator ``name``; None in the first evaluation of the current context.
+
+        Args:
+            name: The operator.
+            x: Its input.
+            batched: Dim 0 of the input counts samples.
 
         Raises:
             TrajectoryError: No trajectory is open, or the input's shape changed.
         """
-        if self.trajectory is None or not self._in_evaluation:
-            where = "a trajectory" if self.trajectory is None else "its student"
+        run = self.trajectory
+        if run is None or not run.in_evaluation:
+            where = "a trajectory" if run is None else "its student"
             raise TrajectoryError(
                 f"Modulated operator {name!r} was called outside {where}: it would run without the state of the last "
                 "evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student itself."
             )
+        here = run.current
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
-        caches = self.trajectory.caches.get(name, [])
-        if self.trajectory.total == 0:
+        if here.total == 0:
             return None
+        caches = here.caches.get(name, [])
         if call >= len(caches):
             raise TrajectoryError(
-                f"Operator {name!r} is called more often in evaluation {self.trajectory.total} than in the first one. "
+                f"Operator {name!r} is called more often in evaluation {here.total}{here} than in the first one. "
                 "Exclude it with Rule(..., skip=True)."
             )
         cache = caches[call]
         if cache.a_hat.shape != x.shape:
-            raise TrajectoryError(
-                f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {self.trajectory.total}, but "
-                f"had {list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new "
-                "one for another batch."
-            )
+            rows, *rest = cache.a_hat.shape
+            if not (run.guidance_may_end and batched and [2 * x.shape[0], *x.shape[1:]] == [rows, *rest]):
+                raise TrajectoryError(
+                    f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {here.total}{here}, but "
+                    f"had {list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new "
+                    "one for another batch. Where guidance in one batch switches off, so that its last half remains: "
+                    "modiff.trajectory(student, guidance_may_end=True)."
+                )
+            cache.keep_last_half()
         return cache
 
     def keep_cache(self, name: str, cache: OperatorCache) -> None:
         """Keep the cache of an operator's call in the first evaluation."""
         assert self.trajectory is not None
-        self.trajectory.caches.setdefault(name, []).append(cache)
+        self.trajectory.current.caches.setdefault(name, []).append(cache)
+
+    def note_unchanged(self, name: str, x: Tensor, cache: OperatorCache, quantized: bool) -> None:
+        """Record a call that was not computed, because its input ``x`` is the one that ``cache`` was made from.
+
+        PyTorch says so by counting writes; writes that it does not count (``.data``, numpy, kernels of one's own) are
+        found by a comparison on the device, which is read when the trajectory closes.
+        """
+        assert self.trajectory is not None
+        skipped = self.trajectory.current.unchanged
+        skipped[name] = skipped.get(name, 0) + 1
+        self._changes.append((name, torch.ne(x, cache.a_hat).any()))
+        self._quantized[0] += int(quantized)
+        self._quantized[1] += 1
 
     def note(self, name: str, probe: Tensor, quantized: bool | None) -> None:
         """Record one call of an operator.
@@ -249,35 +235,78 @@ def state_of(student: nn.Module) -> ModulationState:
 
 
 @contextmanager
-def trajectory(student: nn.Module) -> Iterator[Trajectory]:
+def trajectory(
+    student: nn.Module, contexts: Sequence[str] | None = None, guidance_may_end: bool = False
+) -> Iterator[Trajectory]:
     """One batch of images from noise to image: owns and clears all state; gradients are off inside.
 
     Each forward of ``student`` inside is one evaluation, the first one the warm-up. Every trajectory starts afresh.
 
+    Guidance in one batch of 2B rows needs nothing. In two calls per step, each call needs a state of its own: name the
+    calls by ``contexts``, or one by one with ``run.context(name)`` (:meth:`Trajectory.context`). Each context then
+    warms up and refreshes by its own count.
+
     Args:
         student: What :func:`modiff.quantize` returned.
+        contexts: Names for calls that follow each other in this order, over and over; None: one state for all.
+        guidance_may_end: Allow the batch to become its own last half, once or more: guidance in one batch of rows
+            [unconditional, conditional] that switches off.
 
     Yields:
         Counts of evaluations, to be read during and after the trajectory.
 
     Raises:
+        ConfigError: ``contexts`` are not names, each used once.
         TrajectoryError: A trajectory is already open; or, when it closes, NaN or Inf was met: the message names the
             first operator and evaluation.
     """
+    run = Trajectory(order=context_names(contexts), guidance_may_end=guidance_may_end)
+    with hold(student, run):
+        yield run
+
+
+def context_names(contexts: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of contexts, checked.
+
+    Raises:
+        ConfigError: They are not names, each used once.
+    """
+    if contexts is None:
+        return None
+    names = () if isinstance(contexts, str) else tuple(contexts)
+    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"contexts is {contexts!r}; give the names of a step's denoiser calls in their order, each once, such as "
+            "('uncond', 'cond')."
+        )
+    return names
+
+
+@contextmanager
+def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
+    """Have ``run`` be the student's trajectory inside; see :func:`trajectory`."""
     state = state_of(student)
-    run = state.open()
+    state.open(run)
     try:
         with torch.no_grad():
-            yield run
+            yield
     finally:
         state.close()
-    found = run.first_nonfinite()
+        probes, run.probes, changes, run.changes = run.probes, [], run.changes, []
+    found = first_flag([(names, ~torch.isfinite(probe)) for names, probe in probes])
     if found:
         where = "the student's output" if found[0] == OUTPUT else f"the input of operator {found[0]!r}"
         raise TrajectoryError(
             f"NaN or Inf in {where}, first in evaluation {found[1]} of {run.total} (from 0). "
             "The images of this trajectory are worthless: check the teacher in this dtype, or keep that operator in "
             "full precision by a rule."
+        )
+    found = first_flag(changes)
+    if found:
+        raise TrajectoryError(
+            f"The input of operator {found[0]!r} was overwritten between evaluations in a way that PyTorch does not "
+            "count (through .data, numpy or a kernel of your own), and was taken for unchanged: the images of this "
+            "trajectory are wrong. Write to the tensor itself (copy_), or give a new tensor in each evaluation."
         )
 
 

@@ -10,6 +10,7 @@ from small_models import noise, run, student
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
+from modiff.layers.caches import Trajectory
 from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.state import ModulationState
 from modiff.quantizers.granularity import Partition
@@ -35,8 +36,8 @@ def test_trap_1_state_is_kept_from_step_to_step():
 def test_trap_1_built_in_state_reset_inside_the_loop(monkeypatch):
     original = ModulationState.next_cache
 
-    def forgetful(self, name, x):
-        found = original(self, name, x)
+    def forgetful(self, name, x, batched):
+        found = original(self, name, x, batched)
         if found is not None:
             self.trajectory.caches[name].clear()
 
@@ -61,16 +62,16 @@ def test_trap_2_state_is_reset_between_batches():
 
 def test_trap_2_built_in_state_kept_between_batches(monkeypatch):
     kept = {}
-    original = ModulationState.open
+    original = Trajectory.begin
 
     def stale(self):
-        counts = original(self)
-        counts.caches = kept
-        counts.total = 1 if kept else 0
-        self._first_calls = {name: len(caches) for name, caches in kept.items()} or None
-        return counts
+        original(self)
+        if self.current.caches is not kept:
+            self.current.caches = kept
+            self.current.total = 1 if kept else 0
+            self.current.calls = {name: len(caches) for name, caches in kept.items()} or None
 
-    monkeypatch.setattr(ModulationState, "open", stale)
+    monkeypatch.setattr(Trajectory, "begin", stale)
     with fails:
         check_trajectories_are_independent()
 
