@@ -25,12 +25,12 @@ command and seed give the same figure again on the same machine.
 
 Our figures are Fréchet distances in the 64 features of `cifar10_resnet56`. **They are not FID**: only their order can be
 compared with the paper's FID (50,000 images, 35.7M teacher), which stands in brackets as published. `open` is not
-measured yet; nothing is filled in for it."""
+measured yet; nothing is filled in for it."""  # noqa: E501
 
 READING = """Why the paper's figures may not be those of its method (METHOD.md, section 3): the public reference code resets its
 caches before every step on CIFAR-10, so that activations are never quantized at any bit width, and an earlier version
 refreshed in full precision every tenth step. The published A8 to A3 rows of the dynamic per-image quantizer (4.10 to 4.31
-at W8, against 4.24 in full precision) hardly depend on the bits, which fits both."""
+at W8, against 4.24 in full precision) hardly depend on the bits, which fits both."""  # noqa: E501
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

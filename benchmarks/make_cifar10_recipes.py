@@ -49,7 +49,7 @@ model:
   reference: null
 data:
   batch_size: 256           # image i depends on the seed, on i and on the batch size only
-"""
+"""  # noqa: E501
 
 
 def quantization(row: Row) -> str:
@@ -70,7 +70,7 @@ def quantization(row: Row) -> str:
       bits: {row.activation_bits}
       granularity: {row.granularity}
       symmetric: {str(row.activation_bits >= 6).lower()}
-{modulation}"""
+{modulation}"""  # noqa: E501
 
 
 def main() -> None:

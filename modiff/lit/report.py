@@ -137,6 +137,8 @@ def _error_section(errors: Mapping[str, Any], folder: Path) -> Html:
         "Relative L2 difference between student and teacher: of x_t and of each operator's output, at each "
         "evaluation of its own trajectory, so errors made earlier are included."
     )
+    if errors is None:
+        return section("Where the error comes from", element("p", "Not measured (--error_images 0).", class_="soft"))
     words = (element("p", sentence) for sentence in describe_errors(errors))
     return section("Where the error comes from", *words, picture(folder / "trajectory_errors.png", text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,12 @@ from modiff.lit.student import LitStudent
 from modiff.teachers.zoo import TeacherSpec
 
 BATCH = {"index": torch.arange(2), "valid": torch.ones(2, dtype=torch.bool)}
-TRAINER = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(batch_size=2), callbacks=[])
+TRAINER = SimpleNamespace(
+    is_global_zero=True,
+    datamodule=SimpleNamespace(batch_size=2),
+    callbacks=[],
+    precision_plugin=SimpleNamespace(forward_context=nullcontext),
+)
 
 
 @pytest.fixture
