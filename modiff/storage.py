@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def write(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], over
             file.flush()
             os.fsync(file.fileno())
         _replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         raise CheckpointError(f"{path} cannot be written: {error}. Check the path, its rights and the disk.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -113,11 +113,11 @@ class ImageDataModule(LightningDataModule):
             self.train_set = self._decode(splits["train"], self.limit_train)
             self.train_set.flips = self.horizontal_flips
             self.test_set = self._decode(splits["test"], None)
-            if len(self.train_set) < self.batch_size:
-                raise ConfigError(
-                    f"data.batch_size is {self.batch_size}, but there are only {len(self.train_set)} training images. "
-                    "Use a smaller batch."
-                )
+        if stage == "fit" and len(self.train_set) < self.batch_size:
+            raise ConfigError(
+                f"data.batch_size is {self.batch_size}, but there are only {len(self.train_set)} training images. "
+                "Use a smaller batch."
+            )
 
     def train_dataloader(self) -> DataLoader | DeviceBatches:
         """Shuffled training batches; incomplete ones are dropped."""

@@ -32,7 +32,7 @@ def write_report(
     *,
     recipe: str,
     metrics: Mapping[str, Any],
-    errors: Mapping[str, Any],
+    errors: Mapping[str, Any] | None,
     cost_rows: Sequence[Mapping[str, Any]],
     config_yaml: str,
     description: str,
@@ -43,7 +43,7 @@ def write_report(
         folder: Holds ``samples.png``, ``trajectory_errors.png`` and ``cost.png``, which the page embeds.
         recipe: Its name.
         metrics: As in ``metrics.json``.
-        errors: As for :func:`modiff.lit.plots.trajectory_errors_plot`.
+        errors: As for :func:`modiff.lit.plots.trajectory_errors_plot`; None: not measured.
         cost_rows: One for each operator: ``name``, ``macs``, ``weight_bits``, ``activation_bits``, ``gbops`` per image
             and evaluation, ``state_mib`` per image.
         config_yaml: The whole configuration.
@@ -132,15 +132,16 @@ def _samples(metrics: Mapping[str, Any], folder: Path) -> Html:
     return section("Samples", picture(folder / "samples.png", text, pixels=True))
 
 
-def _error_section(errors: Mapping[str, Any], folder: Path) -> Html:
+def _error_section(errors: Mapping[str, Any] | None, folder: Path) -> Html:
+    title = "Where the error comes from"
+    if errors is None:
+        return section(title, element("p", "Not measured: --error_images was 0."))
     text = (
         "Relative L2 difference between student and teacher: of x_t and of each operator's output, at each "
         "evaluation of its own trajectory, so errors made earlier are included."
     )
-    if errors is None:
-        return section("Where the error comes from", element("p", "Not measured (--error_images 0).", class_="soft"))
     words = (element("p", sentence) for sentence in describe_errors(errors))
-    return section("Where the error comes from", *words, picture(folder / "trajectory_errors.png", text))
+    return section(title, *words, picture(folder / "trajectory_errors.png", text))
 
 
 def _linked(name: str, reports: Mapping[str, Path], folder: Path) -> Html | str:
@@ -190,7 +191,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
         ),
         (
             "Time per image and evaluation",
-            _ms(seconds.get("student")) + (f" ({number(metrics['time_ratio'], 3)} x)" if seconds else ""),
+            f"{_ms(seconds['student'])} ({number(metrics['time_ratio'], 3)} x)" if seconds else _ms(None),
             _ms(seconds.get("teacher")),
         ),
     ]

@@ -116,7 +116,8 @@ def test_pictures_show_teacher_above_student(finished) -> None:
     for who in ("teacher", "student"):
         files = sorted((finished[1] / "images" / who).iterdir())
         assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
-        pixels = torch.from_numpy(np.array(Image.open(files[3])))
+        with Image.open(files[3]) as file:
+            pixels = torch.from_numpy(np.array(file))
         assert torch.equal(pixels.long(), (samples[who][3, 0] * 255).round().long())
 
 
@@ -363,6 +364,19 @@ def test_saved_recipe_says_what_ran(finished) -> None:
     assert saved["model"]["config"]["activation"]["bits"] == 4
     assert saved["num_images"] == 10
     assert saved["trainer"]["inference_mode"] is False
+
+
+def test_teacher_without_feature_network(recipe, modiff, tmp_path) -> None:
+    out = tmp_path / "out"
+    options = ("--model.features", "null", "--num_images", "4", "--timing_rounds", "0", "--error_images", "0")
+    status, _, err = modiff("evaluate", "--config", recipe, *options, "--output", out)
+    assert status == 0, err
+    metrics = read(out)
+    assert metrics["features"] == {"network": None, "num_features": None, "num_images": None}
+    for who, key in (("teacher", "fid"), ("student", "fid"), ("student", "fid_to_teacher")):
+        assert metrics[who][key] is None
+        assert "give model.features" in metrics["reasons"][f"{who}.{key}"]
+    assert "Not measured: --error_images was 0" in (out / "report.html").read_text()
 
 
 def test_fewer_images_than_a_batch(recipe, modiff, tmp_path, drawn) -> None:

@@ -99,14 +99,17 @@ def test_failure_to_close_is_a_line(fake, tmp_path, capsys) -> None:
 
 
 def test_failure_inside_wandb_does_not_stop_a_run(modiff, recipe, tmp_path, monkeypatch) -> None:
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import Logger
 
-    class Broken(CSVLogger):
-        experiment = None
+    class Broken(Logger):
+        name = version = "broken"
+        experiment = type("Run", (), {"dir": "x/y", "finish": lambda *_: None})()
 
         def __init__(self, **_) -> None:
-            super().__init__(tmp_path / "fake")
-            self.experiment = type("Run", (), {"dir": "x/y", "finish": lambda *_: None})()
+            super().__init__()
+
+        def log_hyperparams(self, *_, **__) -> None:
+            pass
 
         def log_metrics(self, *_, **__) -> None:
             raise ConnectionError("gone")

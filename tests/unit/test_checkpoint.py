@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -354,12 +355,12 @@ def test_existing_targets_are_refused_unless_overwritten(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt"]
 
 
-@pytest.mark.parametrize("when", ["tensors", "rename"])
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, when):
+@pytest.mark.parametrize(("when", "error"), [("tensors", OSError), ("tensors", SafetensorError), ("rename", OSError)])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, when, error):
     student = saved(tmp_path / "ckpt")
 
     def fail(*args, **kwargs):
-        raise OSError("disk full")
+        raise error("disk full")
 
     if when == "tensors":
         monkeypatch.setattr("modiff.storage.save_file", fail)

@@ -17,6 +17,7 @@ from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
 from modiff.metrics.trajectory import psnr_db, relative_l2
 
+DISTANCES = ("teacher.fid", "student.fid", "student.fid_to_teacher")
 NO_FEATURES = "the teacher has no feature network; give model.features"
 
 
@@ -97,5 +98,5 @@ class Fidelity(Callback):
             "teacher": results.get("teacher", {"fid": None}),
             "student": student,
             "features": results.get("features", {"network": None, "num_features": None, "num_images": None}),
-            "reasons": results.get("reasons", {"student.fid": NO_FEATURES}),
+            "reasons": results.get("reasons", dict.fromkeys(DISTANCES, NO_FEATURES)),
         }
