@@ -17,20 +17,20 @@ HEAD = """# CIFAR-10: the paper's table, measured
     modiff statistics --features $FEATURES --data.path $DATA --data.channels 3 --output $REFERENCE
     python benchmarks/cifar10.py --features $FEATURES --reference $REFERENCE
 
-DDIM with quadratic steps, x_0 not clipped. Weights are rounded to nearest, per output channel, at W8 and at W4: the only
-weight method of this release. Every Linear and Conv is quantized, in both arms alike. Small teacher: 5.6M parameters,
-`recipes/cifar10/teacher_small.yaml`, 2,048 images, three seeds; large one: the paper's 35.7M network,
+DDIM with quadratic steps, x_0 not clipped. Weights are rounded to nearest, per output channel, at W8 and at W4: the
+only weight method of this release. Every Linear and Conv is quantized, in both arms alike. Small teacher: 5.6M
+parameters, `recipes/cifar10/teacher_small.yaml`, 2,048 images, three seeds; large one: the paper's 35.7M network,
 `recipes/cifar10/teacher.yaml`, 5,000 images, one seed. Every row with its command stands in `cifar10.json`; the same
 command and seed give the same figure again on the same machine.
 
-Our figures are Fréchet distances in the 64 features of `cifar10_resnet56`. **They are not FID**: only their order can be
-compared with the paper's FID (50,000 images, 35.7M teacher), which stands in brackets as published. `open` is not
-measured yet; nothing is filled in for it."""  # noqa: E501
+Our figures are Fréchet distances in the 64 features of `cifar10_resnet56`. **They are not FID**: only their order can
+be compared with the paper's FID (50,000 images, 35.7M teacher), which stands in brackets as published. `open` is not
+measured yet; nothing is filled in for it."""
 
-READING = """Why the paper's figures may not be those of its method (METHOD.md, section 3): the public reference code resets its
+READING = """Why the paper's figures may not be those of its method: the public reference code resets its
 caches before every step on CIFAR-10, so that activations are never quantized at any bit width, and an earlier version
-refreshed in full precision every tenth step. The published A8 to A3 rows of the dynamic per-image quantizer (4.10 to 4.31
-at W8, against 4.24 in full precision) hardly depend on the bits, which fits both."""  # noqa: E501
+refreshed in full precision every tenth step. The published A8 to A3 rows of the dynamic per-image quantizer (4.10 to
+4.31 at W8, against 4.24 in full precision) hardly depend on the bits, which fits both."""
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -130,7 +130,7 @@ def machines(rows: list[dict[str, Any]]) -> str:
     """Where they were measured."""
     measured = [row for row in rows if row["measured"]]
     found = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}, {r['precision']}" for r in measured})
-    return f"Machine: {'; '.join(found)}." if found else "No GPU has been at hand for it yet."
+    return f"Machine: {'; '.join(found)}." if found else "The figures need a GPU for about half an hour."
 
 
 def agreement(rows: list[dict[str, Any]]) -> list[str]:

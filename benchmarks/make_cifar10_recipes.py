@@ -31,8 +31,10 @@ def rows() -> list[Row]:
 def recipe(row: Row) -> str:
     """The text of a recipe."""
     published = "none published" if row.paper_fid is None else f"{row.paper_fid:g} (35.7M teacher, 50,000 images)"
-    scale = {"sample": "image", "tensor": "batch", "channel": "channel", "sample_channel": "image and channel"}
-    return f"""# CIFAR-10, W{row.weight_bits}A{row.activation_bits}, {WHAT[row.arm]}, one activation scale per {scale[row.granularity]}.
+    names = {"sample": "image", "tensor": "batch", "channel": "channel", "sample_channel": "image and channel"}
+    scale = names[row.granularity]
+    bits = f"W{row.weight_bits}A{row.activation_bits}"
+    return f"""# CIFAR-10, {bits}, {WHAT[row.arm]}, one activation scale per {scale}.
 #   modiff evaluate --config {RECIPES}/{row.name}.yaml \\
 #       --model.features cifar10_resnet56.pt --model.reference runs/cifar10/reference.safetensors
 # Protocol: DDIM, 100 quadratic steps; x_0 is not clipped (clip_sample: false in the teacher's scheduler).
@@ -49,7 +51,7 @@ model:
   reference: null
 data:
   batch_size: 256           # image i depends on the seed, on i and on the batch size only
-"""  # noqa: E501
+"""
 
 
 def quantization(row: Row) -> str:
@@ -61,8 +63,9 @@ def quantization(row: Row) -> str:
         )
     compensation = "" if row.arm == "modiff" else "\n      error_compensation: false"
     modulation = "    modulation:" + (compensation or " {}")
+    preset = f"w{row.weight_bits}a{row.activation_bits}-modiff"
     other = "" if row.granularity == "sample" else "; another granularity"
-    return f"""  config:                   # the preset w{row.weight_bits}a{row.activation_bits}-modiff, written out{other}
+    return f"""  config:                   # the preset {preset}, written out{other}
     weight:
       bits: {row.weight_bits}
       granularity: channel
@@ -70,7 +73,7 @@ def quantization(row: Row) -> str:
       bits: {row.activation_bits}
       granularity: {row.granularity}
       symmetric: {str(row.activation_bits >= 6).lower()}
-{modulation}"""  # noqa: E501
+{modulation}"""
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def built() -> dict[str, LitStudent]:
     modules = {}
     for path in COMPARISONS:
         cli.parser.set_defaults({"model.config": None})  # else the last preset's
-        cli.parse_arguments(cli.parser, ["--config", str(path)])
+        with warnings.catch_warnings():  # the CLI silences it itself when it is made
+            warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+            cli.parse_arguments(cli.parser, ["--config", str(path)])
         cli.instantiate_classes()
         modules[path.stem] = cli.model
     return modules
