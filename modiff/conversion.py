@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import ConfigError
+from modiff.layers.fixed import projections
 from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.operators import OperatorAdapter, find_adapter
 from modiff.layers.quantized import QuantizedOperator
@@ -162,6 +164,9 @@ def convert(
         model.register_forward_pre_hook(state.begin_evaluation),
         model.register_forward_hook(state.end_evaluation),
     ]
+    for name in projections(model):
+        hook = functools.partial(state.keep_output, name)
+        record.hooks.append(model.get_submodule(name).register_forward_hook(hook))
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
     return model

@@ -43,6 +43,25 @@ def _place(x: Tensor) -> tuple[object, ...] | None:
     return x.data_ptr(), x._version, x.dtype, x.shape, x.stride()
 
 
+@dataclass(frozen=True)
+class KeptOutput:
+    """What a module returned for an input, to be returned again while both are as they were."""
+
+    source: InputIdentity
+    output: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor, output: Tensor) -> KeptOutput | None:
+        """None where PyTorch counts no writes."""
+        source = InputIdentity.of(x)
+        return None if source is None or output.is_inference() else cls(source, output, output._version)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether ``x`` is that input, unchanged, and nobody wrote to the output."""
+        return self.output._version == self.version and self.source.matches(x)
+
+
 @dataclass
 class OperatorCache:
     """What one call site of a modulated operator keeps between evaluations.
@@ -76,6 +95,7 @@ class Context:
         caches: By operator, one for each call site.
         calls: Calls of each operator in the first evaluation.
         unchanged: Calls of each operator that were not computed, because the input was the last one's.
+        outputs: What modules between a fixed input and operators returned for it, by module.
     """
 
     name: str
@@ -84,12 +104,13 @@ class Context:
     caches: dict[str, list[OperatorCache]] = field(default_factory=dict, repr=False)
     calls: dict[str, int] | None = field(default=None, repr=False)
     unchanged: dict[str, int] = field(default_factory=dict, repr=False)
+    outputs: dict[str, KeptOutput | None] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return f" of context {self.name!r}" if self.name else ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Trajectory:
     """One trajectory, from noise to image: its counts, and its state while it is open.
 
@@ -112,6 +133,9 @@ class Trajectory:
     calls_in_step: int = field(default=0, repr=False)
     probes: list[tuple[list[str], Tensor]] = field(default_factory=list, repr=False)
     changes: list[tuple[list[str], Tensor]] = field(default_factory=list, repr=False)
+
+    def __repr__(self) -> str:
+        return f"Trajectory(total={self.total}, quantized={self.quantized})"
 
     @property
     def total(self) -> int:
@@ -210,7 +234,7 @@ class Trajectory:
     def close(self) -> None:
         """Free the state; the counts stay."""
         for context in self.contexts.values():
-            context.caches = {}
+            context.caches, context.outputs = {}, {}
         self.closed = True
         self.in_evaluation = False
 

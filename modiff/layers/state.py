@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.layers.caches import OUTPUT, Context, OperatorCache, Trajectory, first_flag
+from modiff.layers.caches import OUTPUT, Context, KeptOutput, OperatorCache, Trajectory, first_flag
 
 __all__ = ["OUTPUT", "Context", "ModulationState", "OperatorCache", "Trajectory", "state_of", "trajectory"]
 
@@ -204,6 +204,22 @@ class ModulationState:
         if quantized is not None:
             self._quantized[0] += int(quantized)
             self._quantized[1] += 1
+
+    def keep_output(self, name: str, _module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Forward hook of a module whose output depends on its input only: an unchanged input gives the same tensor.
+
+        The operators behind it then see that their input is fixed. That the output is the same is checked on the
+        device, like the input in :meth:`note_unchanged`.
+        """
+        run = self.trajectory
+        if run is None or not run.in_evaluation or len(args) != 1 or not isinstance(output, Tensor):
+            return None
+        kept = run.current.outputs.get(name)
+        if kept is not None and kept.output.shape == output.shape and kept.holds(args[0]):
+            self._changes.append((name, torch.ne(output, kept.output).any()))
+            return kept.output
+        run.current.outputs[name] = KeptOutput.of(args[0], output)
+        return None
 
     def scratch(self, like: Tensor) -> Tensor:
         """Uninitialized memory in the shape, strides and dtype of a dense tensor, shared by all operators.

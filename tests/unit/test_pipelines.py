@@ -50,22 +50,47 @@ def test_every_pipeline_samples_twice_and_is_restored(builder):
     assert set(vars(pipe)) == set(vars(build(builder)[0])) | set(vars(pipe)) - {"trajectories", "_modiff_contexts"}
 
 
-@pytest.mark.parametrize("builder", [pipelines.stable_diffusion, pipelines.stable_diffusion_xl])
-def test_keys_and_values_of_the_prompt_are_computed_once(builder):
+PROMPTED = [pipelines.stable_diffusion, pipelines.stable_diffusion_xl, pipelines.pixart_sigma, pipelines.sana]
+
+
+@pytest.mark.parametrize("builder", PROMPTED)
+@pytest.mark.parametrize("refresh_every", [None, 2])
+def test_keys_and_values_of_the_prompt_are_computed_once(builder, refresh_every):
     pipe, arguments = build(builder)
-    modiff.quantize_pipeline(pipe, "w8a4-modiff")
+    config = QuantConfig.preset("w8a4-modiff")
+    config = QuantConfig(config.weight, config.activation, modiff.Modulation(refresh_every=refresh_every))
+    modiff.quantize_pipeline(pipe, config)
     images = draw(pipe, arguments)
-    fixed = {row.name for row in modiff.describe(pipe.unet) if row.constant}
-    prompt = {n for n, m in pipe.unet.named_modules() if n.endswith((".attn2.to_k", ".attn2.to_v"))}
-    assert fixed == prompt
-    assert len(prompt) == 2 * 4
+    denoiser = student(pipe)
+    fixed = {row.name for row in modiff.describe(denoiser) if row.constant}
+    prompt = {n for n, m in denoiser.named_modules() if n.endswith((".attn2.to_k", ".attn2.to_v"))}
+    assert fixed == prompt | ({"caption_projection.linear_1"} if hasattr(denoiser, "caption_projection") else set())
+    assert len(prompt) >= 4
     # The same with a new tensor in each evaluation: nothing is fixed, the images are the same.
-    pipe.unet.register_forward_pre_hook(
+    denoiser.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"].clone()}),
         with_kwargs=True,
     )
     assert torch.equal(draw(pipe, arguments), images)
-    assert not any(row.constant for row in modiff.describe(pipe.unet))
+    assert not any(row.constant for row in modiff.describe(denoiser))
+
+
+@pytest.mark.parametrize("modulation", [{"state_dtype": "float16"}, {"warmup": "refine"}])
+def test_a_projection_whose_output_still_changes_is_not_kept(modulation):
+    pipe, arguments = build(pipelines.pixart_sigma)
+    config = QuantConfig.preset("w8a4-modiff")
+    modiff.quantize_pipeline(pipe, QuantConfig(config.weight, config.activation, modiff.Modulation(**modulation)))
+    images = draw(pipe, arguments)
+    assert not any(row.constant and "attn2" in row.name for row in modiff.describe(pipe.transformer))
+    assert torch.equal(draw(pipe, arguments), images)
+
+
+def test_a_projection_that_is_no_function_of_its_input_is_reported():
+    pipe, arguments = build(pipelines.pixart_sigma)
+    modiff.quantize_pipeline(pipe, "w8a4-modiff")
+    pipe.transformer.caption_projection.act_1.register_forward_hook(lambda _, __, output: output + torch.rand(1))
+    with pytest.raises(TrajectoryError, match="'caption_projection' was overwritten between evaluations"):
+        draw(pipe, arguments)
 
 
 def test_batches_may_differ_from_call_to_call():
