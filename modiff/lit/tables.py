@@ -91,7 +91,11 @@ def missing_reasons(metrics: Mapping[str, Any]) -> dict[str, str]:
     """For each metric that is null, by its dotted key: why it is not available."""
     student, features = metrics["student"], metrics["features"]
     count, size = features["num_images"], features["num_features"]
-    few = f"it needs at least {2 * size} images (twice the {size} features of {features['network']}), not {count}"
+    if size is None:
+        few = "there is no feature network; give one: --model.features FILE"
+        count, size = 0, 1
+    else:
+        few = f"it needs at least {2 * size} images (twice the {size} features of {features['network']}), not {count}"
     reasons = {}
     if student["psnr_db"] is None:
         reasons["student.psnr_db"] = (
