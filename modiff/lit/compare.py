@@ -112,7 +112,7 @@ def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
     for name, cli in clis.items():
         identity = cli.identity()
         model = identity.pop("model")
-        found[name] = {**identity, **{k: model[k] for k in ("teacher", "scheduler", "steps", "eta", "features", "reference")}}
+        found[name] = {**identity, **{k: model[k] for k in ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")}}
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
         for key, value in other.items():

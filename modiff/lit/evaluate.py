@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from modiff.config import QuantConfig
 from modiff.conversion import describe
 from modiff.errors import ConfigError
+from modiff.lit import plots
 from modiff.lit.base import ModiffCLI
 from modiff.lit.callbacks.activation_cache import ActivationCache
 from modiff.lit.callbacks.costs import Cost
@@ -27,20 +28,20 @@ from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
-from modiff.lit.data import NoiseDataModule
+from modiff.lit.conditions import SampleDataModule
 from modiff.lit.report import write_report
 from modiff.lit.rundir import RunDirectory, atomic_write, write_json
 from modiff.lit.store import BatchStore
 from modiff.lit.student import LitStudent
 from modiff.lit.wandb_logger import finish_wandb, make_wandb_logger
-from modiff.lit import plots
+from modiff.teachers.zoo import ZOO
 
 
 class StudentCLI(ModiffCLI):
-    """The commands that draw images: a LitStudent and a NoiseDataModule."""
+    """The commands that draw images: a LitStudent and a SampleDataModule."""
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
-        super().__init__(command, args, model_class=LitStudent, datamodule_class=NoiseDataModule)
+        super().__init__(command, args, model_class=LitStudent, datamodule_class=SampleDataModule)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of drawing only."""
@@ -57,6 +58,15 @@ class StudentCLI(ModiffCLI):
             parser.set_defaults({"model.config": dataclasses.asdict(QuantConfig.preset(preset))})
         super().parse_arguments(parser, args)
         self.config.model.preset = None
+        self._fill_in_teacher_defaults()
+
+    def _fill_in_teacher_defaults(self) -> None:
+        """Write what the zoo decides into the recipe, so that the saved one says it."""
+        model = self.config.model
+        entry = ZOO.get(model.teacher.name)
+        for key in ("scheduler", "steps", "guidance"):
+            if entry is not None and model[key] is None:
+                model[key] = getattr(entry, key)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run: everything that the images and figures depend on."""
@@ -67,6 +77,7 @@ class StudentCLI(ModiffCLI):
             "batch_size": config.data.batch_size,
             "seed": config.seed,
             "precision": config.trainer.precision,
+            **self.datamodule.identity(),
         }
 
     @property
@@ -172,6 +183,7 @@ def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
     """Build the student first, so that a wrong recipe leaves no trace; then claim the directory."""
     module: LitStudent = cli.model
     module.seed = cli.config.seed
+    module.conditions = cli.datamodule.conditions
     module.configure_model()
     rank_zero(run.claim, cli.recipe)
     rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
@@ -286,9 +298,7 @@ def sample(args: Sequence[str]) -> int:
         Samples(run.path, config.sample_count, save_images=True),
     ]
     trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
-    interruptible(
-        run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False)
-    )
+    interruptible(run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
     if trainer.is_global_zero:
         facts = {"num_images": cli.num_images, "seed": config.seed, **module.results}
         write_json(run.path / "sample.json", facts)
