@@ -44,8 +44,12 @@ def _conditional(**arguments: Any) -> nn.Module:
     )
 
 
-def _kl(channels: int = 4) -> nn.Module:
-    return diffusers.AutoencoderKL(**_KL, latent_channels=channels, scaling_factor=0.5, shift_factor=0.1)
+def _kl(shift: float | None = None) -> nn.Module:
+    return diffusers.AutoencoderKL(**_KL, latent_channels=4, scaling_factor=0.5, shift_factor=shift)
+
+
+def _shifted_kl() -> nn.Module:
+    return _kl(0.1)
 
 
 def _vq() -> nn.Module:
@@ -60,7 +64,7 @@ def _dit() -> nn.Module:
         out_channels=8,
         num_layers=2,
         sample_size=8,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
         norm_num_groups=4,
     )
 
@@ -153,9 +157,9 @@ _BUILDERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | No
     "sd": (_conditional, _kl),
     "sdxl": (_sdxl, _kl),
     "pixart": (_pixart, _kl),
-    "sd3": (_sd3, _kl),
-    "flux": (lambda: _flux(False), _kl),
-    "flux-guidance": (lambda: _flux(True), _kl),
+    "sd3": (_sd3, _shifted_kl),
+    "flux": (lambda: _flux(False), _shifted_kl),
+    "flux-guidance": (lambda: _flux(True), _shifted_kl),
     "sana": (_sana, _dc),
 }
 
