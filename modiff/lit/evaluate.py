@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
@@ -72,7 +73,7 @@ class StudentCLI(ModiffCLI):
         """What makes a run the same run: everything that the images and figures depend on."""
         config = self.config
         return {
-            "model": config.model.as_dict(),
+            "model": plain_values(config.model),
             "num_images": self.num_images,
             "batch_size": config.data.batch_size,
             "seed": config.seed,
@@ -84,6 +85,15 @@ class StudentCLI(ModiffCLI):
     def num_images(self) -> int:
         """Images to keep."""
         return int(self.datamodule.num_images)
+
+
+def plain_values(value: Any) -> Any:
+    """A parsed config as plain containers; ``Namespace.as_dict`` leaves those inside lists (rules) as they are."""
+    if isinstance(value, Namespace):
+        return {key: plain_values(item) for key, item in value.as_dict().items()}
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items()}
+    return [plain_values(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def find_preset(args: Sequence[str]) -> str | None:

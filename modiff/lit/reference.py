@@ -154,7 +154,7 @@ def _in_parquet(path: Path) -> Iterator[tuple[str, bytes]]:
     if column is None:
         raise ConfigError(f"{path} has the columns {', '.join(names)}; needed is image or img. Rename the column.")
     row = 0
-    for batch in file.iter_batches(256, [column]):
+    for batch in file.iter_batches(batch_size=256, columns=[column]):
         for value in batch.column(0).to_pylist():
             yield f"{path}[{row}]", _bytes(value, path)
             row += 1
