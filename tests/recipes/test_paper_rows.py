@@ -61,19 +61,9 @@ def test_every_row_is_a_valid_recipe_that_says_what_was_published(teacher) -> No
         assert tuple(rule.pattern for rule in config.rules) == ZOO[teacher].exclude
 
 
-OPTIONS = [
-    "--model.teacher.tiny",
-    "true",
-    "--model.features",
-    "null",
-    "--model.steps",
-    "3",
-    "--num_images",
-    "2",
-    "--data.batch_size",
-    "2",
-]
-OPTIONS += ["--wandb", "disabled", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+OPTIONS = ["--model.teacher.tiny", "true", "--model.features", "null", "--model.steps", "3", "--num_images", "2"]
+OPTIONS += ["--data.batch_size", "2", "--wandb", "disabled"]
+OPTIONS += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 WITH_REPORT = ("ddpm-cifar10", "dit-xl-2-256", "pixart-sigma")  # pictures take longer than a tiny model
 
 
