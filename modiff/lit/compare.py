@@ -22,7 +22,7 @@ from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
 from modiff.lit.running import rank_zero
 from modiff.lit.student_cli import StudentCLI
 
-TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "features", "reference")
+TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
 
 
