@@ -166,7 +166,9 @@ class QuantizedOperator(nn.Module):
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
         weight = self.module.weight if self.packed is None else self.quantized_weight()
         bias = self.module.bias if with_bias else None
-        weight, bias = weight.detach().to(a.dtype), None if bias is None else bias.detach().to(a.dtype)
+        if torch.is_grad_enabled():  # else as it is: PyTorch picks another product for weights that require a gradient
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
         if torch.is_autocast_enabled(a.device.type):
             with torch.autocast(a.device.type, enabled=False):
                 return self.adapter.apply(self.module, a, weight, bias)
