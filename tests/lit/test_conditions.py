@@ -101,6 +101,55 @@ def test_classes_and_guidance_change_the_images() -> None:
     assert not torch.equal(in_turn, draw("dit-xl-2-256", [0, 1], guidance=3.0))
 
 
+@pytest.fixture
+def recipe_of_classes(tmp_path) -> Path:
+    path = tmp_path / "classes.yaml"
+    path.write_text(
+        "num_images: 2\nwandb: disabled\n"
+        "model: {teacher: {name: dit-xl-2-256, tiny: true}, steps: 2, guidance: 3.0}\n"
+        "data: {batch_size: 2, labels: [5, 1]}\n"
+        "trainer: {accelerator: cpu, enable_progress_bar: false}\n"
+    )
+    return path
+
+
+def test_packed_student_of_a_conditional_teacher_draws_the_same_images(recipe_of_classes, tmp_path, modiff) -> None:
+    recipe, preset = ("--config", recipe_of_classes), ("--model.preset", "w4a4-modiff")
+    for command in (
+        ("quantize", *recipe, *preset, "--output", tmp_path / "packed"),
+        ("sample", *recipe, *preset, "--output", tmp_path / "made"),
+        ("sample", *recipe, "--ckpt", tmp_path / "packed", "--output", tmp_path / "loaded"),
+        ("sample", *recipe, *preset, "--data.labels", "[5, 2]", "--output", tmp_path / "others"),
+    ):
+        status, _, err = modiff(*command)
+        assert status == 0, err
+    made, loaded, others = (
+        [(tmp_path / run / "images" / "student" / f"{i:06d}.png").read_bytes() for i in range(2)]
+        for run in ("made", "loaded", "others")
+    )
+    assert made == loaded
+    assert [a == b for a, b in zip(made, others, strict=True)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("labels: [5, 1]", "labels: [5, 2]"), "differ in their labels or prompts, so they have different teacher"),
+        ((", labels: [5, 1]", ""), "differ in their labels or prompts"),
+        (("guidance: 3.0", "guidance: 2.0"), "differ in guidance (3.0 and 2.0)"),
+    ],
+)
+def test_recipes_of_other_conditions_are_not_compared(recipe_of_classes, tmp_path, modiff, change, message) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe_of_classes.read_text().replace(*change))
+    for pair in ((recipe_of_classes, other), (other, recipe_of_classes)):
+        status, _, err = modiff(
+            "compare", *pair, "--model.preset", "w8a4-modiff", "--output", tmp_path / "out", "--wandb", "disabled"
+        )
+        assert status == 1
+        assert message in err or message.replace("3.0 and 2.0", "2.0 and 3.0") in err
+
+
 def test_text_teacher_takes_its_prompts_by_index() -> None:
     asked: list[tuple[list[str], bool]] = []
     module = LitStudent(TeacherSpec("sd-v1-4", tiny=True), steps=2)

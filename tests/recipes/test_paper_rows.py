@@ -23,7 +23,6 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def _load_script() -> ModuleType:
-
     spec = importlib.util.spec_from_file_location("make_paper_rows", RECIPES / "make_paper_rows.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_paper_rows"] = module  # where its dataclasses look themselves up
@@ -64,7 +63,7 @@ def test_every_row_is_a_valid_recipe_that_says_what_was_published(teacher) -> No
 OPTIONS = ["--model.teacher.tiny", "true", "--model.features", "null", "--model.steps", "3", "--num_images", "2"]
 OPTIONS += ["--data.batch_size", "2", "--wandb", "disabled"]
 OPTIONS += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-WITH_REPORT = ("ddpm-cifar10", "dit-xl-2-256", "pixart-sigma")  # pictures take longer than a tiny model
+WITH_REPORT = ("ddpm-cifar10", "pixart-sigma")  # pictures take longer than a tiny model
 
 
 @pytest.mark.parametrize("teacher", sorted(BY_TEACHER))
