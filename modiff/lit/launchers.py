@@ -44,7 +44,10 @@ def launched_processes() -> tuple[str, int, int] | None:
         world = TorchElasticEnvironment().world_size()
         return "torchrun", world, int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if SLURMEnvironment.detect():
-        world = SLURMEnvironment().world_size()
+        try:
+            world = SLURMEnvironment().world_size()
+        except RuntimeError as error:  # Lightning's own refusal, of --ntasks without --ntasks-per-node
+            raise ConfigError(str(error)) from error
         return "srun", world, max(1, world // int(os.environ.get("SLURM_NNODES", "1")))
     return None
 

@@ -44,7 +44,7 @@ def resolve_quantization(args: Sequence[str]) -> tuple[list[str], dict[str, Any]
             rest.append(token)
             continue
         if not equals:
-            if not tokens:
+            if not tokens or tokens[0].startswith("--"):
                 raise ConfigError(f"{key} is given without a value. Give one: {key}=VALUE.")
             value = tokens.pop(0)
         if not ours:

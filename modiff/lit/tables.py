@@ -81,8 +81,6 @@ def cells(rows: Rows, missing: str = "n/a") -> list[list[str]]:
 def features_note(metrics: Mapping[str, Any]) -> str:
     """Say what a Fréchet distance was measured with; without it the number means nothing."""
     features = metrics["features"]
-    if features["network"] is None:
-        return "There was no feature network, so there is no Fréchet distance; give one with --model.features."
     return (
         f"Fréchet distances are between the {features['num_features']} features that {features['network']} gives for "
         f"{features['num_images']} images; they compare with no distance of another network or count."
@@ -92,9 +90,12 @@ def features_note(metrics: Mapping[str, Any]) -> str:
 def missing_reasons(metrics: Mapping[str, Any]) -> dict[str, str]:
     """For each metric that is null, by its dotted key: why it is not available."""
     student, features = metrics["student"], metrics["features"]
-    count, size = features["num_images"] or 0, features["num_features"] or 0
-    few = f"it needs at least {2 * size} images (twice the {size} features of {features['network']}), not {count}"
-    none = "there was no feature network (give one with --model.features)"
+    count, size = features["num_images"], features["num_features"]
+    if size is None:
+        few = "there is no feature network; give one: --model.features FILE"
+        count, size = 0, 1
+    else:
+        few = f"it needs at least {2 * size} images (twice the {size} features of {features['network']}), not {count}"
     reasons = {}
     if student["psnr_db"] is None:
         reasons["student.psnr_db"] = (
@@ -103,11 +104,11 @@ def missing_reasons(metrics: Mapping[str, Any]) -> dict[str, str]:
             else "an image identical to the teacher's has an infinite PSNR"
         )
     if student["fid_to_teacher"] is None:
-        reasons["student.fid_to_teacher"] = none if not size else few if count < 2 * size else "it was not computed"
+        reasons["student.fid_to_teacher"] = few if count < 2 * size else "it was not computed"
     for key, value in (("teacher.fid", metrics["teacher"]["fid"]), ("student.fid", student["fid"])):
         if value is None:
             unknown = f"no statistics of real images under {features['network']} were given"
-            reasons[key] = none if not size else few if count < 2 * size else unknown
+            reasons[key] = few if count < 2 * size else unknown
     return reasons
 
 
