@@ -22,7 +22,7 @@ from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
 from modiff.lit.running import rank_zero
 from modiff.lit.student_cli import StudentCLI
 
-TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "features", "reference")
+TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
 
 
@@ -120,6 +120,11 @@ def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
         found[name] = {**identity, **{key: model[key] for key in TEACHER_FIELDS}}
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
+        if other.get("conditions") != first.get("conditions"):
+            raise ConfigError(
+                f"{first_name} and {name} differ in their labels or prompts, so they have different teacher images. "
+                "Give the same to all of them: --data.labels or --data.prompts."
+            )
         for key, value in other.items():
             if value != first[key]:
                 option = {"num_images": "--num_images", "seed": "--seed", "batch_size": "--data.batch_size"}.get(

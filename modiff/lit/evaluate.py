@@ -90,6 +90,7 @@ def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
     """Build the student first, so that a wrong recipe leaves no trace; then claim the directory."""
     module: LitStudent = cli.model
     module.seed = cli.config.seed
+    module.conditions = cli.datamodule.conditions
     module.configure_model()
     rank_zero(run.claim, cli.recipe)
     rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from modiff.teachers.schedulers import make_scheduler
 from modiff.teachers.zoo import Teacher, TeacherSpec, load_teacher
 
 OnEvaluation = Callable[[int, Any, Tensor], None]
+Conditions = Callable[[list[int]], "Sequence[int] | Sequence[str] | None"]
 
 
 class LitStudent(LightningModule):
@@ -31,11 +32,14 @@ class LitStudent(LightningModule):
         teacher: The pretrained denoiser.
         preset: Quantization by name, such as ``w8a4-modiff``; excludes ``config``.
         config: Quantization in full; excludes ``preset``.
-        scheduler: Sampler: ``ddim``, ``ddim_trailing``, ``ddim_quadratic``, ... or a class path.
-        steps: Time steps of the sampler.
+        scheduler: Sampler: ``ddim``, ``ddim_trailing``, ``ddim_quadratic``, ... or a class path; None: the teacher's
+            in the zoo.
+        steps: Time steps of the sampler; None: the teacher's in the zoo.
         eta: Noise added by DDIM in each step, 0 (none) to 1 (DDPM).
         features: Feature network for the Fréchet distance (safetensors or TorchScript); None: the teacher's own.
-        reference: Feature statistics of real images; None: the teacher's own.
+        reference: Real images, as feature statistics (safetensors, npz), a parquet file or a folder of images; None:
+            the teacher's own.
+        guidance: Scale of the classifier-free guidance, 1: none; None: the teacher's in the zoo.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -46,33 +50,41 @@ class LitStudent(LightningModule):
         teacher: TeacherSpec = TeacherSpec(),  # noqa: B008 (frozen)
         preset: str | None = None,
         config: QuantConfig | None = None,
-        scheduler: str = "ddim",
-        steps: int = 50,
+        scheduler: str | None = None,
+        steps: int | None = None,
         eta: float = 0.0,
         features: str | None = None,
         reference: str | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
             raise ConfigError("preset and config are both given. Remove one of them.")
+        steps = teacher.entry.steps if steps is None else steps
         if steps < 1:
             raise ConfigError(f"steps is {steps}; allowed are whole numbers, 1 or more.")
         if not 0 <= eta <= 1:
             raise ConfigError(f"eta is {eta}; allowed is 0 to 1.")
+        if guidance is not None and guidance < 0:
+            raise ConfigError(f"guidance is {guidance}; allowed are 0 or more, 1 for none.")
         self.spec = teacher
         self.config = QuantConfig.preset(preset) if preset is not None else config
-        self.scheduler_name = scheduler
+        self.scheduler_name = teacher.entry.scheduler if scheduler is None else scheduler
         self.steps = steps
         self.eta = eta
         self.features = features
         self.reference = reference
+        self.guidance = teacher.entry.guidance if guidance is None else guidance
+        self.conditions: Conditions = lambda indices: None
         self.seed = 0
         self.ckpt: str | None = None
         self.store: BatchStore | None = None
         self.teacher_store: BatchStore | None = None
         self.loaded: Teacher | None = None
+        self._conditioning: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
+        self.decoder: nn.Module | None = None
         self.results: dict[str, Any] = {}
 
     def configure_model(self) -> None:
@@ -82,11 +94,19 @@ class LitStudent(LightningModule):
         self.loaded = load_teacher(self.spec)
         set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
         self.teacher = self.loaded.denoiser
+        self.decoder = self.loaded.decoder
+        self._refuse_guidance()
         if self.config is None and self.ckpt is None:
             return
         shared = {id(p): p for p in (*self.teacher.parameters(), *self.teacher.buffers())}
         base = copy.deepcopy(self.teacher, shared)
         self.student = quantize(base, self.config) if self.config is not None else load(self.ckpt, copy.deepcopy(base))
+
+    def _refuse_guidance(self) -> None:
+        assert self.loaded is not None
+        distilled = bool(getattr(self.loaded.denoiser.config, "guidance_embeds", False))
+        if self.guidance not in (1.0, self.spec.entry.guidance) and not self.loaded.family.guided and not distilled:
+            raise ConfigError(f"guidance is {self.guidance}, but teacher {self.spec.title!r} takes none. Remove it.")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -94,12 +114,43 @@ class LitStudent(LightningModule):
         assert self.loaded is not None
         return self.loaded.sample_shape
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of the images."""
+        assert self.loaded is not None
+        return self.loaded.image_shape
+
     def noise(self, indices: Tensor, stream: int = 0) -> Tensor:
         """x_T (or the noise of a step) of samples ``indices`` ``[B]``, float32 ``[B, C, H, W]``."""
         return indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream).to(self.device)
 
-    def trace(self, denoiser: nn.Module, indices: Tensor, on_evaluation: OnEvaluation | None = None) -> Tensor:
-        """Run the sampler; returns x_0 in the model's own range, float32 ``[B, C, H, W]``."""
+    def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
+        """What the denoiser is told about samples ``indices`` ``[B]``; that of the last batch is kept."""
+        assert self.loaded is not None
+        key = tuple(indices.tolist())
+        if self._conditioning is None or self._conditioning[0] != key:
+            found = self.loaded.conditioning(list(key), self.conditions(list(key)), self.guidance)
+            self._conditioning = key, {name: tensor.to(self.device) for name, tensor in found.items()}
+        return self._conditioning[1]
+
+    def bind(self, denoiser: nn.Module, indices: Tensor) -> Callable[[Tensor, Any], Any]:
+        """``denoiser(x, t)`` with the conditions and the guidance of samples ``indices`` ``[B]``."""
+        assert self.loaded is not None
+        return self.loaded.bind(denoiser, self.conditioning(indices), self.guidance)
+
+    def inputs(self, x: Tensor, indices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of one forward of the denoiser at time 0, for figures of cost."""
+        assert self.loaded is not None
+        return self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the denoiser's batch for one image: 2 under guidance."""
+        assert self.loaded is not None
+        return 2 if self.loaded.doubled(self.guidance) else 1
+
+    def trace(self, denoiser: Callable[..., Any], indices: Tensor, on_evaluation: OnEvaluation | None = None) -> Tensor:
+        """Run the sampler on a denoiser of :meth:`bind`; returns x_0 in the model's own range, ``[B, C, H, W]``."""
         assert self.loaded is not None
         scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
         return sample(
@@ -117,7 +168,9 @@ class LitStudent(LightningModule):
         denoiser = self.teacher if who == "teacher" else self.student
         assert denoiser is not None
         start = time.perf_counter()
-        images = self.trace(denoiser, indices, lambda step, *_: self._tell(step + 1, who))
+        assert self.loaded is not None
+        bound = self.bind(denoiser, indices)
+        images = self.loaded.decode(self.trace(bound, indices, lambda step, *_: self._tell(step + 1, who)))
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         return images, time.perf_counter() - start
@@ -126,8 +179,8 @@ class LitStudent(LightningModule):
         """Draw a batch with both, or read it from disk.
 
         Returns:
-            ``teacher`` and ``student`` ``[B, C, H, W]`` in the model's own range, ``index`` and ``valid`` ``[B]``, and
-            ``facts`` (seconds; evaluations are added by ``ActivationCache``).
+            ``teacher`` and ``student`` ``[B, C, H, W]`` in the model's own range (latents decoded), ``index`` and
+            ``valid`` ``[B]``, and ``facts`` (seconds; evaluations are added by ``ActivationCache``).
         """
         stored = self.stored(batch)
         if stored is None:

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.base import ModiffCLI
-from modiff.lit.data import NoiseDataModule
+from modiff.lit.conditions import SampleDataModule
 from modiff.lit.presets import resolve_quantization
 from modiff.lit.rundir import digest
 from modiff.lit.student import LitStudent
+from modiff.teachers.zoo import ZOO
 
 
 class StudentCLI(ModiffCLI):
-    """The commands that draw images: a LitStudent and a NoiseDataModule."""
+    """The commands that draw images: a LitStudent and a SampleDataModule."""
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
-        super().__init__(command, args, model_class=LitStudent, datamodule_class=NoiseDataModule)
+        super().__init__(command, args, model_class=LitStudent, datamodule_class=SampleDataModule)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of drawing only."""
@@ -42,6 +44,15 @@ class StudentCLI(ModiffCLI):
                 f"--ckpt {self.config.ckpt} holds a quantization of its own, but the recipe gives one too. Add "
                 "--model.preset null (and --model.config null), or remove --ckpt."
             )
+        self._fill_in_teacher_defaults()
+
+    def _fill_in_teacher_defaults(self) -> None:
+        """Write what the zoo decides into the recipe, so that the saved one says it."""
+        model = self.config.model
+        entry = ZOO.get(model.teacher.name)
+        for key in ("scheduler", "steps", "guidance"):
+            if entry is not None and model[key] is None:
+                model[key] = getattr(entry, key)
 
     def instantiate_classes(self) -> None:
         """Build; the student comes from ``--ckpt`` where that is given."""
@@ -52,18 +63,28 @@ class StudentCLI(ModiffCLI):
         """What makes a run the same run: everything that the images and figures depend on."""
         config = self.config
         return {
-            "model": config.model.as_dict(),
+            "model": plain_values(config.model),
             "num_images": self.num_images,
             "batch_size": config.data.batch_size,
             "seed": config.seed,
             "precision": config.trainer.precision,
             "ckpt": None if config.ckpt is None else checkpoint_digest(Path(config.ckpt)),
+            **self.datamodule.identity(),
         }
 
     @property
     def num_images(self) -> int:
         """Images to keep."""
         return int(self.datamodule.num_images)
+
+
+def plain_values(value: Any) -> Any:
+    """A parsed config as plain containers; ``Namespace.as_dict`` leaves those inside lists (rules) as they are."""
+    if isinstance(value, Namespace):
+        return {key: plain_values(item) for key, item in value.as_dict().items()}
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items()}
+    return [plain_values(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def checkpoint_digest(folder: Path) -> str:

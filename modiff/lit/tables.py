@@ -81,6 +81,8 @@ def cells(rows: Rows, missing: str = "n/a") -> list[list[str]]:
 def features_note(metrics: Mapping[str, Any]) -> str:
     """Say what a Fréchet distance was measured with; without it the number means nothing."""
     features = metrics["features"]
+    if features["network"] is None:
+        return "There was no feature network, so there is no Fréchet distance; give one with --model.features."
     return (
         f"Fréchet distances are between the {features['num_features']} features that {features['network']} gives for "
         f"{features['num_images']} images; they compare with no distance of another network or count."

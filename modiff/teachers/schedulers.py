@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from modiff.errors import ConfigError
+from modiff.teachers.flux_schedule import FlowMatchFluxScheduler
 
 
 class QuadraticDDIMScheduler(DDIMScheduler):
@@ -160,7 +161,9 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "flow_euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+    "flow_euler_flux": (FlowMatchFluxScheduler, {}),
 }
 """Class and fixed arguments of each sampler by name; anything else by its class path."""
 

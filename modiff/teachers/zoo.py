@@ -1,17 +1,15 @@
-"""Teachers by name: the one table, and how one is loaded."""
+"""Teachers by name: the one table, and what a recipe says about one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.teachers.teacher import Teacher
+
+__all__ = ["ZOO", "Entry", "Teacher", "TeacherSpec", "load_teacher"]
 
 ASSETS = Path(str(files("modiff"))) / "teachers" / "assets"
 
@@ -21,19 +19,142 @@ class Entry:
     """One row of the zoo.
 
     Args:
-        folder: A diffusers pipeline folder.
+        folder: A diffusers pipeline folder that is there; None: in the hub's local cache.
+        hub: Its name on the Hugging Face hub, or None.
+        pipeline: diffusers' class of the whole.
+        family: How its denoiser is called, a key of :data:`modiff.teachers.families.FAMILIES`; a variant after a dash
+            picks the tiny model.
+        scheduler: Sampler used by default.
+        steps: Its steps.
+        guidance: Scale of the guidance used by default; 1: none.
+        image_size: Pixels along one side.
+        exclude: Operators its recipes leave in full precision, as patterns of rules.
         features: Feature network for a Fréchet distance, or None.
         statistics: Its statistics of the real images, or None.
+        gated: The hub asks for a licence to be accepted first.
+        convert: How its folder is made where the hub has none.
     """
 
-    folder: Path
+    folder: Path | None = None
+    hub: str | None = None
+    pipeline: str = "DDPMPipeline"
+    family: str = "pixel"
+    scheduler: str = "ddim"
+    steps: int = 50
+    guidance: float = 1.0
+    image_size: int | None = None
+    exclude: tuple[str, ...] = ()
     features: Path | None = None
     statistics: Path | None = None
+    gated: bool = False
+    convert: str | None = None
 
+
+_CONVERT = (
+    "convert CompVis' model.ckpt (modiff.teachers.convert_ldm.convert_ldm), save the parts with save_pretrained "
+    "as unet/, vqvae/ and scheduler/, and give model.teacher.path that folder"
+)
+# Embeddings of time, size and text and the last projection: a few operators without a neighbour to hide their error.
+_TRANSFORMER_ENDS = ("*embed*", "proj_out")
 
 ZOO: dict[str, Entry] = {
     "mnist": Entry(
-        ASSETS / "mnist", ASSETS / "mnist" / "features.safetensors", ASSETS / "mnist" / "feature_statistics.safetensors"
+        ASSETS / "mnist",
+        image_size=32,
+        features=ASSETS / "mnist" / "features.safetensors",
+        statistics=ASSETS / "mnist" / "feature_statistics.safetensors",
+    ),
+    "ddpm-cifar10": Entry(hub="google/ddpm-cifar10-32", scheduler="ddim_quadratic", steps=100, image_size=32),
+    "ddpm-church": Entry(hub="google/ddpm-church-256", image_size=256),
+    "ddpm-bedroom": Entry(hub="google/ddpm-bedroom-256", image_size=256),
+    "ddpm-celebahq": Entry(hub="google/ddpm-celebahq-256", image_size=256),
+    "ldm-church": Entry(
+        pipeline="LDMPipeline", family="latent-kl", steps=200, image_size=256, convert=_CONVERT + " (num_heads=8)"
+    ),
+    "ldm-bedroom": Entry(
+        pipeline="LDMPipeline", family="latent", steps=500, image_size=256, convert=_CONVERT + " (num_head_channels=32)"
+    ),
+    "ldm-celebahq": Entry(
+        hub="CompVis/ldm-celebahq-256", pipeline="LDMPipeline", family="latent", steps=200, image_size=256
+    ),
+    "sd-v1-4": Entry(
+        hub="CompVis/stable-diffusion-v1-4",
+        pipeline="StableDiffusionPipeline",
+        family="sd",
+        scheduler="plms",
+        guidance=7.5,
+        image_size=512,
+    ),
+    "sdxl": Entry(
+        hub="stabilityai/stable-diffusion-xl-base-1.0",
+        pipeline="StableDiffusionXLPipeline",
+        family="sdxl",
+        scheduler="euler",
+        guidance=5.0,
+        image_size=1024,
+    ),
+    "sdxl-turbo": Entry(
+        hub="stabilityai/sdxl-turbo",
+        pipeline="StableDiffusionXLPipeline",
+        family="sdxl",
+        scheduler="euler_ancestral",
+        steps=4,
+        image_size=512,
+    ),
+    "dit-xl-2-256": Entry(
+        hub="facebook/DiT-XL-2-256", pipeline="DiTPipeline", family="dit", guidance=1.5, image_size=256
+    ),
+    "pixart-sigma": Entry(
+        hub="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        pipeline="PixArtSigmaPipeline",
+        family="pixart",
+        scheduler="dpmpp_2m",
+        steps=20,
+        guidance=4.5,
+        image_size=1024,
+        exclude=("adaln_single.*", "caption_projection.*", "proj_out"),
+    ),
+    "sd3": Entry(
+        hub="stabilityai/stable-diffusion-3-medium-diffusers",
+        pipeline="StableDiffusion3Pipeline",
+        family="sd3",
+        scheduler="flow_euler",
+        steps=28,
+        guidance=7.0,
+        image_size=1024,
+        exclude=_TRANSFORMER_ENDS,
+        gated=True,
+    ),
+    "flux-schnell": Entry(
+        hub="black-forest-labs/FLUX.1-schnell",
+        pipeline="FluxPipeline",
+        family="flux",
+        scheduler="flow_euler_flux",
+        steps=4,
+        image_size=1024,
+        exclude=_TRANSFORMER_ENDS,
+        gated=True,
+    ),
+    "flux-dev": Entry(
+        hub="black-forest-labs/FLUX.1-dev",
+        pipeline="FluxPipeline",
+        family="flux-guidance",
+        scheduler="flow_euler_flux",
+        steps=28,
+        guidance=3.5,
+        image_size=1024,
+        exclude=_TRANSFORMER_ENDS,
+        gated=True,
+    ),
+    "sana": Entry(
+        hub="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+        pipeline="SanaPipeline",
+        family="sana",
+        scheduler="dpmpp_2m",
+        steps=20,
+        guidance=4.5,
+        image_size=1024,
+        exclude=("time_embed.*", "caption_projection.*", "proj_out"),
     ),
 }
 
@@ -43,93 +164,90 @@ class TeacherSpec:
     """Which pretrained denoiser.
 
     Args:
-        name: A name of the zoo; unused when ``path`` is given.
-        path: A local diffusers pipeline folder (``unet/`` and ``scheduler/``), such as ``modiff train`` exports.
+        name: A name of the zoo; with ``path`` it is only used for the defaults of sampling.
+        path: A local diffusers pipeline folder, such as ``modiff train`` exports.
+        tiny: A tiny random model of the same class, for trying a recipe; nothing is read.
+        image_size: Pixels along one side of the images; None: the model's own.
 
     Raises:
-        ConfigError: The name is unknown.
+        ConfigError: The name is unknown, or fields contradict each other.
     """
 
     name: str = "mnist"
     path: str | None = None
+    tiny: bool = False
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.path is None and self.name not in ZOO:
+        if self.name not in ZOO:
             raise ConfigError(
                 f"unknown teacher {self.name!r}; allowed are {', '.join(ZOO)}. For your own give model.teacher.path."
             )
+        if self.tiny and self.path is not None:
+            raise ConfigError("model.teacher.tiny and model.teacher.path are both given. Remove one of them.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(f"model.teacher.image_size is {self.image_size}; allowed are whole numbers, 1 or more.")
 
     @property
     def entry(self) -> Entry:
-        """Where its files are."""
-        return ZOO[self.name] if self.path is None else Entry(Path(self.path))
+        """Its row of the zoo; a folder of one's own, and a tiny model, have no feature statistics."""
+        entry = ZOO[self.name]
+        if self.path is None and not self.tiny:
+            return entry
+        folder = Path(self.path) if self.path is not None else None
+        return replace(entry, folder=folder, features=None, statistics=None)
 
     @property
     def title(self) -> str:
         """Name for tables and pictures."""
-        return self.name if self.path is None else Path(self.path).name
+        if self.path is not None:
+            return Path(self.path).name
+        return f"{self.name} (tiny, random)" if self.tiny else self.name
+
+    def locate(self) -> Path:
+        """Folder of the files: a local one, else the hub's cache. The network is never asked.
+
+        Raises:
+            CheckpointError: It is not on this machine; the message holds the command that downloads it.
+        """
+        entry = self.entry
+        if entry.folder is not None:
+            return entry.folder
+        if entry.hub is None:
+            raise CheckpointError(f"Teacher {self.title!r} has no diffusers folder on the hub: {entry.convert}.")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(entry.hub, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+            raise CheckpointError(
+                f"Teacher {self.title!r} is not in the local cache of the hub, and modiff downloads nothing by itself. "
+                f"Run: {download_command(entry)}; or give model.teacher.path its folder; or try the recipe with "
+                "--model.teacher.tiny true."
+            ) from error
 
 
-@dataclass
-class Teacher:
-    """A loaded teacher.
+def download_command(entry: Entry) -> str:
+    """The command that brings a teacher into the hub's cache.
 
-    Args:
-        denoiser: In evaluation mode, gradients off.
-        scheduler_config: Of the scheduler it was trained with.
-        sample_shape: ``(channels, height, width)`` of x_t.
-        fingerprint: Content hash of weights and configuration.
+    >>> download_command(ZOO["ddpm-cifar10"])
+    'hf download google/ddpm-cifar10-32'
     """
-
-    denoiser: nn.Module
-    scheduler_config: dict[str, Any]
-    sample_shape: tuple[int, int, int]
-    fingerprint: str
+    # Whole text-to-image repositories hold each weight several times over, in formats that nothing here reads.
+    formats = ("*.fp16.*", "*non_ema*", "*.ckpt", "*.onnx*", "*.msgpack")
+    exclude = " --exclude " + " ".join(f'"{pattern}"' for pattern in formats)
+    login = "hf auth login && " if entry.gated else ""
+    return f"{login}hf download {entry.hub}{'' if entry.pipeline == 'DDPMPipeline' else exclude}"
 
 
 def load_teacher(spec: TeacherSpec) -> Teacher:
-    """Load a teacher from disk; nothing is downloaded.
+    """Load a teacher from this machine; nothing is downloaded. See :mod:`modiff.teachers.loading`.
 
     Raises:
-        CheckpointError: A file is missing, truncated, or not of the architecture its config names.
+        CheckpointError: It is not here, a file is missing or damaged, or not of the architecture its config names.
+        ConfigError: Its class is unknown, an extra is missing, or the image size does not fit.
     """
-    from diffusers import UNet2DModel
+    from modiff.teachers.loading import load, load_tiny  # diffusers takes seconds to import
 
-    folder = spec.entry.folder
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    for file in (weights, folder / "unet" / "config.json", scheduler):
-        if not file.is_file():
-            raise CheckpointError(
-                f"Teacher {spec.title!r}: {file} does not exist. Give model.teacher.path a diffusers pipeline folder "
-                "with unet/ and scheduler/, such as `modiff train` exports."
-            )
-    try:
-        denoiser = UNet2DModel.from_pretrained(
-            folder / "unet", local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
-        )
-        scheduler_config = json.loads(scheduler.read_text())
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"Teacher {spec.title!r}: the files in {folder} are damaged or of another architecture ({first}). "
-            "Copy or train them again."
-        ) from error
-    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
-        # Loaded weights are views into a mapped file whose alignment varies, and with it the last bits of a product.
-        tensor.data = tensor.data.clone()
-    size = denoiser.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return Teacher(
-        denoiser.eval().requires_grad_(False),
-        scheduler_config,
-        (denoiser.config.in_channels, height, width),
-        _fingerprint(weights, folder / "unet" / "config.json", scheduler),
-    )
-
-
-def _fingerprint(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return load_tiny(spec) if spec.tiny else load(spec)

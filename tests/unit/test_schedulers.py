@@ -15,7 +15,7 @@ from modiff.errors import ConfigError
 from modiff.teachers.sampling import sample, set_timesteps
 from modiff.teachers.schedulers import SAMPLERS, QuadraticDDIMScheduler, make_scheduler
 
-STOCHASTIC = {"ddpm"}
+STOCHASTIC = {"ddpm", "euler_ancestral"}
 # Evaluations of 5 steps. PNDM without skip_prk_steps starts with a Runge-Kutta phase of 12 evaluations for 3 steps, and
 # PLMS visits its second time step twice; all others evaluate once per step.
 EVALUATIONS = {name: 5 for name in SAMPLERS} | {"pndm": 14, "plms": 6}
@@ -357,7 +357,7 @@ class TestSample:
         with pytest.raises(ConfigError, match="eta is 1.5; allowed is 0"):
             sample(unet, make_scheduler("ddim"), noise, 5, eta=1.5)
 
-    @pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "flow_euler"])
+    @pytest.mark.parametrize("name", [n for n in SAMPLERS if not n.startswith("flow_")])
     def test_more_steps_than_the_noise_schedule_has(self, unet, noise, name):
         scheduler = make_scheduler(name, num_train_timesteps=10)
         with pytest.raises(ConfigError, match="steps is 11, but .* has 10 time steps. Set steps to at most 10"):

@@ -71,8 +71,9 @@ class ActivationCache(Callback):
         self._stack.close()
 
     def _refuse_overflow(self, module: LitStudent, batch_size: int) -> None:
-        x = module.noise(torch.zeros(1, dtype=torch.long))
-        self.state_mib_per_image = cost(module.student, x, 0).state_mib_per_image
+        index = torch.zeros(1, dtype=torch.long)
+        args, kwargs = module.inputs(module.noise(index), index)
+        self.state_mib_per_image = cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
         each = self.state_mib_per_image
         needed, free = each * batch_size, free_mib(module.device)
         if needed > free:

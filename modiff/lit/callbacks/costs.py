@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import nn
 
 from modiff.cost import cost
 from modiff.layers.state import trajectory
@@ -34,24 +34,25 @@ class Cost(Callback):
         module = pl_module
         assert module.teacher is not None
         assert module.student is not None
-        x = module.noise(torch.arange(1))
-        student = cost(module.student, x, 0, evaluations=module.results["evaluations"]["total"])
-        teacher = cost(module.teacher, x, 0)
+        index, rows = torch.arange(1), module.rows_per_image  # costs are per row; guidance evaluates two for an image
+        args, kwargs = module.inputs(module.noise(index), index)
+        student = cost(module.student, *args, evaluations=module.results["evaluations"]["total"], **kwargs)
+        teacher = cost(module.teacher, *args, **kwargs)
         module.results["cost"] = {
-            "gbops_per_evaluation": student.gbops_per_evaluation,
-            "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation,
+            "gbops_per_evaluation": student.gbops_per_evaluation * rows,
+            "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation * rows,
             "weight_mib": student.weight_mib,
             "teacher_weight_mib": teacher.weight_mib,
-            "state_mib_per_image": student.state_mib_per_image,
+            "state_mib_per_image": student.state_mib_per_image * rows,
         }
         module.results["cost_rows"] = [
             {
                 "name": row.name,
-                "macs": row.macs,
+                "macs": row.macs * rows,
                 "weight_bits": row.weight_bits,
                 "activation_bits": row.activation_bits,
-                "gbops": row.bops / 1e9,
-                "state_mib": row.state_bytes / 2**20,
+                "gbops": row.bops * rows / 1e9,
+                "state_mib": row.state_bytes * rows / 2**20,
             }
             for row in student.operators
         ]
@@ -63,18 +64,23 @@ class Cost(Callback):
         """Median seconds per image and evaluation of both, alternating so that drift of the machine cancels."""
         assert module.teacher is not None
         assert module.student is not None
-        x = module.noise(torch.arange(batch_size))
+        indices = torch.arange(batch_size)
+        x, teacher, student = (
+            module.noise(indices),
+            module.bind(module.teacher, indices),
+            module.bind(module.student, indices),
+        )
         seconds: dict[str, list[float]] = {"teacher": [], "student": []}
-        module.teacher(x, 0)
+        teacher(x, 0)
         for _ in range(self.rounds):
-            seconds["teacher"] += self._evaluate(module.teacher, x)
+            seconds["teacher"] += self._evaluate(teacher, x)
             with trajectory(module.student):
-                module.student(x, 0)
-                seconds["student"] += self._evaluate(module.student, x)
+                student(x, 0)
+                seconds["student"] += self._evaluate(student, x)
         median = {who: statistics.median(values) / batch_size for who, values in seconds.items()}
         return {"seconds_per_image_evaluation": median, "time_ratio": median["student"] / median["teacher"]}
 
-    def _evaluate(self, denoiser: nn.Module, x: torch.Tensor) -> list[float]:
+    def _evaluate(self, denoiser: Callable[..., Any], x: torch.Tensor) -> list[float]:
         times = []
         for i in range(self.evaluations):
             start = time.perf_counter()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from modiff.errors import ConfigError
+from modiff.lit.reference import ReferenceImages, is_statistics, network_identity
 from modiff.lit.student import LitStudent, to_unit_range
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
@@ -29,8 +30,9 @@ class Fidelity(Callback):
     Args:
         features: Path of the feature network (safetensors or TorchScript); None: no Fréchet distance, and the report
             says so.
-        reference: Path of its statistics of real images; None: no distance to real images.
-        sample_shape: ``(C, H, W)`` of the images, on which the network is tried.
+        reference: Its statistics of real images (safetensors, npz), or the images themselves (parquet, folder), which
+            are measured once; None: no distance to real images.
+        image_shape: ``(C, H, W)`` of the images, on which the network is tried.
 
     Raises:
         ConfigError: ``reference`` without ``features``, or of another network.
@@ -41,15 +43,21 @@ class Fidelity(Callback):
         self,
         features: str | Path | None,
         reference: str | Path | None = None,
-        sample_shape: tuple[int, int, int] = (3, 32, 32),
+        image_shape: tuple[int, int, int] = (3, 32, 32),
     ) -> None:
         if features is None and reference is not None:
             raise ConfigError("model.reference is given, but no feature network. Give model.features as well.")
         self.images: ImageFidelity | None = None
+        self.real: ReferenceImages | None = None
+        self.features = features
         if features is not None:
-            statistics = FeatureStatistics.load(reference) if reference is not None else None
+            statistics = None
+            if reference is not None and is_statistics(reference):
+                statistics = FeatureStatistics.load(reference)
+            elif reference is not None:
+                self.real = ReferenceImages(reference, image_shape)
             network = load_feature_network(features)
-            num_features = count_features(network, torch.zeros(2, *sample_shape))
+            num_features = count_features(network, torch.zeros(2, *image_shape))
             self.images = ImageFidelity(network, statistics, num_features)
         # Float64, so that the order of batches and ranks does not show.
         self.sums = {name: SumMetric().set_dtype(torch.float64) for name in ("psnr_db", "different", "l2", "images")}
@@ -59,13 +67,24 @@ class Fidelity(Callback):
         """With the files of ``model.features`` and ``model.reference``, else the teacher's own."""
         entry = module.spec.entry
         reference = module.reference or (None if module.features else entry.statistics)
-        return cls(module.features or entry.features, reference, module.sample_shape)
+        return cls(module.features or entry.features, reference, module.image_shape)
 
     def setup(self, trainer: Trainer, pl_module: LitStudent, stage: str) -> None:
-        """Move to the device."""
+        """Move to the device; measure real images there, on rank 0 first, which fills the cache for the others."""
         for metric in (self.images, *self.sums.values()):
             if metric is not None:
                 metric.to(pl_module.device)
+        if self.real is None or self.images is None:
+            return
+        for turn in (trainer.is_global_zero, not trainer.is_global_zero):
+            if turn:
+                assert self.features is not None
+                statistics = self.real.statistics(
+                    self.images.network, network_identity(self.features), pl_module.device
+                )
+                statistics.check(self.images.network_name, self.images.num_features, self.images.num_spatial)
+                self.images.reference = statistics
+            trainer.strategy.barrier("reference")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LitStudent, outputs: dict[str, Any], *_: Any) -> None:
         """Add the images of a batch, surplus ones excepted."""

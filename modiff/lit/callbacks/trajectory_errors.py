@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modiff.conversion import describe
 from modiff.layers.state import trajectory
 from modiff.lit.student import LitStudent
+from modiff.teachers.families import first_tensor
 
 
 class TrajectoryErrors(Callback):
@@ -38,7 +39,10 @@ def measure(module: LitStudent, num_images: int) -> dict[str, Any]:
     """Per-evaluation errors of samples 0 .. num_images - 1, as plain lists (noisiest evaluation first)."""
     assert module.student is not None
     names = [row.name for row in describe(module.student) if row.skipped is None]
-    pair = _Pair(module.teacher, module.student, names)
+    assert module.teacher is not None
+    indices = torch.arange(num_images)
+    bound = module.bind(module.teacher, indices), module.bind(module.student, indices)
+    pair = _Pair(module.teacher, module.student, names, bound)
     timesteps: list[int] = []
     samples: list[Tensor] = []
 
@@ -47,9 +51,8 @@ def measure(module: LitStudent, num_images: int) -> dict[str, Any]:
         teacher, student = x.chunk(2)
         samples.append(relative_error(student, teacher))
 
-    indices = torch.arange(num_images).repeat(2)
     with trajectory(module.student), pair.recording():
-        module.trace(pair, indices, on_evaluation)  # type: ignore[arg-type]
+        module.trace(pair, indices.repeat(2), on_evaluation)
     return {
         "timesteps": timesteps,
         "operators": names,
@@ -59,19 +62,20 @@ def measure(module: LitStudent, num_images: int) -> dict[str, Any]:
 
 
 class _Pair:
-    """Denoiser of a batch whose first half goes to the teacher and second half to the student."""
+    """Denoiser of a batch whose first half goes to the teacher and second half to the student, each in its own call."""
 
-    def __init__(self, teacher: nn.Module | None, student: nn.Module, names: list[str]) -> None:
-        assert teacher is not None
-        self.teacher, self.student, self.names = teacher, student, names
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, names: list[str], bound: tuple[Callable[..., Any], ...]
+    ) -> None:
+        self.teacher, self.student, self.names, self.bound = teacher, student, names, bound
         self._outputs: dict[str, list[Tensor]] = {}
         self._errors: list[dict[str, Tensor]] = []
 
     def __call__(self, x: Tensor, timestep: Any) -> Tensor:
-        first, second = x.chunk(2)
         self._outputs = {}
         self._errors.append({})
-        return torch.cat([self.teacher(first, timestep).sample, self.student(second, timestep).sample])
+        outputs = [denoiser(part, timestep) for denoiser, part in zip(self.bound, x.chunk(2), strict=True)]
+        return torch.cat([first_tensor(output) for output in outputs])
 
     @contextmanager
     def recording(self) -> Iterator[None]:

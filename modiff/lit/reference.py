@@ -1,0 +1,167 @@
+"""Real images to compare with: their feature statistics, measured once and kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from modiff.errors import ConfigError
+from modiff.metrics.features import extract, network_name
+from modiff.metrics.statistics import FeatureStatistics
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BATCH = 64
+
+
+class ReferenceImages:
+    """A parquet file of images, or a folder of images or parquet files (all of them, in the order of their names).
+
+    Args:
+        path: The file or folder.
+        image_shape: ``(C, H, W)`` that every image must have; they are neither resized nor cropped here.
+
+    Raises:
+        ConfigError: There are no images, or the first has another size.
+    """
+
+    def __init__(self, path: str | Path, image_shape: tuple[int, int, int]) -> None:
+        self.path = Path(path)
+        self.image_shape = image_shape
+        folder = self.path.is_dir()
+        found = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in (".parquet", *IMAGES)) if folder else []
+        self.files = found if folder else [self.path]
+        if any(f.suffix == ".parquet" for f in self.files):
+            self.files = [f for f in self.files if f.suffix == ".parquet"]
+        first = next(iter(self), None)
+        if first is None:
+            raise ConfigError(
+                f"model.reference {path} holds no images. Give a folder of {', '.join(IMAGES)} or parquet."
+            )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Images as float ``[C, H, W]`` in [0, 1]."""
+        for file in self.files:
+            pictures = _in_parquet(file) if file.suffix == ".parquet" else [(str(file), file.read_bytes())]
+            for name, content in pictures:
+                yield self._decode(name, content)
+
+    def _decode(self, name: str, content: bytes) -> Tensor:
+        channels, height, width = self.image_shape
+        try:
+            image = Image.open(io.BytesIO(content)).convert("L" if channels == 1 else "RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise ConfigError(f"Reference image {name} cannot be read ({error}). Remove or replace it.") from error
+        if image.size != (width, height):
+            raise ConfigError(
+                f"Reference image {name} is {image.width}x{image.height}, but the teacher draws {width}x{height}. "
+                "Crop or resize the reference images first."
+            )
+        pixels = torch.from_numpy(np.array(image)).float().div(255)
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+    def digest(self) -> str:
+        """Content hash of all files, in order, and of the size."""
+        digest = hashlib.sha256(repr(self.image_shape).encode())
+        for file in self.files:
+            digest.update(_hash_file(file))
+        return digest.hexdigest()
+
+    def statistics(self, network: nn.Module, identity: str, device: torch.device) -> FeatureStatistics:
+        """Feature statistics; read from the cache where the same images and network were measured before.
+
+        Args:
+            network: Feature network, on ``device``.
+            identity: Content hash of the network.
+            device: Where the images are measured.
+
+        Raises:
+            ConfigError: An image is damaged or of another size, or there is only one.
+        """
+        name = network_name(network)
+        cached = (
+            cache_folder()
+            / f"{hashlib.sha256(f'{self.digest()} {identity} {name}'.encode()).hexdigest()[:32]}.safetensors"
+        )
+        if cached.is_file():
+            return FeatureStatistics.load(cached)
+        print(f"Measuring the reference images in {self.path} with {name}, once; kept in {cached.parent}.", flush=True)
+        features: list[Tensor] = []
+        spatial: list[Tensor] = []
+        for batch in _batches(iter(self)):
+            outputs = extract(network, batch.to(device))
+            features.append(outputs.features.cpu())
+            spatial += [outputs.spatial.cpu()] if outputs.spatial is not None else []
+        found = FeatureStatistics.from_features(torch.cat(features), name, torch.cat(spatial) if spatial else None)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        found.save(cached)
+        return found
+
+
+def is_statistics(path: str | Path) -> bool:
+    """Whether a reference is a file of statistics and not of images."""
+    return Path(path).suffix in (".npz", ".safetensors") or not Path(path).exists()
+
+
+def network_identity(path: str | Path) -> str:
+    """Content hash of a feature network's file; ``inception`` has one set of weights and stands for itself."""
+    return _hash_file(Path(path)).hex() if Path(path).is_file() else str(path)
+
+
+def cache_folder() -> Path:
+    """``$MODIFF_CACHE``, else ``modiff`` in the user's cache folder; then ``statistics``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MODIFF_CACHE") or Path(home) / "modiff") / "statistics"
+
+
+def _hash_file(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def _batches(images: Iterator[Tensor]) -> Iterator[Tensor]:
+    waiting: list[Tensor] = []
+    for image in images:
+        waiting.append(image)
+        if len(waiting) == BATCH:
+            yield torch.stack(waiting)
+            waiting = []
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def _in_parquet(path: Path) -> Iterator[tuple[str, bytes]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"model.reference {path} is no parquet file, or damaged: {error}. Copy it again.") from error
+    names = file.schema_arrow.names
+    column = next((name for name in ("image", "img") if name in names), None)
+    if column is None:
+        raise ConfigError(f"{path} has the columns {', '.join(names)}; needed is image or img. Rename the column.")
+    row = 0
+    for batch in file.iter_batches(batch_size=256, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield f"{path}[{row}]", _bytes(value, path)
+            row += 1
+
+
+def _bytes(value: Any, path: Path) -> bytes:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise ConfigError(f"{path} holds no bytes of images. Give a parquet file with the images inside.")
+    return content
