@@ -88,8 +88,11 @@ class QuantizedOperator(nn.Module):
                     f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
                     f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
                 )
-            self.packed = PackedWeight.pack(quantized, self.weight_spec)
-        self._quantized_weight = None
+            self.use(PackedWeight.pack(quantized, self.weight_spec))
+
+    def use(self, packed: PackedWeight) -> None:
+        """Put another quantized weight of the same spec and shape in place."""
+        self.packed, self._quantized_weight = packed, None
         self.quantized_weight()
 
     def quantized_weight(self) -> Tensor:

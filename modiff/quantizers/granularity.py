@@ -49,6 +49,17 @@ class Partition:
         low, high = x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True)
         return self._join(low), self._join(high)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each set, in the shape of :meth:`range`.
+
+        >>> Partition(keep=(0, 1), group_dim=1, group_size=4).sum(torch.ones(2, 6))
+        tensor([[4., 2.],
+                [4., 2.]])
+        """
+        x = self._split(x, repeat=False)
+        dims = self._reduced(x.ndim)
+        return self._join(x.sum(dim=dims, keepdim=True) if dims else x.clone())
+
     def expand(self, scale: Tensor, shape: torch.Size) -> Tensor:
         """Make a scale broadcast against a tensor of ``shape``."""
         if self.group_dim is None or self.group_size is None:
@@ -81,12 +92,15 @@ class Partition:
         keep = {d if d <= self.group_dim else d + 1 for d in self.keep}
         return tuple(d for d in builtins.range(ndim) if d not in keep)
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split(self, x: Tensor, repeat: bool = True) -> Tensor:
         if self.group_dim is None or self.group_size is None:
             return x
         missing = -x.shape[self.group_dim] % self.group_size
-        if missing:  # repeat the last entry: it changes neither the minimum nor the maximum of its group
+        if (
+            missing
+        ):  # the last entry again changes neither minimum nor maximum of its group, zeros do not change its sum
             last = x.narrow(self.group_dim, x.shape[self.group_dim] - 1, 1)
+            last = last if repeat else torch.zeros_like(last)
             x = torch.cat([x, *[last] * missing], dim=self.group_dim)
         return x.unflatten(self.group_dim, (-1, self.group_size))
 

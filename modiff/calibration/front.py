@@ -1,0 +1,283 @@
+"""The one front of calibration: teacher, configuration and sampling loop in; student out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modiff.calibration.adaround import adaround, reconstruct
+from modiff.calibration.capture import ClosedLoop, Run
+from modiff.calibration.gptq import gptq
+from modiff.calibration.moments import moment_bytes, no_data
+from modiff.calibration.progress import Progress, StageFolder
+from modiff.calibration.samples import SampleStore
+from modiff.calibration.settings import METHODS, CalibrationSettings
+from modiff.calibration.structure import find_blocks
+from modiff.calibration.tracing import Trace, fingerprint
+from modiff.config import QuantConfig
+from modiff.conversion import convert, operators
+from modiff.errors import CalibrationError, ConfigError
+from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.slots import slots
+from modiff.quantizers.packing import PackedWeight
+from modiff.quantizers.rounding import QuantizedWeight, round_lp, round_nearest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is found from the data of one closed-loop run.
+
+    Args:
+        operators: Operators whose weights are quantized, in the order of their calls.
+        block: The block that they make up; None: each stands alone.
+    """
+
+    operators: tuple[str, ...]
+    block: str | None = None
+
+
+def calibrate(
+    teacher: nn.Module,
+    config: QuantConfig,
+    run: Run | None = None,
+    method: str = "gptq",
+    seed: int = 0,
+    *,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    keep_teacher: bool = True,
+) -> nn.Module:
+    """Make a teacher the student whose weights are rounded by what its own trajectories show.
+
+    Operators are taken in the order of their calls, in stages: data for one come from a closed-loop run of the student
+    with the weights found so far, and those rounded to nearest for the rest. The same arguments give the same bits on
+    one machine with the same number of threads.
+
+    Args:
+        teacher: A denoiser; as for :func:`modiff.quantize`.
+        config: What to quantize, and how.
+        run: ``run(student)`` opens ``modiff.trajectory(student)`` and samples in it, once for each batch. It is called
+            for every stage and must do the same each time. Needed by the methods that use data.
+        method: ``nearest``; ``lp``: scales of least Lp error; ``gptq``; ``adaround``: layer by layer; ``brecq``: block
+            by block, single operators where there is no block. The last three keep the scales of ``nearest``: clipped
+            ranges, which lose less in the norm of a weight or an output, shrink outputs, and that adds up over steps.
+        seed: Draws what is recorded, and batches.
+        settings: Data, memory, steps.
+        progress: Called with ``(stages done, stages in all, what the last one was)``.
+        folder: Keeps each finished stage there, and continues from what it finds; also the place of samples that do not
+            fit in memory. None: nothing is kept.
+        keep_teacher: As for :func:`modiff.quantize`.
+
+    Returns:
+        The teacher, now the student, ready for :func:`modiff.save`. After an error it is unchanged.
+
+    Raises:
+        CalibrationError: The run misses an operator, activations are NaN or Inf, memory or disk do not suffice, or the
+            folder holds the calibration of another model, run or setting.
+        ConfigError: As for :func:`modiff.quantize`; the method is unknown, or needs a run and has none.
+    """
+    settings = settings or CalibrationSettings()
+    _check_arguments(method, seed)
+    if method == "nearest":
+        return convert(teacher, config, keep_teacher)
+    student = convert(_shared_copy(teacher), config, keep_teacher=True)
+    if method == "lp":
+        return convert(teacher, config, keep_teacher, _lp_weights(student, settings.norm))
+    weights: dict[str, PackedWeight] = {}
+    grids = _grids(student)
+    if grids:
+        if run is None:
+            raise ConfigError(f"method {method!r} needs data. Give run, a function that samples with the student.")
+        job = _Job(student, ClosedLoop(student, _shared_copy(teacher), run), grids, method, seed, settings)
+        key = {
+            "teacher": fingerprint({slot.name: slot.tensor for slot in slots(teacher)}),
+            "method": method,
+            "seed": seed,
+        }
+        key |= {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
+        weights.update(job.solve(key, None if folder is None else Path(folder), progress))
+    return convert(teacher, config, keep_teacher, weights)
+
+
+def _check_arguments(method: str, seed: int) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; allowed are {', '.join(METHODS)}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed is {seed!r}; give a whole number of at least 0.")
+
+
+class _Job:
+    """The stages of one calibration."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        loop: ClosedLoop,
+        grids: Mapping[str, QuantizedWeight],
+        method: str,
+        seed: int,
+        settings: CalibrationSettings,
+    ) -> None:
+        self.student = student
+        self.loop = loop
+        self.grids = grids
+        self.method = method
+        self.seed = seed
+        self.settings = settings
+
+    def solve(self, key: dict[str, Any], folder: Path | None, progress: Progress | None) -> dict[str, PackedWeight]:
+        """Quantized weights of all stages; those that lie in ``folder`` are read."""
+        trace = self.loop.trace()
+        stages = plan_stages(
+            self.loop.teacher, operators(self.student), list(self.grids), trace, self.method, self.settings
+        )
+        kept = None if folder is None else StageFolder(folder, {**key, "run": trace.digest})
+        weights: dict[str, PackedWeight] = {}
+        for index, stage in enumerate(stages):
+            specs = {name: _spec(operators(self.student)[name]) for name in stage.operators}
+            found = None if kept is None else kept.read(index, specs)
+            if found is None:
+                with _scratch(folder) as scratch:
+                    rounded = self._solve_stage(index, stage, trace, scratch)
+                found = {name: PackedWeight.pack(weight, specs[name]) for name, weight in rounded.items()}
+                if kept is not None:
+                    kept.write(index, found)
+            for name, packed in found.items():
+                operator = operators(self.student)[name]
+                weights[name] = packed.to(operator.module.weight.device)
+                operator.use(weights[name])
+            if progress is not None:
+                progress(index + 1, len(stages), stage.block or ", ".join(stage.operators))
+        return weights
+
+    def _solve_stage(self, index: int, stage: Stage, trace: Trace, scratch: Path) -> dict[str, QuantizedWeight]:
+        # A generator of its own for each stage: a calibration that goes on in the middle draws the same numbers.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        settings = self.settings
+        if stage.block is not None:
+            with SampleStore(scratch, settings.memory, stage.block) as store:
+                structure = self.loop.samples(
+                    stage.block, trace, settings.evaluations, settings.samples, store, generator
+                )
+                grids = {
+                    name.removeprefix(f"{stage.block}."): (self._weight(name), self.grids[name], self._spec(name))
+                    for name in stage.operators
+                }
+                block = self.loop.teacher.get_submodule(stage.block)
+                found = reconstruct(block, grids, store, structure, settings, generator)
+            return {f"{stage.block}.{name}": weight for name, weight in found.items()}
+        moments = self.loop.moments(stage.operators, trace, settings.evaluations, settings.positions, generator)
+        found = {}
+        for name in stage.operators:
+            weight, grid, spec = self._weight(name), self.grids[name], self._spec(name)
+            if self.method == "gptq":
+                found[name] = gptq(weight, moments.pop(name).hessian, grid, spec, settings.damping, name)
+            else:
+                found[name] = adaround(weight, moments.pop(name), grid, spec, settings)
+        return found
+
+    def _weight(self, name: str) -> torch.Tensor:
+        weight: torch.Tensor = operators(self.student)[name].module.weight
+        return weight.detach()
+
+    def _spec(self, name: str) -> Any:
+        return _spec(operators(self.student)[name])
+
+
+def plan_stages(
+    teacher: nn.Module,
+    found: Mapping[str, QuantizedOperator],
+    names: Sequence[str],
+    trace: Trace,
+    method: str,
+    settings: CalibrationSettings,
+) -> list[Stage]:
+    """Divide operators into stages, in the order of their first calls.
+
+    Raises:
+        CalibrationError: An operator was never called, or its moments alone exceed the memory.
+    """
+    for name in names:
+        if name not in trace.calls:
+            raise no_data(name)
+    blocks = find_blocks(teacher, names, trace.usable) if method == "brecq" else {}
+    block_of = {name: block for block, held in blocks.items() for name in held}
+    # Targets are the teacher's: operators that share a run would each make up for the same error from before them.
+    most = settings.stage_size if method == "gptq" else 1
+    stages: list[Stage] = []
+    alone: list[str] = []
+    size = 0
+
+    def close() -> None:
+        nonlocal size
+        if alone:
+            stages.append(Stage(tuple(alone)))
+        alone.clear()
+        size = 0
+
+    for name in (name for name in trace.order if name in set(names)):
+        if name in block_of:
+            if not any(stage.block == block_of[name] for stage in stages):
+                close()
+                stages.append(Stage(blocks[block_of[name]], block_of[name]))
+            continue
+        needed = moment_bytes(found[name])
+        if needed > settings.memory:
+            raise CalibrationError(
+                f"The moments of operator {name!r} take {needed / 2**20:.0f} MiB, but memory_mib is "
+                f"{settings.memory_mib}. Raise it, or give the operator Rule({name!r}, skip=True)."
+            )
+        if len(alone) == most or size + needed > settings.memory:
+            close()
+        alone.append(name)
+        size += needed
+    close()
+    return stages
+
+
+def _grids(student: nn.Module) -> dict[str, QuantizedWeight]:
+    """Weights rounded to nearest, of the operators whose weights are quantized."""
+    return {
+        name: round_nearest(operator.module.weight, operator.weight_spec)
+        for name, operator in operators(student).items()
+        if operator.weight_spec is not None
+    }
+
+
+def _lp_weights(student: nn.Module, norm: float) -> dict[str, PackedWeight]:
+    return {
+        name: PackedWeight.pack(round_lp(operator.module.weight, operator.weight_spec, norm), operator.weight_spec)
+        for name, operator in operators(student).items()
+        if operator.weight_spec is not None
+    }
+
+
+def _spec(operator: QuantizedOperator) -> Any:
+    assert operator.weight_spec is not None
+    return operator.weight_spec
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own, and whose parameters and buffers are the model's."""
+    return copy.deepcopy(model, {id(slot.tensor): slot.tensor for slot in slots(model)})
+
+
+@contextmanager
+def _scratch(folder: Path | None) -> Iterator[Path]:
+    """A folder for samples that do not fit in memory."""
+    if folder is not None:
+        yield folder / "samples"
+        return
+    with tempfile.TemporaryDirectory(prefix="modiff-") as made:
+        yield Path(made) / "samples"

@@ -1,0 +1,80 @@
+"""What a calibration may take: data, memory, steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modiff.errors import ConfigError
+
+METHODS = ("nearest", "lp", "gptq", "adaround", "brecq")
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Settings of :func:`modiff.calibration.calibrate`; the defaults suit networks of a few million weights on a CPU.
+
+    Args:
+        evaluations: How many evaluations of each trajectory are recorded, spread evenly over it (Q-Diffusion); all of a
+            shorter trajectory. None: all.
+        memory_mib: Peak of what is held of recorded data: moments of inputs, and samples before they spill to disk.
+        samples: Largest number of samples recorded of a block, in all.
+        positions: Input vectors recorded of an operator, in all; a convolution has one at every pixel of its output.
+        stage_size: GPTQ only: operators whose data come from the same closed-loop run; smaller is slower, and later
+            operators see more of the weights that were found already. AdaRound and BRECQ run once for each operator or
+            block: their targets are the teacher's, so each makes up for the errors before it, which must be final.
+        norm: p of the Lp norm in which weight scales are searched.
+        damping: Added to the diagonal of an operator's Hessian, as a share of its mean.
+        iterations: Gradient steps for each operator or block.
+        batch_size: Samples in a gradient step of a block.
+        learning_rate: Of Adam, on AdaRound's V.
+        regularization: λ, the weight of the mean rounding penalty against the reconstruction error, where an error of 1
+            is that of rounding to nearest: it means the same for every operator.
+        warmup: Share of the steps before the penalty begins.
+        beta: First and last β of the penalty, annealed by a cosine.
+
+    Raises:
+        ConfigError: A field is out of range.
+    """
+
+    evaluations: int | None = 8
+    memory_mib: int = 512
+    samples: int = 256
+    positions: int = 8192
+    stage_size: int = 16
+    norm: float = 2.4
+    damping: float = 0.01
+    iterations: int = 300
+    batch_size: int = 16
+    learning_rate: float = 0.03
+    regularization: float = 10.0
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+
+    def __post_init__(self) -> None:
+        for name in ("memory_mib", "samples", "positions", "stage_size", "iterations", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; allowed are whole numbers of at least 1.")
+        if self.evaluations is not None and (not isinstance(self.evaluations, int) or self.evaluations < 1):
+            raise ConfigError(
+                f"evaluations is {self.evaluations!r}; give a whole number of at least 1, or None for all."
+            )
+        for name, low, high in (
+            ("norm", 1, 10),
+            ("damping", 0, 1),
+            ("learning_rate", 0, 10),
+            ("regularization", 0, 1e6),
+            ("warmup", 0, 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ConfigError(f"{name} is {value!r}; allowed is {low} to {high:g}.")
+        beta = tuple(self.beta) if isinstance(self.beta, (list, tuple)) else ()
+        if len(beta) != 2 or not all(isinstance(b, (int, float)) and b > 0 for b in beta):
+            raise ConfigError(f"beta is {self.beta!r}; give the first and the last β, such as (20, 2).")
+        object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
+
+    @property
+    def memory(self) -> int:
+        """``memory_mib`` in bytes."""
+        return self.memory_mib * 2**20
