@@ -261,8 +261,8 @@ def _check_operators(source: Path, manifest: dict[str, Any], model: nn.Module, c
     if lost:
         raise CheckpointError(
             f"{source} does not fit this {type(model).__name__}: the input of operator {lost[0]!r} has a calibrated "
-            f"range in {'this model' if lost[0] in calibrated else 'the checkpoint'} only. Give a model of the architecture "
-            "that was saved."
+            f"range in {'this model' if lost[0] in calibrated else 'the checkpoint'} only. Give a model of the "
+            "architecture that was saved."
         )
     odd = sorted(quantized ^ set(manifest["operators"]))
     if odd:
