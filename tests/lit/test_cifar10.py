@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from modiff.errors import ConfigError
@@ -317,18 +318,24 @@ def test_training_without_a_compiler_says_so_and_goes_on(modiff, recipe, tmp_pat
     assert "torch.compile finds no working compiler here (no C++ compiler found)" in out
 
 
-def test_training_goes_through_the_compiled_denoiser(modiff, recipe, tmp_path, monkeypatch) -> None:
-    calls = []
+def test_training_goes_through_the_compiled_denoiser_in_bf16(modiff, recipe, tmp_path, monkeypatch) -> None:
+    calls, dtypes = [], []
 
     def compile_(function):
         def run(*args):
             calls.append(args[0].shape)
-            return function(*args)
+            output = function(*args)
+            dtypes.append(output.dtype if isinstance(output, torch.Tensor) else output.sample.dtype)
+            return output
 
         return run
 
     monkeypatch.setattr(torch, "compile", compile_)
     options = ["--model.init_args.compile", "true", "--trainer.max_steps", "2", "--sample_images", "2"]
+    options += ["--trainer.precision", "bf16-mixed"]  # the recipe's own
     status, _, err = modiff("train", "--config", recipe, *options, "--output", tmp_path / "out")
     assert status == 0, err
     assert calls == [(8,), (4, 3, 8, 8), (4, 3, 8, 8)]  # the trial, and two training steps
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+    exported = safetensors.torch.load_file(tmp_path / "out" / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}  # autocast: the weights stay
