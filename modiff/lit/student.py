@@ -100,10 +100,11 @@ class LitStudent(LightningModule):
         self.results: dict[str, Any] = {}
 
     def configure_model(self) -> None:
-        """Load the teacher; make the student, which shares every tensor it does not quantize."""
+        """Load the teacher, unless it is there; make the student, which shares every tensor it does not quantize."""
         if self.teacher is not None:
             return
-        self.loaded = load_teacher(self.spec)
+        if self.loaded is None:
+            self.loaded = load_teacher(self.spec)
         set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
         self.teacher = self.loaded.denoiser
         self.decoder = self.loaded.decoder
@@ -112,17 +113,23 @@ class LitStudent(LightningModule):
             return
         if self.ckpt is not None:
             self._refuse_foreign(self.ckpt)
-            self.use_calibrated(load(self.ckpt, copy.deepcopy(self.teacher)))
-            return
-        assert self.config is not None
-        self.student = quantize(self.shared_copy(), self.config)
-        if self.calibration is not None and self.calibration.method != "nearest":
+            self.calibrated = True
+        self.student = self.make_student()
+        if not self.calibrated and self.calibration is not None and self.calibration.method != "nearest":
             if all(operator.weight_spec is None for operator in operators(self.student).values()):
                 raise CalibrationError(
                     f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
                     "quantizes none. Give model.config.weight, or set model.calibration to null."
                 )
             _ = self.teacher_hash  # before the Trainer changes dtypes
+
+    def make_student(self) -> nn.Module:
+        """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
+        assert self.teacher is not None
+        if self.ckpt is not None:
+            return load(self.ckpt, copy.deepcopy(self.teacher))
+        assert self.config is not None
+        return quantize(self.shared_copy(), self.config)
 
     @cached_property
     def teacher_hash(self) -> str:
