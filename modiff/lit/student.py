@@ -40,6 +40,8 @@ class LitStudent(LightningModule):
         reference: Real images, as feature statistics (safetensors, npz), a parquet file or a folder of images; None:
             the teacher's own.
         guidance: Scale of the classifier-free guidance, 1: none; None: the teacher's in the zoo.
+        clip: CLIP model of the CLIP score, a name in the hub's cache or a folder; None:
+            ``openai/clip-vit-base-patch16`` where it is there. It needs prompts and ``modiff[clip]``.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -56,6 +58,7 @@ class LitStudent(LightningModule):
         features: str | None = None,
         reference: str | None = None,
         guidance: float | None = None,
+        clip: str | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -74,6 +77,7 @@ class LitStudent(LightningModule):
         self.eta = eta
         self.features = features
         self.reference = reference
+        self.clip = clip
         self.guidance = teacher.entry.guidance if guidance is None else guidance
         self.conditions: Conditions = lambda indices: None
         self.seed = 0
