@@ -105,7 +105,8 @@ def quantize(args: Sequence[str]) -> int:
         raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
     cli.model.configure_model()
     folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
-    save(cli.model.student, folder, teacher=cli.model.spec.title, overwrite=cli.config.overwrite)
+    options = {"dtype": cli.config.remainder_dtype, "overwrite": cli.config.overwrite}
+    save(cli.model.student, folder, teacher=cli.model.spec.title, **options)
     stored = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     use = f"modiff evaluate --ckpt {folder}, or modiff.load({str(folder)!r}, denoiser)"
     print(f"{folder}: {stored:.2f} MiB. Use it: {use}.")

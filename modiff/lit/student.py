@@ -109,7 +109,7 @@ class LitStudent(LightningModule):
         if self.config is not None:
             return quantize(base, self.config)
         assert self.ckpt is not None
-        return load(self.ckpt, copy.deepcopy(base))
+        return load(self.ckpt, base)  # puts other tensors in place of the teacher's, which stay as they are
 
     def _refuse_guidance(self) -> None:
         assert self.loaded is not None
