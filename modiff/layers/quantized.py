@@ -113,7 +113,8 @@ class QuantizedOperator(nn.Module):
                     f"The calibrated range of operator {self.name!r} is for another quantizer than {spec}: it has "
                     f"{given[0]} sets, {given[1]} buckets and {'a' if given[2] else 'no'} zero point. Calibrate again."
                 )
-            found = found.to(self.module.weight.device if self.packed is None else self.packed.codes.device)
+            device = self.module.weight.device if self.packed is None else self.packed.codes.device
+            found = found if device.type == "meta" else found.to(device)
         self.calibrated = found
 
     def num_sets(self, spec: QuantSpec) -> int:

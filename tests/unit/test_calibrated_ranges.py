@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
@@ -10,12 +11,13 @@ from small_models import denoiser, drift, modulated, noise, run
 from torch import nn
 
 import modiff
-from modiff import Modulation, QuantConfig, QuantSpec
+from modiff import Modulation, QuantConfig, QuantSpec, storage
 from modiff.conversion import convert, operators
-from modiff.errors import CalibrationError, ConfigError, TrajectoryError
+from modiff.errors import CalibrationError, CheckpointError, ConfigError, TrajectoryError
 from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.reference import ReferenceOperator
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of
+from modiff.storage import CONFIG
 
 LENGTH = 12
 OPERATORS = {
@@ -293,3 +295,57 @@ def test_clip_multiplies_a_calibrated_range_once():
 def test_the_description_says_calibrated():
     model = modiff.quantize(denoiser(), QuantConfig(None, calibrated(buckets=4), Modulation()))
     assert "4 bit, tensor, symmetric, calibrated in 4 buckets" in str(modiff.describe(model))
+
+
+def full_or_meta(where):
+    if where == "full":
+        return denoiser(seed=3)
+    with torch.device("meta"):
+        return denoiser()
+
+
+@pytest.mark.parametrize("where", ["full", "meta"])
+@pytest.mark.parametrize("weight", [None, QuantSpec(4, "channel")])
+@pytest.mark.parametrize(("granularity", "symmetric"), [("tensor", True), ("group", False)])
+def test_a_checkpoint_keeps_calibrated_ranges_bit_for_bit(tmp_path, granularity, symmetric, weight, where):
+    model = calibrated_student(calibrated(4, granularity, symmetric, buckets=5), weight=weight)
+    loaded = modiff.load(modiff.save(model, tmp_path / "ckpt"), full_or_meta(where))
+    for name, operator in operators(model).items():
+        found = operators(loaded)[name].calibrated
+        assert found.length == LENGTH
+        assert torch.equal(found.scale, operator.calibrated.scale)
+        assert symmetric or torch.equal(found.zero_point, operator.calibrated.zero_point)
+    outputs, again = run(model, noise(LENGTH))[0], run(loaded, noise(LENGTH))[0]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+
+
+def test_a_student_that_was_not_calibrated_is_not_saved(tmp_path):
+    model = modiff.quantize(denoiser(), QuantConfig(None, calibrated(), Modulation()))
+    with pytest.raises(CalibrationError, match="Operator 'conv_in' has range 'calibrated', but was not calibrated"):
+        modiff.save(model, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_checkpoint_of_before_calibrated_ranges_is_read(tmp_path):
+    model = modiff.quantize(denoiser(), QuantConfig.preset("w4a4-modiff"))
+    path = modiff.save(model, tmp_path / "ckpt")
+    manifest = json.loads((path / CONFIG).read_text())
+    for gone in ("sha256", "calibrated_evaluations"):
+        del manifest[gone]
+    for side in ("weight", "activation"):
+        del manifest["quant_config"][side]["timestep_buckets"]
+    manifest["format_version"] = 1
+    manifest["sha256"] = storage._digest(manifest)
+    (path / CONFIG).write_text(json.dumps(manifest))
+    outputs, again = run(model, noise(4))[0], run(modiff.load(path, denoiser()), noise(4))[0]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+
+
+def test_a_checkpoint_that_lost_a_range_is_refused(tmp_path):
+    path = modiff.save(calibrated_student(calibrated()), tmp_path / "ckpt")
+    manifest = json.loads((path / CONFIG).read_text())
+    del manifest["sha256"], manifest["calibrated_evaluations"]["time"]
+    manifest["sha256"] = storage._digest(manifest)
+    (path / CONFIG).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="the input of operator 'time' has a calibrated range in this model only"):
+        modiff.load(path, denoiser())
