@@ -217,7 +217,8 @@ def _cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder:
     note = (
         "A GBOP is 1e9 bit operations (multiply-accumulates x weight bits x activation bits), the warm-up averaged in; "
         "products of two activations (attention) count at the precision they ran in. A fixed input, such as a "
-        "prompt's, is multiplied once per trajectory. Weights are as stored, scales included; state is â and ô as allocated."
+        "prompt's, is multiplied once per trajectory. Weights are as stored, scales included; state is â and ô as "
+        "allocated."
     )
     headers = ["operator", "MACs, millions", "bits W/A", "GBOPs", "of all", "weights, MiB", "state, MiB"]
     total = cost["gbops_per_evaluation"] or 1.0
