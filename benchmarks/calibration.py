@@ -238,7 +238,8 @@ def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         f"    python benchmarks/calibration.py --seeds {seeds} --num_images {provenance['num_images']}",
         "",
         f"DDIM {STEPS} steps, {provenance['num_images']} images; mean ± half the spread over seeds {seeds}. Calibrated "
-        f"once, on {CALIBRATION_IMAGES} images of other noise (seed {CALIBRATION_SEED}), default settings. Machine: {provenance['device']}, {provenance['threads']} thread, "
+        f"once, on {CALIBRATION_IMAGES} images of other noise (seed {CALIBRATION_SEED}), default settings. "
+        f"Machine: {provenance['device']}, {provenance['threads']} thread, "
         f"torch {provenance['torch']}. Every single run stands in `calibration.json`.",
         "",
         "All rows of data methods (GPTQ, AdaRound, BRECQ) have their scales and biases tuned on the denoiser's output, "

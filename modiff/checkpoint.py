@@ -16,6 +16,7 @@ from modiff.config import STATE_DTYPES, QuantConfig
 from modiff.conversion import RECORD, Record, convert, operators, plan
 from modiff.errors import CheckpointError, ConfigError
 from modiff.layers.quantized import QuantizedOperator, memory_format
+from modiff.layers.rewrites import rewrite, undo
 from modiff.layers.slots import Slot, slots
 from modiff.layers.state import state_of
 from modiff.quantizers.calibrated import ranges_from_tensors, ranges_to_tensors
@@ -116,6 +117,22 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
         config = QuantConfig.from_dict(manifest["quant_config"])
     except ConfigError as error:
         raise CheckpointError(f"{source}: its quantization is not known to this release: {error}") from error
+    try:
+        changed = rewrite(model, config, loading=True)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {error}") from error
+    try:
+        return _fill(source, manifest, config, model, keep_teacher)
+    except Exception:
+        if changed and not hasattr(model, RECORD):
+            undo(model)
+        raise
+
+
+def _fill(
+    source: Path, manifest: dict[str, Any], config: QuantConfig, model: nn.Module, keep_teacher: bool
+) -> nn.Module:
+    """Make the model the saved student."""
     targets = list(slots(model))
     _check_architecture(source, manifest, model, targets)
     _check_operators(source, manifest, model, config)

@@ -188,6 +188,28 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Split:
+    """An operator whose input is a concatenation along channels, quantized in two halves (Q-Diffusion).
+
+    Args:
+        name: Its qualified module name; the halves are ``<name>.first`` and ``<name>.second``, and rules for ``name``
+            apply to both.
+        at: Input channels of the first half.
+
+    Raises:
+        ConfigError: A field is of the wrong kind.
+    """
+
+    name: str
+    at: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name is {self.name!r}; give the qualified name of an operator.")
+        _integer("at", self.at, low=1)
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """A whole quantization: what every Linear and Conv gets, and the exceptions.
 
@@ -196,6 +218,9 @@ class QuantConfig:
         activation: Activation spec; None leaves activations in full precision.
         modulation: How differences are quantized; None: plain quantization of the inputs, the baseline.
         rules: Exceptions by module name; the last match wins, a pattern that matches nothing is an error.
+        splits: Operators that are quantized in two halves; see :func:`modiff.calibration.splits.find_splits`.
+        smoothed: Linears whose input channels are divided by calibrated factors (SmoothQuant); a calibration with
+            ``smoothing`` fills it in. Their parts are named ``<name>.inner``.
         backend: ``auto`` or ``simulate`` (floating point on quantized values, the definition).
 
     Raises:
@@ -206,6 +231,8 @@ class QuantConfig:
     activation: QuantSpec | None = None
     modulation: Modulation | None = None
     rules: tuple[Rule, ...] = field(default=())
+    splits: tuple[Split, ...] = field(default=())
+    smoothed: tuple[str, ...] = field(default=())
     backend: Literal["auto", "simulate"] = "auto"
 
     def __post_init__(self) -> None:
@@ -216,6 +243,11 @@ class QuantConfig:
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
             raise ConfigError(f"rules is {self.rules!r}; give a list of Rule.")
+        for name, kind in (("splits", Split), ("smoothed", str)):
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or not all(isinstance(member, kind) for member in given):
+                raise ConfigError(f"{name} is {given!r}; give a list of {kind.__name__}.")
+            object.__setattr__(self, name, tuple(given))
         _member("backend", self.backend, ("auto", "simulate"))
         if self.weight is not None:
             _weight_granularity(self.weight)
@@ -265,6 +297,9 @@ class QuantConfig:
             values["rules"] = tuple(_build_rule(f"rules[{i}]", rule) for i, rule in enumerate(rules))
         elif rules is None:
             values.pop("rules", None)
+        splits = values.get("splits")
+        if isinstance(splits, (list, tuple)):
+            values["splits"] = tuple(_build(Split, s) if isinstance(s, dict) else s for s in splits)
         return _build(cls, values)
 
 
@@ -330,3 +365,25 @@ def _integer(name: str, value: object, low: int, high: int | None = None, hint: 
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"
         raise ConfigError(f"{name} is {value!r}; allowed are whole numbers, {allowed}{hint}.")
+
+
+def spec_text(spec: QuantSpec | None) -> str:
+    """A quantizer in words, for tables."""
+    if spec is None:
+        return "full precision"
+    parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
+    if spec.clip != 1:
+        parts.append(f"clip {spec.clip:g}")
+    if spec.range == "calibrated":
+        parts.append(f"calibrated in {spec.timestep_buckets} buckets" if spec.timestep_buckets > 1 else "calibrated")
+    return ", ".join(parts)
+
+
+def modulation_text(modulation: Modulation | None) -> str:
+    """A modulation in words, for tables."""
+    if modulation is None:
+        return "none"
+    parts = ["compensated" if modulation.error_compensation else "uncompensated", f"{modulation.warmup} warm-up"]
+    if modulation.refresh_every:
+        parts.append(f"refresh every {modulation.refresh_every}")
+    return ", ".join(parts)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
+from modiff.config import Modulation, QuantConfig, QuantSpec, Rule, modulation_text, spec_text
 from modiff.errors import ConfigError
 from modiff.layers.fixed import projections
 from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.operators import OperatorAdapter, bypassed_operators, find_adapter
+from modiff.layers.operators import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
 from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.rewrites import RewrittenOperator, rewrite, rewritten, undo
 from modiff.layers.slots import Slot, slots
 from modiff.layers.state import ATTRIBUTE, ModulationState, state_of
 from modiff.quantizers.calibrated import CalibratedRange
@@ -67,9 +68,9 @@ class Description:
             (
                 row.name,
                 row.type,
-                "" if row.skipped else _spec_text(row.weight),
-                "" if row.skipped else _spec_text(row.activation),
-                "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
+                "" if row.skipped else spec_text(row.weight),
+                "" if row.skipped else spec_text(row.activation),
+                "" if row.skipped else modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
                 row.rule or "",
                 row.skipped or "",
             )
@@ -108,6 +109,7 @@ class _Plan:
     module: nn.Module
     adapter: OperatorAdapter | None
     names: list[str]
+    wholes: list[str] = field(default_factory=list)  # names of the operator of which this is a part
 
 
 def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -> nn.Module:
@@ -134,6 +136,7 @@ def convert(
     keep_teacher: bool,
     weights: Mapping[str, PackedWeight] | None = None,
     ranges: Mapping[str, CalibratedRange] | None = None,
+    divisors: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """:func:`quantize`, with what is known from a calibration.
 
@@ -143,6 +146,7 @@ def convert(
         keep_teacher: Likewise.
         weights: Quantized weight by operator; None: the model's are rounded to nearest.
         ranges: Calibrated ranges of activations by operator, as many as there are.
+        divisors: Of the input channels of each smoothed operator.
 
     Raises:
         CalibrationError: A range is for another quantizer than the operator's.
@@ -156,12 +160,18 @@ def convert(
         raise ConfigError(
             f"A bare {type(model).__name__} cannot be swapped in place. Wrap it: nn.Sequential(operator)."
         )
-    plans = _plan(model, config)
+    changed = rewrite(model, config, divisors)
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
-    built = [(plan, _build(plan, state, weights)) for plan in plans if plan.row.skipped is None]
-    for plan, operator in built:
-        operator.use_range((ranges or {}).get(plan.row.name))
+    try:
+        plans = _plan(model, config)
+        built = [(plan, _build(plan, state, weights)) for plan in plans if plan.row.skipped is None]
+        for plan, operator in built:
+            operator.use_range((ranges or {}).get(plan.row.name))
+    except Exception:
+        if changed:
+            undo(model)
+        raise
     record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
     for plan, operator in built:
         record.names[plan.row.name] = plan.names
@@ -169,6 +179,8 @@ def convert(
             _set(model, name, operator)
         if not keep_teacher:
             operator.drop_original()
+    for _, whole in rewritten(model) if not keep_teacher else ():
+        whole.release()
     record.hooks = [
         model.register_forward_pre_hook(state.begin_evaluation),
         model.register_forward_hook(state.end_evaluation),
@@ -211,6 +223,7 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         assert isinstance(original, nn.Module)
         for alias in names:
             _set(student, alias, original)
+    undo(student)
     for slot, old in record.replaced if own else []:
         slot.put(old)
     _copy(copies)
@@ -231,14 +244,19 @@ def _tensors_of(teacher: nn.Module, student: nn.Module) -> list[tuple[Slot, torc
         )
     theirs = {slot.name: slot.tensor for slot in slots(teacher)}
     found = []
-    for slot in slots(student):
+    wholes = dict(rewritten(student))
+    inside = tuple(f"{name}." for name in wholes)
+    ours = [(slot, slot.shape) for slot in slots(student) if not slot.name.startswith(inside)]
+    for name, whole in wholes.items():  # the teacher has the original, not its parts
+        ours += [(Slot(f"{name}.{key}", whole.original, key, False), shape) for key, shape in whole.shapes.items()]
+    for slot, shape in ours:
         tensor = theirs.get(slot.name)
-        if tensor is None or tensor.shape != slot.shape or tensor.is_meta:
+        if tensor is None or tensor.shape != shape or tensor.is_meta:
             module, _, key = slot.name.rpartition(".")
             has = "none" if tensor is None else f"{list(tensor.shape)} on {tensor.device}"
             raise ConfigError(
                 f"The teacher given has no full-precision operator {module!r} of the student's shape: the student has "
-                f"{key} {list(slot.shape)}, the teacher {has}. {advice}"
+                f"{key} {list(shape)}, the teacher {has}. {advice}"
             )
         found.append((slot, tensor))
     return found
@@ -248,7 +266,7 @@ def _tensors_of(teacher: nn.Module, student: nn.Module) -> list[tuple[Slot, torc
 def _copy(copies: list[tuple[Slot, torch.Tensor]]) -> None:
     """Copy tensors into the slots, in the dtype and on the device that these have."""
     for slot, tensor in copies:
-        if slot.dropped is None:
+        if slot.dropped is None and slot.tensor.shape == tensor.shape:
             slot.tensor.copy_(tensor)
         elif slot.tensor.numel() != tensor.numel():  # else a module with several names, filled already
             empty = slot.tensor
@@ -285,7 +303,7 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
         row, adapter = Row(name, type(module).__name__), None
         try:
             adapter = find_adapter(module)
-            if adapter is None and not _is_unsupported(module):
+            if adapter is None and not is_unsupported(module):
                 continue
             if adapter is None:
                 row = Row(name, row.type, skipped="no adapter for this type")
@@ -295,6 +313,9 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
             row, adapter = Row(name, row.type, skipped=bypassed[name]), None
         found[id(module)] = _Plan(row, module, adapter, [name])
     plans = list(found.values())
+    for plan in plans:
+        parents = {name.rpartition(".")[0] for name in plan.names}
+        plan.wholes = [name for name in parents if isinstance(model.get_submodule(name), RewrittenOperator)]
     if not any(plan.adapter for plan in plans):
         raise ConfigError(
             f"{type(model).__name__} has no linear operators that can be quantized (Linear, Conv1d, Conv2d, Conv3d)."
@@ -310,14 +331,9 @@ def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
     return plans
 
 
-def _is_unsupported(module: nn.Module) -> bool:
-    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention)
-    return isinstance(module, kinds)
-
-
 def _match(rule: Rule, plan: _Plan) -> bool:
     assert plan.adapter is not None
-    return any(rule.matches(name, plan.adapter.kind) for name in plan.names)
+    return any(rule.matches(name, plan.adapter.kind) for name in (*plan.names, *plan.wholes))
 
 
 def _decide(plan: _Plan, config: QuantConfig) -> Row:
@@ -369,23 +385,3 @@ def _build(plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeig
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _spec_text(spec: QuantSpec | None) -> str:
-    if spec is None:
-        return "full precision"
-    parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
-    if spec.clip != 1:
-        parts.append(f"clip {spec.clip:g}")
-    if spec.range == "calibrated":
-        parts.append(f"calibrated in {spec.timestep_buckets} buckets" if spec.timestep_buckets > 1 else "calibrated")
-    return ", ".join(parts)
-
-
-def _modulation_text(modulation: Modulation | None) -> str:
-    if modulation is None:
-        return "none"
-    parts = ["compensated" if modulation.error_compensation else "uncompensated", f"{modulation.warmup} warm-up"]
-    if modulation.refresh_every:
-        parts.append(f"refresh every {modulation.refresh_every}")
-    return ", ".join(parts)

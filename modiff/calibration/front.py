@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import tempfile
@@ -18,18 +17,20 @@ from torch import nn
 from modiff.calibration.adaround import adaround, reconstruct
 from modiff.calibration.capture import ClosedLoop, Run
 from modiff.calibration.gptq import gptq
+from modiff.calibration.migration import find_divisors, find_splits
 from modiff.calibration.moments import moment_bytes, no_data
 from modiff.calibration.progress import Progress, StageFolder
 from modiff.calibration.ranges import RangeCalibration, with_dynamic_ranges
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import DATA_METHODS, METHODS, CalibrationSettings
-from modiff.calibration.structure import find_blocks
+from modiff.calibration.structure import find_blocks, shared_copy
 from modiff.calibration.tracing import Trace, fingerprint
 from modiff.calibration.tuning import record_outputs, tune
 from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import convert, operators, plan
 from modiff.errors import CalibrationError, ConfigError
 from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.rewrites import rewrite
 from modiff.layers.slots import slots
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
@@ -96,10 +97,13 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     _check_arguments(method, seed)
-    specs = calibrated_specs(teacher, config)
+    config, divisors = _prepare(teacher, config, run, settings)
+    reference = shared_copy(teacher)
+    rewrite(reference, config, divisors)
+    specs = calibrated_specs(reference, config)
     if method == "nearest" and not specs:
-        return convert(teacher, config, keep_teacher)
-    student = convert(_shared_copy(teacher), with_dynamic_ranges(config), keep_teacher=True)
+        return convert(teacher, config, keep_teacher, divisors=divisors)
+    student = convert(shared_copy(teacher), with_dynamic_ranges(config), keep_teacher=True, divisors=divisors)
     weights = _lp_weights(student, settings.norm) if method == "lp" else {}
     for name, packed in weights.items():
         operators(student)[name].use(packed)
@@ -109,7 +113,7 @@ def calibrate(
         if run is None:
             what = f"method {method!r}" if grids else "range 'calibrated'"
             raise ConfigError(f"{what} needs data. Give run, a function that samples with the student.")
-        job = _Job(student, ClosedLoop(student, _shared_copy(teacher), run), grids, specs, method, seed, settings)
+        job = _Job(student, ClosedLoop(student, reference, run), grids, specs, method, seed, settings)
         key = {
             "teacher": fingerprint({slot.name: slot.tensor for slot in slots(teacher)}),
             "method": method,
@@ -118,7 +122,31 @@ def calibrate(
         key |= {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
         found, ranges = job.solve(key, None if folder is None else Path(folder), progress)
         weights |= found
-    return convert(teacher, config, keep_teacher, weights or None, ranges)
+    return convert(teacher, config, keep_teacher, weights or None, ranges, divisors)
+
+
+def _prepare(
+    teacher: nn.Module, config: QuantConfig, run: Run | None, settings: CalibrationSettings
+) -> tuple[QuantConfig, dict[str, torch.Tensor] | None]:
+    """Find splits, and the divisors of smoothed operators, where the settings ask for them."""
+    if settings.smoothing is None and not settings.split_concatenations:
+        if config.smoothed:
+            raise ConfigError("The configuration names smoothed operators, but smoothing is None. Set smoothing=0.5.")
+        return config, None
+    if run is None:
+        raise ConfigError("smoothing and split_concatenations need data. Give run, which samples with the student.")
+    if settings.split_concatenations and not config.splits:
+        config = dataclasses.replace(config, splits=find_splits(teacher, with_dynamic_ranges(config), run))
+    if settings.smoothing is None:
+        return config, None
+    whole = dataclasses.replace(with_dynamic_ranges(config), splits=(), smoothed=())
+    student = convert(shared_copy(teacher), whole, keep_teacher=True)
+    divisors = find_divisors(ClosedLoop(student, shared_copy(teacher), run), settings.smoothing)
+    names = config.smoothed or tuple(name for name in divisors if name not in {split.name for split in config.splits})
+    lost = [name for name in names if name not in divisors]
+    if lost:
+        raise no_data(lost[0])
+    return dataclasses.replace(config, smoothed=names), divisors
 
 
 def _check_arguments(method: str, seed: int) -> None:
@@ -330,11 +358,6 @@ def _lp_weights(student: nn.Module, norm: float) -> dict[str, PackedWeight]:
 def _spec(operator: QuantizedOperator) -> Any:
     assert operator.weight_spec is not None
     return operator.weight_spec
-
-
-def _shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose modules are its own, and whose parameters and buffers are the model's."""
-    return copy.deepcopy(model, {id(slot.tensor): slot.tensor for slot in slots(model)})
 
 
 @contextmanager

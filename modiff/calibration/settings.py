@@ -38,6 +38,10 @@ class CalibrationSettings:
             output, after the codes are found; 0: not at all. It holds the activations of ``batch_size / 4`` samples of
             the whole denoiser, and its quantized weights in float32.
         tuning_rate: Of Adam in these steps: relative changes of scales; falls to 0 by a cosine.
+        smoothing: α of SmoothQuant, 0 to 1: before anything else, outliers of input channels are moved into the weights
+            of all Linears of which weight and input are quantized; None: not at all.
+        split_concatenations: Operators whose input is a concatenation of two tensors along channels, such as a skip
+            connection, are quantized in two halves (Q-Diffusion).
         ranges: How calibrated ranges of activations are found: ``minmax``; ``moving_average``: mean over samples of
             each one's extremes; ``percentile``; ``lp``: of least Lp norm of the error of the values; ``lsq``: step
             sizes learned by gradients, from those of ``lp`` on, so that operators' outputs lose least.
@@ -69,6 +73,8 @@ class CalibrationSettings:
     beta: tuple[float, float] = (20.0, 2.0)
     tuning_iterations: int = 200
     tuning_rate: float = 0.003
+    smoothing: float | None = None
+    split_concatenations: bool = False
     ranges: Literal["minmax", "moving_average", "percentile", "lp", "lsq"] = "minmax"
     range_evaluations: int | None = None
     range_passes: int = 2
@@ -92,6 +98,14 @@ class CalibrationSettings:
             or self.tuning_iterations < 0
         ):
             raise ConfigError(f"tuning_iterations is {self.tuning_iterations!r}; give a whole number, 0 for no tuning.")
+        if not isinstance(self.split_concatenations, bool):
+            raise ConfigError(f"split_concatenations is {self.split_concatenations!r}; allowed are true and false.")
+        if self.smoothing is not None and (
+            isinstance(self.smoothing, bool)
+            or not isinstance(self.smoothing, (int, float))
+            or not 0 <= self.smoothing <= 1
+        ):
+            raise ConfigError(f"smoothing is {self.smoothing!r}; allowed is 0 to 1, or None for none.")
         if self.bins % 2:
             raise ConfigError(f"bins is {self.bins}; give an even number, half of them for negative values.")
         for name in ("evaluations", "range_evaluations"):

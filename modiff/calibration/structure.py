@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from modiff.layers.rewrites import RewrittenOperator, rewritten
+from modiff.layers.slots import slots
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ def _put(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own, and whose parameters and buffers are the model's."""
+    kept: dict[int, Any] = {id(slot.tensor): slot.tensor for slot in slots(model)}
+    kept |= {id(whole.original): whole.original for _, whole in rewritten(model)}
+    return copy.deepcopy(model, kept)
+
+
 def find_blocks(
     model: nn.Module, operators: Iterable[str], usable: Iterable[str], most: int = 8
 ) -> dict[str, tuple[str, ...]]:
@@ -92,6 +103,8 @@ def find_blocks(
     for name in sorted(possible - {""}, key=lambda n: -n.count(".")):
         held = tuple(op for op in names if op.startswith(f"{name}."))
         inside = any(block.startswith(f"{name}.") for block in blocks)
+        if isinstance(model.get_submodule(name), RewrittenOperator):
+            continue  # two halves of one operator, which belongs to the block around it
         if not inside and name not in names and 2 <= len(held) <= most:
             blocks[name] = held
     return blocks

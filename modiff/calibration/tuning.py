@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from modiff.calibration.capture import ClosedLoop
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import CalibrationSettings
-from modiff.calibration.structure import Structure
+from modiff.calibration.structure import Structure, shared_copy
 from modiff.calibration.tracing import Evaluation, Trace
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
-from modiff.layers.slots import slots
 from modiff.quantizers.packing import PackedWeight
 
 PARTS = 4
@@ -248,7 +246,7 @@ def _twin(
     teacher: nn.Module, found: Mapping[str, QuantizedOperator], weights: Mapping[str, PackedWeight]
 ) -> tuple[nn.Module, dict[str, _Tunable]]:
     """A copy of the teacher that shares its tensors, with tunable operators."""
-    twin = copy.deepcopy(teacher, {id(slot.tensor): slot.tensor for slot in slots(teacher)})
+    twin = shared_copy(teacher)
     tunable = {}
     modules = {id(twin.get_submodule(name)): name for name in weights}
     for name, module in list(twin.named_modules(remove_duplicate=False)):

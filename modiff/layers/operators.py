@@ -102,3 +102,9 @@ def bypassed_operators(model: nn.Module) -> dict[str, str]:
             for child in ("linear1", "linear2"):
                 found[prefix + child] = "nn.TransformerEncoderLayer's fast path uses its weight directly"
     return found
+
+
+def is_unsupported(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight in a way that no adapter serves."""
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention)
+    return isinstance(module, kinds)

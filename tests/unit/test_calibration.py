@@ -11,10 +11,10 @@ import modiff
 from modiff.calibration import CalibrationSettings, calibrate, front
 from modiff.calibration import samples as samples_module
 from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.front import _shared_copy, plan_stages
+from modiff.calibration.front import plan_stages
 from modiff.calibration.moments import input_vectors, output_vectors
 from modiff.calibration.samples import SampleStore
-from modiff.calibration.structure import Structure, find_blocks
+from modiff.calibration.structure import Structure, find_blocks, shared_copy
 from modiff.calibration.tracing import Trace
 from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError, ConfigError
@@ -43,7 +43,7 @@ def config(name="w3a4-modiff", *rules):
 
 def loop(preset="w4a4-modiff", run=None, teacher=None):
     teacher = teacher or denoiser()
-    return ClosedLoop(convert(_shared_copy(teacher), config(preset), True), teacher, run or sampler())
+    return ClosedLoop(convert(shared_copy(teacher), config(preset), True), teacher, run or sampler())
 
 
 class ResidualNet(nn.Module):
@@ -291,7 +291,7 @@ def test_stages_respect_size_and_memory():
     assert [stage.operators for stage in stages] == [("conv_in",), ("time",), ("conv_out",)]
     wide = nn.Sequential(nn.Linear(600, 600))
     tight = CalibrationSettings(memory_mib=1)
-    closed = ClosedLoop(convert(_shared_copy(wide), config("w4a32-ptq"), True), wide, _linear_run)
+    closed = ClosedLoop(convert(shared_copy(wide), config("w4a32-ptq"), True), wide, _linear_run)
     with pytest.raises(CalibrationError, match="moments of operator '0' take 3 MiB, but memory_mib is 1"):
         plan_stages(wide, operators(closed.student), ["0"], closed.trace(), "gptq", tight)
 

@@ -10,8 +10,8 @@ from torch import nn
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
 from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.front import _shared_copy
 from modiff.calibration.samples import SampleStore
+from modiff.calibration.structure import shared_copy
 from modiff.calibration.tuning import first_tensor, record_outputs, tune
 from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
@@ -28,7 +28,7 @@ def sampler(student):
 
 
 def tuned(teacher, weights=None, preset="w4a32-ptq", settings=SETTINGS, run=sampler, folder="unused"):
-    student = convert(_shared_copy(teacher), config(preset), True, weights)
+    student = convert(shared_copy(teacher), config(preset), True, weights)
     loop = ClosedLoop(student, teacher, run)
     given = {name: op.packed for name, op in operators(student).items()}
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def tuned(teacher, weights=None, preset="w4a32-ptq", settings=SETTINGS, run=samp
 
 
 def error(teacher, weights, preset="w4a32-ptq"):
-    student = convert(_shared_copy(teacher), config(preset), True, weights)
+    student = convert(shared_copy(teacher), config(preset), True, weights)
     with modiff.trajectory(student):
         return sum((student(*args) - teacher(*args)).square().mean().item() for args in noise(4, 8, 99))
 
