@@ -197,6 +197,9 @@ def _replace(model: nn.Module, old: nn.Module | None, new: nn.Module) -> None:
 def _part(original: Any, weight: Tensor, bias: nn.Parameter | None) -> Any:
     """A module like the original with another weight."""
     part = copy.copy(original)
+    for key, value in vars(original).items():  # hooks of one part must not run in another
+        if isinstance(value, dict):
+            vars(part)[key] = value.copy()
     kept = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), original.weight.requires_grad)
     part._parameters = {"weight": kept, "bias": bias}
     size = "in_features" if isinstance(original, nn.Linear) else "in_channels"
