@@ -265,6 +265,7 @@ CALIBRATION = (
     "    iterations: 20000",
     "    batch_size: 32",
     "    lsq_iterations: 5000",
+    "    tuning_iterations: 0",
 )
 TINY = ("num_images 2", "images_per_batch 2", "iterations 2", "lsq_iterations 2")
 

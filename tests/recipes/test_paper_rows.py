@@ -66,7 +66,8 @@ def test_every_row_is_a_valid_recipe_that_says_what_was_published(teacher) -> No
         assert config.activation.range == ("calibrated" if calibration else "dynamic")
         if calibration:
             values["calibration"] = CalibrationConfig.from_dict(calibration)
-            assert (values["calibration"].method, values["calibration"].ranges) == ("brecq", "lsq")
+            found = values["calibration"]
+            assert (found.method, found.ranges, found.tuning_iterations) == ("brecq", "lsq", 0)
         student = LitStudent(TeacherSpec(**values.pop("teacher")), config=config, **values)
         assert student.spec.name == teacher
         assert SampleDataModule(**recipe["data"], num_images=recipe["num_images"]).num_images == row.protocol.num_images
@@ -100,6 +101,7 @@ def test_one_row_of_each_teacher_runs_as_a_command(teacher, tmp_path, capsys) ->
 def test_a_calibrated_row_runs_as_a_command(path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
     recipe = ["--config", str(RECIPES / path), *OPTIONS, *TINY_CALIBRATION, "--output", str(tmp_path / "out")]
+    recipe += ["--model.calibration.range_passes", "1", "--model.calibration.evaluations", "2"]
     assert main(["sample", *recipe]) == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "out" / "sample.json").read_text())
     total, quantized = metrics["evaluations"]["total"], metrics["evaluations"]["quantized"]
