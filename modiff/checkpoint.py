@@ -18,6 +18,7 @@ from modiff.errors import CheckpointError, ConfigError
 from modiff.layers.quantized import QuantizedOperator, memory_format
 from modiff.layers.slots import Slot, slots
 from modiff.layers.state import state_of
+from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.storage import check_target, dtype_name, read_manifest, read_tensors, write
 
@@ -35,8 +36,8 @@ def save(
 ) -> Path:
     """Write a student to a directory: ``model.safetensors`` and ``config.json``, all of it or nothing.
 
-    Weight codes take their true width (2 to 8 bits). Whatever is not quantized (biases, norms, skipped operators,
-    buffers) is the remainder.
+    Weight codes take their true width (2 to 8 bits); calibrated ranges are kept as they are. Whatever is not quantized
+    (biases, norms, skipped operators, buffers) is the remainder.
 
     Args:
         student: What :func:`modiff.quantize` or :func:`modiff.load` returned.
@@ -50,6 +51,7 @@ def save(
         The directory.
 
     Raises:
+        CalibrationError: An operator's range is to be calibrated and is not.
         CheckpointError: The target is not empty or cannot be written, or the remainder does not fit ``dtype``.
         ConfigError: ``dtype`` or ``teacher`` is of another kind.
         TrajectoryError: The module is not a student, or a trajectory is open.
@@ -65,6 +67,7 @@ def save(
     record: Record = getattr(student, RECORD)
     tensors: dict[str, Tensor] = {}
     packed = _add_packed(operators(student), tensors)
+    lengths = _add_ranges(operators(student), tensors)
     remainder = _add_remainder(student, tensors, None if dtype is None else getattr(torch, dtype))
     manifest = {
         "denoiser": _denoiser(student),
@@ -72,6 +75,7 @@ def save(
         "quant_config": dataclasses.asdict(record.config),
         "shapes": {slot.name: list(slot.shape) for slot in slots(student)},
         "operators": packed,
+        "calibrated_evaluations": lengths,
         "remainder": remainder,
     }
     write(target, manifest, tensors, overwrite)
@@ -115,10 +119,11 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
     with torch.inference_mode(False), torch.no_grad():
         tensors = read_tensors(source, manifest)
         weights = _packed_weights(manifest, model, config, tensors)
+        ranges = _ranges(manifest, tensors)
         # A parameter of a packed weight stays where it is; converting drops it, or keeps it for the teacher.
         changes = _changes(manifest, targets, tensors)
         on_meta = any(slot.tensor.is_meta for slot in targets)
-        student = convert(model, config, keep_teacher and not on_meta, weights)
+        student = convert(model, config, keep_teacher and not on_meta, weights, ranges)
         record: Record = getattr(student, RECORD)
         record.loaded = True
         if record.keep_teacher:
@@ -145,6 +150,30 @@ def _add_packed(quantized: Mapping[str, QuantizedOperator], tensors: dict[str, T
         if packed.zero_point is not None:
             tensors[f"{name}.weight.zero_point"] = packed.zero_point.cpu()
     return found
+
+
+def _add_ranges(quantized: Mapping[str, QuantizedOperator], tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Collect calibrated scales and zero points; return the length of the trajectories that they are for."""
+    lengths = {}
+    for name, operator in quantized.items():
+        operator.require_range()
+        found = operator.calibrated
+        if found is not None:
+            lengths[name] = found.length
+            tensors[f"{name}.activation.scale"] = found.scale.cpu().contiguous()
+            if found.zero_point is not None:
+                tensors[f"{name}.activation.zero_point"] = found.zero_point.cpu().contiguous()
+    return lengths
+
+
+def _ranges(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, CalibratedRange]:
+    """The inverse of :func:`_add_ranges`."""
+    return {
+        name: CalibratedRange(
+            tensors.pop(f"{name}.activation.scale"), tensors.pop(f"{name}.activation.zero_point", None), length
+        )
+        for name, length in manifest.get("calibrated_evaluations", {}).items()
+    }
 
 
 def _add_remainder(student: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -223,9 +252,18 @@ def _check_architecture(source: Path, manifest: dict[str, Any], model: nn.Module
 
 def _check_operators(source: Path, manifest: dict[str, Any], model: nn.Module, config: QuantConfig) -> None:
     try:
-        quantized = {row.name for row in plan(model, config) if row.skipped is None and row.weight is not None}
+        rows = [row for row in plan(model, config) if row.skipped is None]
     except ConfigError as error:
         raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {error}") from error
+    quantized = {row.name for row in rows if row.weight is not None}
+    calibrated = {row.name for row in rows if row.activation is not None and row.activation.range == "calibrated"}
+    lost = sorted(calibrated ^ set(manifest.get("calibrated_evaluations", {})))
+    if lost:
+        raise CheckpointError(
+            f"{source} does not fit this {type(model).__name__}: the input of operator {lost[0]!r} has a calibrated "
+            f"range in {'this model' if lost[0] in calibrated else 'the checkpoint'} only. Give a model of the "
+            "architecture that was saved."
+        )
     odd = sorted(quantized ^ set(manifest["operators"]))
     if odd:
         where = "in the checkpoint only" if odd[0] in manifest["operators"] else "in this model only"

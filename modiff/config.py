@@ -16,6 +16,7 @@ _Built = TypeVar("_Built")
 Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
 GRANULARITIES = ("tensor", "sample", "channel", "sample_channel", "token", "group")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
+CALIBRATED_GRANULARITIES = ("tensor", "channel", "group")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -32,9 +33,15 @@ class QuantSpec:
             batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel`` (output) or
             ``group`` (along the input, per output channel).
         symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
-        range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration.
-        clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation.
+        range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration
+            (:func:`modiff.calibration.front.calibrate`), and fixed then. Activations only, with granularity ``tensor``,
+            ``channel`` or ``group``: the others have as many scales as the batch has rows. The integer warm-up
+            ``refine`` stays dynamic.
+        clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation. A calibrated
+            range is multiplied once, when it is calibrated.
         group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
+        timestep_buckets: Calibrated ranges along a trajectory: evaluation i of n uses bucket i * buckets // n.
+            Residuals shrink along a trajectory, so one range for all of it is wide at its end.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.
@@ -46,14 +53,24 @@ class QuantSpec:
     range: Literal["dynamic", "calibrated"] = "dynamic"
     clip: float = 1.0
     group_size: int | None = None
+    timestep_buckets: int = 1
 
     def __post_init__(self) -> None:
         _integer("bits", self.bits, low=2, high=8, hint="; for full precision set the whole spec to null")
         _member("granularity", self.granularity, GRANULARITIES)
         _boolean("symmetric", self.symmetric)
         _member("range", self.range, ("dynamic", "calibrated"))
-        if self.range == "calibrated":
-            raise ConfigError("range is 'calibrated', which needs a calibration; this release has none. Use 'dynamic'.")
+        if self.range == "calibrated" and self.granularity not in CALIBRATED_GRANULARITIES:
+            raise ConfigError(
+                f"range is 'calibrated' with granularity {self.granularity!r}, whose scales belong to rows of a batch; "
+                f"allowed are {', '.join(CALIBRATED_GRANULARITIES)}. Set granularity='tensor', or range='dynamic'."
+            )
+        _integer("timestep_buckets", self.timestep_buckets, low=1)
+        if self.range == "dynamic" and self.timestep_buckets > 1:
+            raise ConfigError(
+                f"timestep_buckets is {self.timestep_buckets}, but range is 'dynamic', which is new in every "
+                "evaluation. Set range='calibrated', or remove timestep_buckets."
+            )
         if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
             raise ConfigError(f"clip is {self.clip!r}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
         if self.granularity == "group":
@@ -210,8 +227,9 @@ class QuantConfig:
         Weights: per output channel, symmetric. Activations: per sample, dynamic; plain ones asymmetric, residuals
         asymmetric below 6 bits.
 
-        >>> QuantConfig.preset("w8a4-modiff").activation
-        QuantSpec(bits=4, granularity='sample', symmetric=False, range='dynamic', clip=1.0, group_size=None)
+        >>> spec = QuantConfig.preset("w8a4-modiff").activation
+        >>> spec.bits, spec.granularity, spec.symmetric, spec.range
+        (4, 'sample', False, 'dynamic')
 
         Raises:
             ConfigError: The name is not of that form.
@@ -294,6 +312,8 @@ def _side(name: str, value: object, kind: type, allow_inherit: bool = False) -> 
 def _weight_granularity(spec: QuantSpec) -> None:
     if spec.granularity not in WEIGHT_GRANULARITIES:
         raise ConfigError(f"weight granularity is {spec.granularity!r}; allowed are {', '.join(WEIGHT_GRANULARITIES)}.")
+    if spec.range == "calibrated":
+        raise ConfigError("weight range is 'calibrated'; a weight's range is its own. Use 'dynamic'.")
 
 
 def _member(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -13,10 +13,11 @@ from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import ConfigError
 from modiff.layers.fixed import projections
 from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.operators import OperatorAdapter, find_adapter
+from modiff.layers.operators import OperatorAdapter, bypassed_operators, find_adapter
 from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.slots import Slot, slots
 from modiff.layers.state import ATTRIBUTE, ModulationState, state_of
+from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import activation_partition
 from modiff.quantizers.packing import PackedWeight
 
@@ -128,17 +129,23 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
 
 
 def convert(
-    model: nn.Module, config: QuantConfig, keep_teacher: bool, weights: Mapping[str, PackedWeight] | None = None
+    model: nn.Module,
+    config: QuantConfig,
+    keep_teacher: bool,
+    weights: Mapping[str, PackedWeight] | None = None,
+    ranges: Mapping[str, CalibratedRange] | None = None,
 ) -> nn.Module:
-    """:func:`quantize`, with quantized weights that are known already.
+    """:func:`quantize`, with what is known from a calibration.
 
     Args:
         model: As for :func:`quantize`.
         config: Likewise.
         keep_teacher: Likewise.
         weights: Quantized weight by operator; None: the model's are rounded to nearest.
+        ranges: Calibrated ranges of activations by operator, as many as there are.
 
     Raises:
+        CalibrationError: A range is for another quantizer than the operator's.
         ConfigError: As for :func:`quantize`.
     """
     if not isinstance(config, QuantConfig):
@@ -153,6 +160,8 @@ def convert(
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
     built = [(plan, _build(plan, state, weights)) for plan in plans if plan.row.skipped is None]
+    for plan, operator in built:
+        operator.use_range((ranges or {}).get(plan.row.name))
     record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
     for plan, operator in built:
         record.names[plan.row.name] = plan.names
@@ -266,25 +275,9 @@ def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
     return {name: student.get_submodule(name) for name in getattr(student, RECORD).names}  # type: ignore[misc]
 
 
-def _bypassed(model: nn.Module) -> dict[str, str]:
-    """Operators of which PyTorch's own modules use the weight without calling them, and why they are skipped."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found[_join(name, "out_proj")] = "nn.MultiheadAttention uses its weight directly"
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in ("linear1", "linear2"):
-                found[_join(name, child)] = "nn.TransformerEncoderLayer's fast path uses its weight directly"
-    return found
-
-
-def _join(parent: str, child: str) -> str:
-    return f"{parent}.{child}" if parent else child
-
-
 def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
     found: dict[int, _Plan] = {}
-    bypassed = _bypassed(model)
+    bypassed = bypassed_operators(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
             found[id(module)].names.append(name)
@@ -384,6 +377,8 @@ def _spec_text(spec: QuantSpec | None) -> str:
     parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
     if spec.clip != 1:
         parts.append(f"clip {spec.clip:g}")
+    if spec.range == "calibrated":
+        parts.append(f"calibrated in {spec.timestep_buckets} buckets" if spec.timestep_buckets > 1 else "calibrated")
     return ", ".join(parts)
 
 

@@ -23,7 +23,9 @@ from modiff.errors import CheckpointError
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "modiff checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 knew no calibrated ranges of activations."""
+READABLE = (1, 2)
 REQUIRES = "0.1.0"
 """First release of modiff that reads ``FORMAT_VERSION``; raise both together."""
 
@@ -111,9 +113,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not of a checkpoint of modiff. Give a directory that modiff.save wrote.")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise CheckpointError(
-            f"{path} has format version {version!r}; this release of modiff reads version {FORMAT_VERSION}. It needs "
+            f"{path} has format version {version!r}; this release of modiff reads versions "
+            f"{' and '.join(map(str, READABLE))}. It needs "
             f"{manifest.get('requires')} (written by {_written_by(manifest)}): install that release."
         )
     if manifest.pop("sha256", None) != _digest(manifest):

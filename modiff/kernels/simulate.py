@@ -37,3 +37,25 @@ def fake_quantize_(
         x.clamp_(*spec.code_range)
     x.mul_(scale)
     return low, high
+
+
+def fake_quantize_fixed_(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Replace ``x`` by ``Q(x)`` (equations 4 and 5) with a calibrated scale, in place; codes are clamped.
+
+    Args:
+        x: Float32 or float64, any memory layout; overwritten.
+        scale: Broadcasts against ``x``.
+        zero_point: Likewise; None for symmetric quantizers.
+        spec: The quantizer.
+
+    Returns:
+        A scalar that is NaN or Inf where ``x`` held either: clamping would hide an Inf.
+    """
+    probe = x.sum()
+    x.div_(scale).round_()
+    if zero_point is None:
+        x.clamp_(*spec.code_range)
+    else:
+        x.add_(zero_point).clamp_(*spec.code_range).sub_(zero_point)
+    x.mul_(scale)
+    return probe

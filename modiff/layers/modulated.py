@@ -30,6 +30,7 @@ class ModulatedOperator(QuantizedOperator):
     def forward(self, x: Tensor) -> Tensor:
         """One evaluation: warm up, refresh, or advance by the quantized difference."""
         self.check(x)
+        self.require_range()
         out_dtype = output_dtype(x)
         cache = self.state.next_cache(self.name, x, self.adapter.is_batched(self.module, x.ndim))
         if cache is not None and cache.source is not None:
@@ -59,6 +60,19 @@ class ModulatedOperator(QuantizedOperator):
         """The input is the very tensor that â holds, so the residual is 0 and ô stays: no product (trap 10)."""
         self.state.note_unchanged(self.name, x, cache, quantized=not self.refreshes())
         return cache.o_hat.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+    def quantizer_input(self, x: Tensor) -> Tensor | None:
+        """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing.
+
+        That is the residual ``a - â``; None in warm-ups, refreshes, and where the input is unchanged.
+        """
+        run = self.state.trajectory
+        if run is None or run.current.total == 0 or self.refreshes():
+            return None
+        cache = self.state.peek_cache(self.name)
+        if cache is None or cache.a_hat.shape != x.shape or (cache.source is not None and cache.source.matches(x)):
+            return None
+        return compute_input(x) - cache.a_hat
 
     def allocate(self, a: Tensor) -> OperatorCache:
         """Memory for this call's state; ô is allocated when its shape is known."""
@@ -95,10 +109,8 @@ class ModulatedOperator(QuantizedOperator):
 
     def advance(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Equations (13) and (14): â += Q(a - â), ô += A(Q(a - â))."""
-        assert self.activation_spec is not None
         residual = torch.sub(a, cache.a_hat, out=self.state.scratch(cache.a_hat))
-        low, high = fake_quantize_(residual, self.partition(a.ndim), self.activation_spec)
-        self.state.note(self.name, (high - low).sum(), quantized=True)
+        self.state.note(self.name, self.quantize_(residual), quantized=True)
         if self.modulation.error_compensation:
             cache.a_hat.add_(residual)
         else:

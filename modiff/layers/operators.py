@@ -89,3 +89,16 @@ def find_adapter(module: nn.Module) -> OperatorAdapter | None:
                     raise ConfigError(f"{type(module).__name__} overrides the forward of {base.__name__}")
                 return adapter
     return None
+
+
+def bypassed_operators(model: nn.Module) -> dict[str, str]:
+    """Operators of which PyTorch's own modules use the weight without calling them, and why they are skipped."""
+    found = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{prefix}out_proj"] = "nn.MultiheadAttention uses its weight directly"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in ("linear1", "linear2"):
+                found[prefix + child] = "nn.TransformerEncoderLayer's fast path uses its weight directly"
+    return found

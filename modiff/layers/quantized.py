@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import QuantSpec
-from modiff.errors import ConfigError, TrajectoryError
-from modiff.kernels.simulate import fake_quantize_
+from modiff.errors import CalibrationError, ConfigError, TrajectoryError
+from modiff.kernels.simulate import fake_quantize_, fake_quantize_fixed_
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.state import ModulationState
+from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import round_nearest
@@ -56,6 +57,7 @@ class QuantizedOperator(nn.Module):
         self.state = state
         self.dropped = False
         self.packed = packed
+        self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
         self._partitions: dict[int, Partition] = {}
         # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
         self._quantized_weight: Tensor | None = None
@@ -94,6 +96,86 @@ class QuantizedOperator(nn.Module):
         """Put another quantized weight of the same spec and shape in place."""
         self.packed, self._quantized_weight = packed, None
         self.quantized_weight()
+
+    def use_range(self, found: CalibratedRange | None) -> None:
+        """Quantize activations with calibrated scales and zero points from now on; None: with dynamic ones.
+
+        Raises:
+            CalibrationError: It was calibrated for another quantizer, or holds impossible numbers.
+        """
+        if found is not None:
+            found.check_values()
+            spec = self.activation_spec
+            wanted = None if spec is None else (self.num_sets(spec), spec.timestep_buckets, not spec.symmetric)
+            given = (found.sets, found.buckets, found.zero_point is not None)
+            if given != wanted:
+                raise CalibrationError(
+                    f"The calibrated range of operator {self.name!r} is for another quantizer than {spec}: it has "
+                    f"{given[0]} sets, {given[1]} buckets and {'a' if given[2] else 'no'} zero point. Calibrate again."
+                )
+            device = self.module.weight.device if self.packed is None else self.packed.codes.device
+            found = found if device.type == "meta" else found.to(device)
+        self.calibrated = found
+
+    def num_sets(self, spec: QuantSpec) -> int:
+        """How many scales the operator's inputs have under a spec that does not depend on the batch."""
+        channels = self.weight_shape[1] * int(getattr(self.module, "groups", 1))
+        if spec.granularity == "group":
+            assert spec.group_size is not None
+            return -(-channels // spec.group_size)
+        return channels if spec.granularity == "channel" else 1
+
+    def require_range(self) -> None:
+        """Refuse to run without what the configuration asks for.
+
+        Raises:
+            CalibrationError: The range is to be calibrated and is not.
+        """
+        spec = self.activation_spec
+        if spec is not None and spec.range == "calibrated" and self.calibrated is None:
+            raise CalibrationError(
+                f"Operator {self.name!r} has range 'calibrated', but was not calibrated. Make the student with "
+                "modiff.calibration.front.calibrate, load a calibrated one, or use range 'dynamic'."
+            )
+
+    def calibrated_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Scale and zero point of the current evaluation, broadcasting against ``x``; None where they are dynamic.
+
+        Raises:
+            CalibrationError: See :meth:`require_range`.
+            TrajectoryError: The trajectory is longer than calibrated, or there is none although time steps differ.
+        """
+        self.require_range()
+        if self.calibrated is None:
+            return None
+        run, length = self.state.trajectory, self.calibrated.length
+        if run is None and self.calibrated.buckets > 1:
+            raise TrajectoryError(
+                f"Operator {self.name!r} has calibrated ranges for {self.calibrated.buckets} buckets of time steps, "
+                "and was called outside a trajectory. Wrap the sampling loop in `with modiff.trajectory(student):`."
+            )
+        evaluation = 0 if run is None else run.current.total
+        if evaluation >= length:
+            raise TrajectoryError(
+                f"The trajectory is longer than calibrated: the ranges of operator {self.name!r} are from trajectories "
+                f"of {length} evaluations. Sample with as many steps, or calibrate with more."
+            )
+        partition = self.partition(x.ndim)
+        shape = partition.range_shape(x.shape)
+        scale, zero_point = (
+            None if t is None else partition.expand(t.reshape(shape), x.shape) for t in self.calibrated.at(evaluation)
+        )
+        assert scale is not None
+        return scale, zero_point
+
+    def quantize_(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by ``Q(x)`` in place; returns a scalar that is NaN or Inf where it held either."""
+        assert self.activation_spec is not None
+        fixed = self.calibrated_scale(x)
+        if fixed is not None:
+            return fake_quantize_fixed_(x, *fixed, self.activation_spec)
+        low, high = fake_quantize_(x, self.partition(x.ndim), self.activation_spec)
+        return (high - low).sum()
 
     def quantized_weight(self) -> Tensor:
         """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
@@ -161,9 +243,12 @@ class QuantizedOperator(nn.Module):
             self.state.note(self.name, a.sum(), quantized=None)
         else:
             a = a.clone() if a is x else a
-            low, high = fake_quantize_(a, self.partition(a.ndim), self.activation_spec)
-            self.state.note(self.name, (high - low).sum(), quantized=True)
+            self.state.note(self.name, self.quantize_(a), quantized=True)
         return self.product(a, with_bias=True).to(out_dtype)
+
+    def quantizer_input(self, x: Tensor) -> Tensor | None:
+        """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing."""
+        return None if self.activation_spec is None else compute_input(x)
 
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
@@ -203,6 +288,8 @@ class QuantizedOperator(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)
         super()._apply(fn, recurse)
+        if self.calibrated is not None:
+            self.calibrated = self.calibrated.to(fn(torch.empty(1, device=self.calibrated.scale.device)).device)
         if self.packed is not None:
             probe = torch.empty([2] * len(self.packed.shape), device=self.packed.codes.device)
             probe = fn(probe.to(memory_format=self.layout))
@@ -227,6 +314,7 @@ class QuantizedOperator(nn.Module):
     def _after_load(self, *_: Any) -> None:
         if self._weight_arrives and self.module.weight.shape == self.weight_shape:  # else PyTorch says what is wrong
             self.quantize_weight()
+            self.calibrated = None  # it was found with other weights
         if self.dropped:
             self.drop_original()
 

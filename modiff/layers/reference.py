@@ -7,6 +7,7 @@ tensors, each set is quantized by itself, and products run through a copy of the
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class ReferenceOperator:
         weight: Weight spec or None.
         activation: Activation spec or None (then modulation has no effect).
         modulation: None: plain quantization.
+        fixed: Calibrated quantizers: for each evaluation, (scale, zero point) of each set, the zero point 0 where
+            symmetric; None: dynamic ranges.
 
     Attributes:
         a_hat: Reconstruction â of the input (the last input itself without error compensation); float64.
@@ -34,7 +37,12 @@ class ReferenceOperator:
     o_hat: Tensor
 
     def __init__(
-        self, module: Any, weight: QuantSpec | None, activation: QuantSpec | None, modulation: Modulation | None
+        self,
+        module: Any,
+        weight: QuantSpec | None,
+        activation: QuantSpec | None,
+        modulation: Modulation | None,
+        fixed: Sequence[Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         self.with_bias: Any = copy.deepcopy(module).double().requires_grad_(False)
         if weight is not None:
@@ -44,6 +52,7 @@ class ReferenceOperator:
         self.without_bias.bias = None
         self.activation = activation
         self.modulation = modulation
+        self.fixed = fixed
         self.evaluations = 0
 
     def evaluate(self, a: Tensor) -> Tensor:
@@ -53,14 +62,14 @@ class ReferenceOperator:
         if self.activation is None:
             return self.with_bias(a)
         if self.modulation is None:
-            return self.with_bias(self.q(a))
+            return self.with_bias(self.calibrated_or_dynamic_q(a, t))
         every = self.modulation.refresh_every
         if t == 0 and self.modulation.warmup == "refine":
             self.warm_up_in_rounds(a, self.modulation.warmup_rounds)
         elif t == 0 or (every is not None and t % every == 0):
             self.warm_up(a)
         else:
-            self.advance(a, self.modulation.error_compensation)
+            self.advance(a, t, self.modulation.error_compensation)
         return self.o_hat
 
     def warm_up(self, a: Tensor) -> None:
@@ -75,11 +84,23 @@ class ReferenceOperator:
             self.a_hat = self.a_hat + self.q(a - self.a_hat, clip=1.0)  # (13) with a_t = a_T
         self.o_hat = self.with_bias(self.a_hat)  # (9)
 
-    def advance(self, a: Tensor, error_compensation: bool) -> None:
-        """Every other evaluation."""
-        difference = self.q(a - self.a_hat)
+    def advance(self, a: Tensor, t: int, error_compensation: bool) -> None:
+        """Every other evaluation, of which ``t`` is the number."""
+        difference = self.calibrated_or_dynamic_q(a - self.a_hat, t)
         self.a_hat = self.a_hat + difference if error_compensation else a  # (13), or a_{t+1} of equation (6)
         self.o_hat = self.o_hat + self.without_bias(difference)  # (14)
+
+    def calibrated_or_dynamic_q(self, x: Tensor, t: int) -> Tensor:
+        """``Q(x)`` in evaluation ``t``."""
+        if self.fixed is None:
+            return self.q(x)
+        assert self.activation is not None
+        labels = activation_labels(x.shape, self.activation, self.with_bias)
+        result = torch.empty_like(x)
+        for label, (scale, zero_point) in enumerate(self.fixed[t]):
+            members = labels == label
+            result[members] = quantize_with(x[members], scale, zero_point, self.activation)
+        return result
 
     def q(self, x: Tensor, clip: float | None = None) -> Tensor:
         """``Q(x)`` of an input or difference."""
@@ -108,6 +129,14 @@ def quantize_set(x: Tensor, spec: QuantSpec, clip: float) -> Tensor:
     scale = _nonzero(torch.tensor((high - low) / top, dtype=x.dtype))
     zero_point = torch.clamp(torch.round(-low / scale), 0, top)
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, top)  # (4)
+    return scale * (codes - zero_point)  # (5)
+
+
+def quantize_with(x: Tensor, scale: float, zero_point: float, spec: QuantSpec) -> Tensor:
+    """``Q(x)`` of elements ``[N]`` with a scale and zero point that are known."""
+    n = 2 ** (spec.bits - 1) - 1
+    lowest, highest = (-n, n) if spec.symmetric else (0, 2**spec.bits - 1)
+    codes = torch.clamp(torch.round(x / scale) + zero_point, lowest, highest)  # (4)
     return scale * (codes - zero_point)  # (5)
 
 

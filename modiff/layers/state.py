@@ -172,6 +172,12 @@ class ModulationState:
             cache.keep_last_half()
         return cache
 
+    def peek_cache(self, name: str) -> OperatorCache | None:
+        """The cache that the next call of operator ``name`` will get, if there is one."""
+        caches = [] if self.trajectory is None else self.trajectory.current.caches.get(name, [])
+        call = self._calls.get(name, 0)
+        return caches[call] if call < len(caches) else None
+
     def keep_cache(self, name: str, cache: OperatorCache) -> None:
         """Keep the cache of an operator's call in the first evaluation."""
         assert self.trajectory is not None

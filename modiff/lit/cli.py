@@ -12,6 +12,7 @@ from modiff.errors import ModiffError
 COMMANDS = {
     "evaluate": ("modiff.lit.evaluate", "teacher against student from the same noise: metrics, pictures, report"),
     "compare": ("modiff.lit.compare", "several recipes against the same teacher images: one table, one picture"),
+    "bench": ("modiff.lit.bench", "teacher against students: time by stage, compilation, memory; eager and compiled"),
     "quantize": ("modiff.lit.evaluate", "pack the quantized student of a recipe into a folder"),
     "sample": ("modiff.lit.evaluate", "draw images with the student, or without quantization with the teacher"),
     "train": ("modiff.lit.train", "train a small teacher, or the classifier that measures its images"),

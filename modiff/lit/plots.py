@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure in the house's style, written to ``path`` atomically when the block ends without an error."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -65,7 +65,7 @@ def trajectory_errors_plot(errors: Mapping[str, Any], path: Path, title: str) ->
     count, steps = matrix.shape
     row = min(0.155, max(13.0 / max(count, 1), 0.02))  # inches; up to 110 operators each get a readable label
     heat = max(1.6, row * count)
-    with _figure(path, 11.5, 3.4 + heat) as figure:
+    with figure_file(path, 11.5, 3.4 + heat) as figure:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
         grid = figure.add_gridspec(2, 2, height_ratios=[2.3, heat], width_ratios=[4.2, 1])
         top = figure.add_subplot(grid[0, 0])
@@ -149,7 +149,7 @@ def _name_rows(axes: Axes, errors: Mapping[str, Any], row: float) -> None:
         for i in range(0, len(names), every)
         if names[i] not in worst and all(abs(i - j) >= every for j in labelled if names[j] in worst)
     ]
-    axes.set_yticks(labelled, [_shorten(names[i], 64) for i in labelled], fontsize=7 if row > 0.13 else 6)
+    axes.set_yticks(labelled, [shorten(names[i], 64) for i in labelled], fontsize=7 if row > 0.13 else 6)
     axes.tick_params(axis="y", length=0)
     for tick, i in zip(axes.get_yticklabels(), labelled, strict=True):
         if names[i] in worst:
@@ -171,7 +171,7 @@ def cost_plot(rows: Sequence[Mapping[str, Any]], path: Path, top: int = 14) -> N
     kinds = sorted({(r["weight_bits"], r["activation_bits"]) for r in rows})
     palette = [BLUE, ORANGE, GREEN, "#8e5fb0", "#c2577a", "#5aa9b8", "#a08030", GREY]
     colors = {kind: palette[i % len(palette)] for i, kind in enumerate(kinds)}
-    with _figure(path, 11.5, 1.3 + 0.235 * (min(len(rows), top) + 1)) as figure:
+    with figure_file(path, 11.5, 1.3 + 0.235 * (min(len(rows), top) + 1)) as figure:
         panels = figure.subplots(1, 2)
         _cost_bars(panels[0], rows, "gbops", "GBOPs per evaluation, linear operators: {:.4g}", top, colors)
         _cost_bars(panels[1], rows, "state_mib", "State (â and ô) per image: {:.4g} MiB", top, colors)
@@ -186,7 +186,7 @@ def _cost_bars(
 ) -> None:
     ranked = sorted(rows, key=lambda r: -r[key])
     total, rest = sum(r[key] for r in rows), ranked[top:]
-    bars = [(_shorten(r["name"]), r[key], colors[r["weight_bits"], r["activation_bits"]]) for r in ranked[:top]]
+    bars = [(shorten(r["name"]), r[key], colors[r["weight_bits"], r["activation_bits"]]) for r in ranked[:top]]
     if rest:
         bars.append((f"{len(rest)} others", sum(r[key] for r in rest), REST))
     axes.set_title(title.format(total))
@@ -218,9 +218,9 @@ def compare_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> N
     """
     if not rows:
         raise ConfigError("compare_plot got no recipes; give at least one (name, metrics).")
-    names = [_shorten(name, 34) for name, _ in rows]
+    names = [shorten(name, 34) for name, _ in rows]
     metrics = [m for _, m in rows]
-    with _figure(path, 11.5, 1.6 + 0.5 * len(rows)) as figure:
+    with figure_file(path, 11.5, 1.6 + 0.5 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.15])
         identical = ["identical images" if m["student"]["relative_l2"] == 0 else NONE for m in metrics]
         _bars(left, [[m["student"]["psnr_db"] for m in metrics]], [BLUE], log=False, missing=identical)
@@ -286,6 +286,6 @@ def _positive(values: Any) -> np.ndarray:
     return np.where(np.nan_to_num(array) > 0, array, math.nan)
 
 
-def _shorten(name: str, limit: int = 48) -> str:
+def shorten(name: str, limit: int = 48) -> str:
     """Cut the middle out of a long name: both its block and its last part identify an operator."""
     return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"

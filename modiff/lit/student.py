@@ -88,19 +88,28 @@ class LitStudent(LightningModule):
         self.results: dict[str, Any] = {}
 
     def configure_model(self) -> None:
-        """Load the teacher; make the student, which shares every tensor it does not quantize."""
+        """Load the teacher, unless it is there; make the student, which shares every tensor it does not quantize."""
         if self.teacher is not None:
             return
-        self.loaded = load_teacher(self.spec)
+        if self.loaded is None:
+            self.loaded = load_teacher(self.spec)
         set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
         self.teacher = self.loaded.denoiser
         self.decoder = self.loaded.decoder
         self._refuse_guidance()
         if self.config is None and self.ckpt is None:
             return
+        self.student = self.make_student()
+
+    def make_student(self) -> nn.Module:
+        """Another student of the teacher, by the config or from the checkpoint."""
+        assert self.teacher is not None
         shared = {id(p): p for p in (*self.teacher.parameters(), *self.teacher.buffers())}
         base = copy.deepcopy(self.teacher, shared)
-        self.student = quantize(base, self.config) if self.config is not None else load(self.ckpt, copy.deepcopy(base))
+        if self.config is not None:
+            return quantize(base, self.config)
+        assert self.ckpt is not None
+        return load(self.ckpt, copy.deepcopy(base))
 
     def _refuse_guidance(self) -> None:
         assert self.loaded is not None

@@ -145,12 +145,12 @@ def metrics_table(rows: Rows) -> Table:
 def markdown_table(rows: Rows) -> str:
     """The comparison as a Markdown table with its notes below; arguments and errors as in :func:`cells`."""
     lines = [[head for head, _ in HEADERS], ["---"] + ["---:"] * (len(HEADERS) - 1)]
-    lines += [[_markdown(text) for text in row] for row in cells(rows)]
+    lines += [[markdown_cell(text) for text in row] for row in cells(rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return table + "\n\n" + "\n".join(_markdown(note) for note in notes(rows)) + "\n"
+    return table + "\n\n" + "\n".join(markdown_cell(note) for note in notes(rows)) + "\n"
 
 
-def _markdown(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Escape what would end a cell, start markup or let HTML through."""
     for mark in "\\`*[]|<":
         text = text.replace(mark, "\\" + mark)

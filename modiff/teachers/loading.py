@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.teachers.architectures import ARCHITECTURES, random_denoiser
 from modiff.teachers.convert_dit import OriginalDiTTransformer2DModel
 from modiff.teachers.convert_ldm import FixedHeadsUNet2DModel
 from modiff.teachers.families import FAMILIES, Family
 from modiff.teachers.teacher import Teacher, decoder_factor
 from modiff.teachers.text import make_encoder
 from modiff.teachers.tiny import tiny_model
-from modiff.teachers.zoo import TeacherSpec
+from modiff.teachers.zoo import ZOO, TeacherSpec
 
 _OWN = {cls.__name__: cls for cls in (FixedHeadsUNet2DModel, OriginalDiTTransformer2DModel)}
 _DECODERS = ("AutoencoderKL", "AutoencoderDC", "VQModel")
@@ -62,6 +63,22 @@ def load_tiny(spec: TeacherSpec) -> Teacher:
     family = FAMILIES[entry.family.split("-")[0]]
     denoiser, decoder = tiny_model(entry.family, channels=1 if spec.name == "mnist" else 3)
     return _assemble(spec, family, denoiser, decoder, dict(family.schedule), f"tiny-{entry.family}")
+
+
+def load_random(spec: TeacherSpec) -> Teacher:
+    """The architecture at full size with random weights; of a folder only the configuration is read."""
+    folder = spec.entry.folder or ZOO[spec.name].folder
+    kind = spec.entry.family
+    family = FAMILIES[kind.split("-")[0]]
+    config = None
+    if folder is not None:
+        config = _denoiser_config(spec, folder)[1]
+        family = find_family(config, any((folder / part).is_dir() for part in ("vqvae", "vae")))
+    denoiser = random_denoiser(spec.title, config or ARCHITECTURES.get(spec.name))
+    decoder = tiny_model(kind)[1] if family.latent else None
+    content = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
+    content = f"random-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    return _assemble(spec, family, denoiser, decoder, dict(family.schedule), content)
 
 
 def find_family(config: dict[str, Any], has_decoder: bool) -> Family:

@@ -104,6 +104,13 @@ ZOO: dict[str, Entry] = {
     "dit-xl-2-256": Entry(
         hub="facebook/DiT-XL-2-256", pipeline="DiTPipeline", family="dit", guidance=1.5, image_size=256
     ),
+    "dit-s-2-256": Entry(
+        pipeline="DiTPipeline",
+        family="dit",
+        image_size=256,
+        convert="its weights were never published; train it and convert (modiff.teachers.convert_dit.convert_dit), "
+        "or measure its architecture with --model.teacher.random true",
+    ),
     "pixart-sigma": Entry(
         hub="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         pipeline="PixArtSigmaPipeline",
@@ -167,6 +174,8 @@ class TeacherSpec:
         name: A name of the zoo; with ``path`` it is only used for the defaults of sampling.
         path: A local diffusers pipeline folder, such as ``modiff train`` exports.
         tiny: A tiny random model of the same class, for trying a recipe; nothing is read.
+        random: The architecture at full size with random weights (and a tiny decoder), for figures of time and memory;
+            of a folder only the configuration is read.
         image_size: Pixels along one side of the images; None: the model's own.
 
     Raises:
@@ -177,6 +186,7 @@ class TeacherSpec:
     path: str | None = None
     tiny: bool = False
     image_size: int | None = None
+    random: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in ZOO:
@@ -185,14 +195,16 @@ class TeacherSpec:
             )
         if self.tiny and self.path is not None:
             raise ConfigError("model.teacher.tiny and model.teacher.path are both given. Remove one of them.")
+        if self.tiny and self.random:
+            raise ConfigError("model.teacher.tiny and model.teacher.random are both given. Remove one of them.")
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"model.teacher.image_size is {self.image_size}; allowed are whole numbers, 1 or more.")
 
     @property
     def entry(self) -> Entry:
-        """Its row of the zoo; a folder of one's own, and a tiny model, have no feature statistics."""
+        """Its row of the zoo; a folder of one's own, and a model of random weights, have no feature statistics."""
         entry = ZOO[self.name]
-        if self.path is None and not self.tiny:
+        if self.path is None and not self.tiny and not self.random:
             return entry
         folder = Path(self.path) if self.path is not None else None
         return replace(entry, folder=folder, features=None, statistics=None)
@@ -200,9 +212,8 @@ class TeacherSpec:
     @property
     def title(self) -> str:
         """Name for tables and pictures."""
-        if self.path is not None:
-            return Path(self.path).name
-        return f"{self.name} (tiny, random)" if self.tiny else self.name
+        name = self.name if self.path is None else Path(self.path).name
+        return f"{name} (tiny, random)" if self.tiny else f"{name} (random weights)" if self.random else name
 
     def locate(self) -> Path:
         """Folder of the files: a local one, else the hub's cache. The network is never asked.
@@ -248,6 +259,6 @@ def load_teacher(spec: TeacherSpec) -> Teacher:
         CheckpointError: It is not here, a file is missing or damaged, or not of the architecture its config names.
         ConfigError: Its class is unknown, an extra is missing, or the image size does not fit.
     """
-    from modiff.teachers.loading import load, load_tiny  # diffusers takes seconds to import
+    from modiff.teachers.loading import load, load_random, load_tiny  # diffusers takes seconds to import
 
-    return load_tiny(spec) if spec.tiny else load(spec)
+    return load_tiny(spec) if spec.tiny else load_random(spec) if spec.random else load(spec)

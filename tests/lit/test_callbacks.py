@@ -105,6 +105,19 @@ def test_failing_batch_keeps_its_own_error_even_with_nan(student) -> None:
     assert state_of(module.student).trajectory is None
 
 
+@pytest.mark.parametrize("ends", ["teardown", "on_exception"])
+def test_products_on_a_gpu_are_float32_while_images_are_drawn(ends, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    cache = ActivationCache()
+    cache.setup()
+    cache.setup()  # of the next stage
+    assert torch.backends.cudnn.allow_tf32 is False
+    getattr(cache, ends)(None, None, ValueError())
+    assert torch.backends.cudnn.allow_tf32 is True
+    cache.teardown()
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
 def test_batches_of_different_length_are_refused(student) -> None:
     module, cache = student(), ActivationCache()
     run_batch(cache, module)

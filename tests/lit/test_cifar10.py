@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from modiff.errors import ConfigError
@@ -317,18 +318,61 @@ def test_training_without_a_compiler_says_so_and_goes_on(modiff, recipe, tmp_pat
     assert "torch.compile finds no working compiler here (no C++ compiler found)" in out
 
 
-def test_training_goes_through_the_compiled_denoiser(modiff, recipe, tmp_path, monkeypatch) -> None:
-    calls = []
+def test_training_goes_through_the_compiled_denoiser_in_bf16(modiff, recipe, tmp_path, monkeypatch) -> None:
+    calls, dtypes = [], []
 
     def compile_(function):
         def run(*args):
             calls.append(args[0].shape)
-            return function(*args)
+            output = function(*args)
+            dtypes.append(output.dtype if isinstance(output, torch.Tensor) else output.sample.dtype)
+            return output
 
         return run
 
     monkeypatch.setattr(torch, "compile", compile_)
     options = ["--model.init_args.compile", "true", "--trainer.max_steps", "2", "--sample_images", "2"]
+    options += ["--trainer.precision", "bf16-mixed"]  # the recipe's own
     status, _, err = modiff("train", "--config", recipe, *options, "--output", tmp_path / "out")
     assert status == 0, err
     assert calls == [(8,), (4, 3, 8, 8), (4, 3, 8, 8)]  # the trial, and two training steps
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+    exported = safetensors.torch.load_file(tmp_path / "out" / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}  # autocast: the weights stay
+
+
+# The package
+
+
+def test_a_trained_teacher_is_packed_in_fp16_with_a_card_measured_on_it(
+    modiff, recipe, data, rgb_features, reference, tmp_path
+) -> None:
+    import package_cifar10
+
+    from modiff.metrics.statistics import FeatureStatistics, frechet_distance
+    from modiff.teachers.zoo import TeacherSpec, load_teacher
+
+    run, out, test = tmp_path / "teacher_small", tmp_path / "cifar10-tiny", tmp_path / "test.safetensors"
+    status, _, err = modiff("train", "--config", recipe, "--trainer.max_steps", "2", "--output", run)
+    assert status == 0, err
+    images = ["--data.path", data, "--data.channels", "3", "--data.image_size", "8", "--device", "cpu"]
+    assert modiff("statistics", "--features", rgb_features, *images, "--split", "test", "--output", test)[0] == 0
+    args = ["--run", run, "--features", rgb_features, "--reference", reference, "--test_reference", test]
+    args += ["--num_images", "9", "--batch_size", "4", "--steps", "2", "--device", "cpu", "--output", out]
+    with pytest.raises(SystemExit, match=r"The weights take 0.\d MiB in float16; allowed are 0.001"):
+        package_cifar10.main([str(arg) for arg in (*args, "--mib", "0.001")])
+    assert not list(tmp_path.glob("cifar10-tiny*"))
+    assert package_cifar10.main([str(arg) for arg in args]) == 0
+    packed = safetensors.torch.load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    exported = safetensors.torch.load_file(run / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(packed[name], exported[name].half()) for name in exported)
+    loaded = load_teacher(TeacherSpec(path=str(out))).denoiser.state_dict()
+    assert all(torch.equal(loaded[name], packed[name].float()) for name in packed)
+    card = (out / "README.md").read_text()
+    floor = frechet_distance(*(FeatureStatistics.load(path) for path in (test, reference)))
+    assert f"| 8 test images: the floor | {floor:.3f} |" in card
+    assert "this teacher, 9 images, DDIM 2 quadratic steps, seed 0" in card
+    assert "| 2 steps of 4 images" in card
+    assert {"loss.png", "samples.png", "model_index.json"} <= {file.name for file in out.iterdir()}
+    with pytest.raises(SystemExit, match="exists; remove it, or give another --output"):
+        package_cifar10.main([str(arg) for arg in args])

@@ -88,6 +88,10 @@ def test_a_teacher_recipe_builds_a_network_of_its_size(name: str, millions: floa
     assert cli.model.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert cli.datamodule.on_device
     assert cli.datamodule.horizontal_flips
+    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    assert values["trainer"]["precision"] == "bf16-mixed"
+    assert cli.model.use_compile
+    assert 0.99 < values["ema_decay"] < 1
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ RECIPES = sorted(FOLDER.rglob("*.yaml"))
 TRAINED = [path for path in RECIPES if "class_path" in yaml.safe_load(path.read_text())["model"]]
 ALL_DRAWN = [path for path in RECIPES if path not in TRAINED]
 # Of the paper's rows, which are generated and checked one by one elsewhere, the first of each teacher.
-GENERATED = {path.parent for path in ALL_DRAWN if path.parent.name not in ("mnist", "cifar10")}
+GENERATED = {path.parent for path in ALL_DRAWN if path.parent.name not in ("mnist", "cifar10", "bench")}
 DRAWN = [p for p in ALL_DRAWN if p.parent not in GENERATED or p == min(p.parent.glob("w*.yaml"))]
 IDS = {"ids": lambda path: str(path.relative_to(FOLDER))}
 
@@ -42,7 +43,8 @@ def test_all_recipes_of_the_first_release_are_there() -> None:
 def test_recipe_is_flat_and_commented(path) -> None:
     text = path.read_text()
     assert text.startswith("# ")
-    assert f"--config recipes/{path.relative_to(FOLDER)}" in text
+    command = "modiff bench" if path.parent.name == "bench" else "--config"
+    assert f"{command} recipes/{path.relative_to(FOLDER)}" in text
     assert "defaults:" not in text
 
 
@@ -70,6 +72,20 @@ def test_recipe_is_built_by_train(path) -> None:
 )
 def test_preset_is_the_one_in_the_name(path) -> None:
     assert build(path).model.config == QuantConfig.preset(path.stem.replace("_", "-"))
+
+
+@pytest.mark.parametrize("name", ["ddpm_cifar10", "dit_s"])
+def test_bench_recipes_are_of_known_size_and_differ_in_the_backend_only(name) -> None:
+    from modiff.teachers.zoo import load_teacher
+
+    auto, simulated = (build(FOLDER / "bench" / f"{name}_w8a7{end}.yaml") for end in ("", "_simulated"))
+    config = auto.model.config
+    assert (config.weight.bits, config.activation.bits, config.activation.symmetric) == (8, 7, True)
+    assert (config.activation.granularity, config.backend) == ("sample", "auto")
+    assert dataclasses.replace(config, backend="simulate") == simulated.model.config
+    assert auto.model.spec == simulated.model.spec
+    parameters = sum(p.numel() for p in load_teacher(auto.model.spec).denoiser.parameters())
+    assert parameters == {"ddpm_cifar10": 35_746_307, "dit_s": 39_805_088}[name]
 
 
 def test_ablation_differs_in_compensation_only() -> None:

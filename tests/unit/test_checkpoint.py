@@ -113,7 +113,7 @@ def test_config_json_says_what_the_checkpoint_is(tmp_path):
     where = modiff.save(student, tmp_path / "ckpt", teacher="hub/teacher")
     assert where == (tmp_path / "ckpt").resolve()
     manifest = json.loads((where / CONFIG).read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["teacher"] == "hub/teacher"
     assert manifest["denoiser"]["class"].endswith("Denoiser")
     assert manifest["denoiser"]["config"]["width"] == 8
@@ -461,9 +461,11 @@ def test_other_versions_and_edits_are_refused(tmp_path):
     saved(tmp_path / "ckpt")
     edit(tmp_path / "ckpt", teacher="another")
     refuses(tmp_path / "ckpt", "is damaged or was edited: its hash differs")
-    edit(tmp_path / "ckpt", format_version=2, requires="modiff>=3.1", versions={"modiff": "3.2"})
+    edit(tmp_path / "ckpt", format_version=3, requires="modiff>=3.1", versions={"modiff": "3.2"})
     refuses(
-        tmp_path / "ckpt", r"format version 2; .* needs modiff>=3.1 \(written by modiff 3.2\): install that release"
+        tmp_path / "ckpt",
+        r"format version 3; this release of modiff reads versions 1 and 2. "
+        r"It needs modiff>=3.1 \(written by modiff 3.2\): install that release",
     )
 
 

@@ -32,8 +32,15 @@ def exactly(text):
         ({"symmetric": 1}, "symmetric is 1; allowed are true and false."),
         ({"range": "static"}, "range is 'static'; allowed are dynamic, calibrated."),
         (
-            {"range": "calibrated"},
-            "range is 'calibrated', which needs a calibration; this release has none. Use 'dynamic'.",
+            {"range": "calibrated", "granularity": "sample"},
+            "range is 'calibrated' with granularity 'sample', whose scales belong to rows of a batch; allowed are "
+            "tensor, channel, group. Set granularity='tensor', or range='dynamic'.",
+        ),
+        ({"timestep_buckets": 0}, "timestep_buckets is 0; allowed are whole numbers, 1 or more."),
+        (
+            {"timestep_buckets": 10},
+            "timestep_buckets is 10, but range is 'dynamic', which is new in every evaluation. Set range='calibrated', "
+            "or remove timestep_buckets.",
         ),
         ({"clip": 0}, "clip is 0; allowed is 0 < clip <= 1. Use 1.0 for the full range."),
         ({"clip": 1.5}, "clip is 1.5; allowed is 0 < clip <= 1. Use 1.0 for the full range."),
@@ -201,7 +208,7 @@ def test_from_dict_is_the_inverse_of_asdict():
         (
             {"activation": {"bit": 4}},
             "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, "
-            "group_size.",
+            "group_size, timestep_buckets.",
         ),
         ({"modulation": {"warmup": "x"}}, "modulation: warmup is 'x'; allowed are full, refine."),
         ({"rules": [{"pattern": "a"}, {"skip": True}]}, "rules[1]: Rule needs the field 'pattern'. Set it."),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,53 +87,115 @@ def test_the_sampling_loop_reads_nothing_from_the_device(sampler):
     assert devices == ["meta"] * 5
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CONFIGS)
-def test_no_host_sync_in_the_sampling_loop_on_a_gpu(name):
-    student = modiff.quantize(tiny_unet().cuda(), CONFIGS[name])
-    noise = torch.randn(2, 1, 8, 8, device="cuda")
-    scheduler = make_scheduler("ddim_quadratic", num_train_timesteps=100)
-    marks = []
+# With the profiler, on a GPU; the same code runs on the CPU, so that it is known to work before there is one.
 
-    def watch(i, t, x):  # the first evaluation allocates, loads kernels and may wait
+ON_A_GPU = [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in CONFIGS]
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
+
+
+def waits(denoiser, noise, steps=4):
+    """Names of profiled events that hand values to the host in evaluations, or make it wait in the loop.
+
+    The first evaluation, which allocates and loads kernels, is not looked at. The scheduler reads its time steps on the
+    host from the host's memory; those reads are no waits, so only reads inside the denoiser count by name.
+    """
+    cuda = noise.is_cuda
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    loop = torch.profiler.record_function("loop")
+
+    def watch(i, t, x):
         if i == 1:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        marks.append(i)
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            loop.__enter__()
 
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    try:
-        with trajectory(student), torch.profiler.profile(activities=activities) as profile:
-            sample(student, scheduler, noise, 6, on_evaluation=watch)
-            torch.cuda.set_sync_debug_mode("default")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    reads = {event.key: event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense"}
-    assert marks == list(range(6))
-    assert reads == {}
+    def named(x, t):
+        with torch.profiler.record_function("denoiser"):
+            return denoiser(x, t)
+
+    scheduler = make_scheduler("ddim_quadratic", num_train_timesteps=100)
+    with torch.profiler.profile(activities=activities) as profile:
+        try:
+            sample(named, scheduler, noise, steps, on_evaluation=watch)
+        finally:
+            if cuda:
+                torch.cuda.set_sync_debug_mode("default")
+            loop.__exit__(None, None, None)
+    events = profile.events()
+    whole = next(event.time_range for event in events if event.name == "loop")
+    calls = [event.time_range for event in events if event.name == "denoiser" and event.time_range.start >= whole.start]
+    assert len(calls) == steps - 1
+
+    def inside(event, span):
+        return span.start <= event.time_range.start <= span.end
+
+    found = [e.name for e in events if e.name.startswith(WAITS) and inside(e, whole)]
+    reads = [e.name for e in events if e.name == "aten::_local_scalar_dense"]
+    assert reads, "the scheduler's own reads should be seen"
+    return found + [
+        e.name for e in events if e.name == "aten::_local_scalar_dense" and any(inside(e, call) for call in calls)
+    ]
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "modiff"), *ON_A_GPU])
+def test_the_profiler_sees_no_wait_in_the_sampling_loop(device, name):
+    student = modiff.quantize(tiny_unet().to(device), CONFIGS[name])
+    with trajectory(student):
+        assert waits(student, torch.randn(2, 1, 8, 8, device=device)) == []
+
+
+def test_the_profiler_sees_a_read_that_was_built_in():
+    def denoiser(x, t):
+        return x * (0.5 if x.mean() > 100 else 0.25)
+
+    assert waits(denoiser, torch.randn(2, 1, 8, 8)) == ["aten::_local_scalar_dense"] * 3
 
 
 @pytest.mark.gpu
-def test_a_simulated_student_takes_at_most_twice_its_teachers_bf16_time_on_a_gpu():
-    import copy
+def test_a_read_that_was_built_in_is_an_error_on_a_gpu():
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        waits(lambda x, t: x * float(x.mean()), torch.randn(2, 1, 8, 8, device="cuda"))
 
+
+def seconds(model, x, t, rounds):
+    """Of ``rounds`` evaluations, after three that are not timed."""
+    for timed in (False, True):
+        if timed and x.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds if timed else 3):
+            model(x, t)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def time_ratio(teacher, preset, x, rounds=10):
+    """Time of an evaluation of the student, in units of its teacher's under bf16 autocast, and its evaluations."""
+    student = modiff.quantize(copy.deepcopy(teacher), modiff.QuantConfig.preset(preset))
+    t = torch.tensor(7, device=x.device)
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        slow = seconds(teacher, x, t, rounds)
+        with trajectory(student) as counts:
+            return seconds(student, x, t, rounds) / slow, counts
+
+
+def test_the_time_ratio_is_taken_over_quantized_evaluations():
+    ratio, counts = time_ratio(tiny_unet(), "w8a4-modiff", torch.randn(2, 1, 8, 8), rounds=2)
+    assert ratio > 0
+    assert (counts.total, counts.quantized) == (5, 4)  # the first, in full precision, is not among the timed ones
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("recipe", ["teacher_small", "teacher"])
+def test_a_simulated_student_takes_at_most_twice_its_teachers_bf16_time_on_a_gpu(recipe, preset):
+    import yaml
     from diffusers import UNet2DModel
 
-    teacher = UNet2DModel(sample_size=32, block_out_channels=(128, 256, 256, 256)).cuda().eval().requires_grad_(False)
-    student = modiff.quantize(copy.deepcopy(teacher), modiff.QuantConfig.preset("w8a4-modiff"))
-    x, t = torch.randn(256, 3, 32, 32, device="cuda"), torch.tensor(7, device="cuda")
-
-    def seconds(model):
-        for _ in range(3):
-            model(x, t)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(10):
-            model(x, t)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        slow = seconds(teacher)
-        with trajectory(student):
-            assert seconds(student) <= 2 * slow
+    text = (Path(__file__).parents[2] / "recipes" / "cifar10" / f"{recipe}.yaml").read_text()
+    network = yaml.safe_load(text)["model"]["init_args"]["denoiser"]
+    teacher = UNet2DModel(**network).cuda().eval().requires_grad_(False)
+    ratio, _ = time_ratio(teacher, preset, torch.randn(256, 3, 32, 32, device="cuda"))
+    assert ratio <= 2

@@ -33,6 +33,22 @@ class ActivationCache(Callback):
         self._stack = ExitStack()
         self._run: Trajectory | None = None
         self._checked = False
+        self._tf32: bool | None = None
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Turn TF32 convolutions off, which are PyTorch's default on a GPU.
+
+        They would round every value of a float32 product to 11 bits, so that ô drifts from A(â) (invariant 1) by
+        thousands of times what float32 allows. A teacher under bf16 autocast is not affected.
+        """
+        if self._tf32 is None:
+            self._tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """As it was."""
+        if self._tf32 is not None:
+            torch.backends.cudnn.allow_tf32, self._tf32 = self._tf32, None
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
         """Open."""
@@ -69,6 +85,7 @@ class ActivationCache(Callback):
             self._run.probes.clear()
             self._run = None
         self._stack.close()
+        self.teardown()
 
     def _refuse_overflow(self, module: LitStudent, batch_size: int) -> None:
         index = torch.zeros(1, dtype=torch.long)

@@ -39,7 +39,7 @@ class Provenance(Callback):
             "seed": self.seed,
             "git_commit": git_commit(),
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("modiff", "torch", "lightning", "diffusers", "numpy")},
+            **package_versions("modiff", "torch", "lightning", "diffusers", "numpy"),
             "device": device_name(pl_module.device),
             "threads": torch.get_num_threads(),
             "world_size": trainer.world_size,
@@ -59,7 +59,7 @@ def git_commit() -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != folder.parent.resolve():
             return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "modiff") else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -73,6 +73,11 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def package_versions(*names: str) -> dict[str, str | None]:
+    """Installed versions; None where a package is not installed."""
+    return {name: _version(name) for name in names}
 
 
 def _version(package: str) -> str | None:
