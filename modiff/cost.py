@@ -104,7 +104,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter.watch(found))
         model(*args, **kwargs)
-        state = {} if run is None else {n: sum(_cache_bytes(c) for c in caches) for n, caches in run.caches.items()}
+        state = {} if run is None else {n: sum(c.num_bytes for c in caches) for n, caches in run.caches.items()}
     if hasattr(model, ATTRIBUTE):
         state_of(model).last = last  # measuring is no trajectory of the user's
     rows = tuple(
@@ -229,7 +229,3 @@ class _Counter:
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
-
-
-def _cache_bytes(cache: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in (cache.a_hat, cache.o_hat))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modiff.config import QuantSpec
+from modiff.quantizers.granularity import Partition
 
 INT16_TOP = 32767
 
@@ -38,8 +39,8 @@ class Limits:
     def of(cls, spec: QuantSpec, like: Tensor, clip: float | None = None, fixed: bool = False) -> Limits:
         """Those of a quantizer, in the dtype and on the device of ``like``."""
         clip, top = spec.clip if clip is None else clip, spec.code_range[1]
-        tensors = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
-        return cls(*tensors, symmetric=spec.symmetric, clips=clip < 1 or fixed)
+        made = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
+        return cls(made[0], made[1], made[2], symmetric=spec.symmetric, clips=clip < 1 or fixed)
 
 
 def encode(
@@ -47,9 +48,8 @@ def encode(
     a_hat: Tensor | None,
     step: Tensor | None,
     limits: Limits,
-    dims: tuple[int, ...],
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
+    partition: Partition | None,
+    fixed: tuple[Tensor, Tensor | None] | None = None,
     compensates: bool = True,
     offset: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,27 +58,34 @@ def encode(
     Args:
         a: Input, float32 or float64.
         a_hat: Its reconstruction; the same shape; None: ``a`` itself is quantized.
-        step: What one unit of an integer ``a_hat`` is worth, 0-dim, a power of two; None where ``a_hat`` is a float.
+        step: What one unit of ``a_hat`` is worth, 0-dim, a power of two, where that holds whole numbers (int16, or the
+            same as floats); None where it is the value itself.
         limits: The quantizer.
-        dims: Dims that share a scale.
-        scale: Calibrated scale, broadcasting against ``a``; None: from the range of ``a - â``.
-        zero_point: Of a calibrated scale, where asymmetric.
+        partition: Which elements share a scale; None: those of a row, where ``a`` is a matrix. (A partition's dims would
+            be symbols to a graph with dynamic shapes.)
+        fixed: Calibrated scale and zero point, broadcasting against ``a``; None: from the range of ``a - â``.
         compensates: False: ``â = a`` instead (ablation).
         offset: Return codes as uint8, this standing for 0; None: return values, ``Q(a - â)``.
 
     Returns:
-        Codes or values; the scale (all dims kept); a scalar that is NaN or Inf where the input holds either.
+        Codes or values; the scale, broadcasting against ``a``; a scalar that is NaN or Inf where ``a`` holds either.
     """
     residual = a
     if a_hat is not None:
         residual = a - (a_hat if step is None else a_hat.to(a.dtype) * step)
-    if scale is None:
-        low, high = residual.amin(dims, keepdim=True), residual.amax(dims, keepdim=True)
+    if fixed is None:
+        if partition is None:
+            low, high = residual.amin(1, keepdim=True), residual.amax(1, keepdim=True)
+        else:
+            low, high = partition.range(residual)
         probe = (high - low).sum()
         scale, zero_point = _scale(low, high, step, limits)
+        if partition is not None:
+            scale = partition.expand(scale, a.shape)
+            zero_point = None if zero_point is None else partition.expand(zero_point, a.shape)
     else:
         probe = residual.sum()
-        scale, zero_point = _whole_steps(scale, step), zero_point
+        scale, zero_point = _fixed_scale(*fixed, step)
     codes = (residual / scale).round()
     if zero_point is not None:
         codes = torch.minimum((codes + zero_point).clamp(min=0), limits.top) - zero_point
@@ -138,6 +145,14 @@ def _whole_steps(scale: Tensor, step: Tensor | None) -> Tensor:
     return scale if step is None else (scale / step).ceil().clamp(1, INT16_TOP) * step
 
 
+def _fixed_scale(scale: Tensor, zero_point: Tensor | None, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A calibrated scale in whole steps; the zero point changes with it (trap 6): low is ``-scale * zero_point``."""
+    rounded = _whole_steps(scale, step)
+    if zero_point is None or step is None:
+        return rounded, zero_point
+    return rounded, (scale * zero_point / rounded).round()
+
+
 def _update(
     a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool
 ) -> Tensor:
@@ -149,5 +164,5 @@ def _update(
     held = a_hat.to(a.dtype)
     lowest, highest = ((-INT16_TOP - held) / multiple).ceil(), ((INT16_TOP - held) / multiple).floor()
     codes = torch.maximum(torch.minimum(codes, highest), lowest)
-    a_hat.copy_((held + codes * multiple if compensates else (a / step).round().clamp(-INT16_TOP, INT16_TOP)).to(torch.int16))
+    a_hat.copy_(held + codes * multiple if compensates else to_steps(a, step))
     return codes
