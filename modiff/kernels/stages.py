@@ -62,8 +62,8 @@ def encode(
         step: What one unit of ``a_hat`` is worth, 0-dim, a power of two, where that holds whole numbers (int16, or the
             same as floats); None where it is the value itself.
         limits: The quantizer.
-        partition: Which elements share a scale; None: those of a row, where ``a`` is a matrix. (A partition's dims would
-            be symbols to a graph with dynamic shapes.)
+        partition: Which elements share a scale; None: those of a row, where ``a`` is a matrix. (A partition's dims
+            would be symbols to a graph with dynamic shapes.)
         fixed: Calibrated scale and zero point, broadcasting against ``a``; None: from the range of ``a - â``.
         compensates: False: ``â = a`` instead (ablation).
         offset: Return codes as uint8, this standing for 0; None: return values, ``Q(a - â)``.
@@ -163,9 +163,7 @@ def _within_int16(held: Tensor, codes: Tensor, multiple: Tensor) -> Tensor:
     return torch.maximum(torch.minimum(codes, highest), lowest)
 
 
-def _advance(
-    a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool
-) -> None:
+def _advance(a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool) -> None:
     if not compensates:
         a_hat.copy_(a if step is None else to_steps(a, step))
     else:

@@ -148,8 +148,8 @@ class ModulatedOperator(QuantizedOperator):
             source, codes, scale = cache.leader.codes or (None, a, a)
             if source is None or not source.matches(x):
                 raise TrajectoryError(
-                    f"Operator {self.name!r} read the same tensor as another one in the first evaluation, and so shares "
-                    "its state, but does not in this one. Give it a quantizer of its own by a rule, such as "
+                    f"Operator {self.name!r} read the same tensor as another one in the first evaluation, and so "
+                    "shares its state, but does not in this one. Give it a quantizer of its own by a rule, such as "
                     f"Rule({self.name!r}, modulation=Modulation(warmup='refine'))."
                 )
             return codes, scale, scale.sum()
