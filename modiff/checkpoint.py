@@ -32,6 +32,7 @@ def save(
     *,
     dtype: str | torch.dtype | None = None,
     teacher: str | None = None,
+    origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a student to a directory: ``model.safetensors`` and ``config.json``, all of it or nothing.
@@ -45,6 +46,7 @@ def save(
         dtype: In which the remainder's floats are stored: ``float32``, ``float16`` or ``bfloat16``; None: as they are.
             Narrower ones lose bits: the loaded student's outputs then differ.
         teacher: Where the teacher is to be found (a name or address); kept in ``config.json`` for the reader.
+        origin: How the student was made, such as its calibration; anything JSON can hold, kept like ``teacher``.
         overwrite: Replace a checkpoint that lies there.
 
     Returns:
@@ -72,6 +74,7 @@ def save(
     manifest = {
         "denoiser": _denoiser(student),
         "teacher": teacher,
+        "origin": None if origin is None else dict(origin),
         "quant_config": dataclasses.asdict(record.config),
         "shapes": {slot.name: list(slot.shape) for slot in slots(student)},
         "operators": packed,

@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": ("modiff.lit.evaluate", "teacher against student from the same noise: metrics, pictures, report"),
     "compare": ("modiff.lit.compare", "several recipes against the same teacher images: one table, one picture"),
     "bench": ("modiff.lit.bench", "teacher against students: time by stage, compilation, memory; eager and compiled"),
-    "quantize": ("modiff.lit.evaluate", "pack the quantized student of a recipe into a folder"),
+    "quantize": ("modiff.lit.quantize", "calibrate the student of a recipe and pack it into a folder"),
     "sample": ("modiff.lit.evaluate", "draw images with the student, or without quantization with the teacher"),
     "train": ("modiff.lit.train", "train a small teacher, or the classifier that measures its images"),
     "statistics": ("modiff.lit.statistics", "feature statistics of real images, the reference of a Fréchet distance"),

@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from modiff.checkpoint import save
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.activation_cache import ActivationCache
+from modiff.lit.callbacks.calibration import Calibration
 from modiff.lit.callbacks.costs import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
@@ -63,6 +63,7 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     writer = Writer(cli, run, logger)
     config = cli.config
     callbacks = [
+        Calibration(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
         fidelity,
@@ -98,20 +99,6 @@ def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
     return module
 
 
-def quantize(args: Sequence[str]) -> int:
-    """``modiff quantize``: pack the student of a recipe into ``--output``, for ``--ckpt`` or ``modiff.load``."""
-    cli = StudentCLI("quantize", args)
-    if cli.model.config is None:
-        raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
-    cli.model.configure_model()
-    folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
-    save(cli.model.student, folder, teacher=cli.model.spec.title, overwrite=cli.config.overwrite)
-    stored = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    use = f"modiff evaluate --ckpt {folder}, or modiff.load({str(folder)!r}, denoiser)"
-    print(f"{folder}: {stored:.2f} MiB. Use it: {use}.")
-    return 0
-
-
 def sample(args: Sequence[str]) -> int:
     """``modiff sample``: images only; with no quantization, the teacher's."""
     cli = StudentCLI("sample", args)
@@ -123,6 +110,7 @@ def sample(args: Sequence[str]) -> int:
     module = prepare(cli, run)
     config = cli.config
     callbacks = [
+        Calibration(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
         Samples(run.path, config.sample_count, save_images=True),

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from modiff.lit.rundir import RunDirectory
 
 
-def interruptible(run: RunDirectory, trainer: Trainer, work: Callable[[], Any]) -> None:
-    """Run; after Ctrl-C mark the partial output as such and raise KeyboardInterrupt (Lightning would exit)."""
+def interruptible(run: RunDirectory | None, trainer: Trainer, work: Callable[[], Any]) -> None:
+    """Run; after Ctrl-C mark the partial output, if any, as such and raise KeyboardInterrupt (Lightning would exit)."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         work()
@@ -21,7 +21,8 @@ def interruptible(run: RunDirectory, trainer: Trainer, work: Callable[[], Any]) 
         if not trainer.interrupted:
             raise
         signal.signal(signal.SIGINT, handler)
-        rank_zero(run.mark, "interrupted")
+        if run is not None:
+            rank_zero(run.mark, "interrupted")
         raise KeyboardInterrupt from error
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from modiff.calibration.tracing import fingerprint
 from modiff.checkpoint import load
 from modiff.config import QuantConfig
-from modiff.conversion import quantize
-from modiff.errors import ConfigError
+from modiff.conversion import operators, quantize
+from modiff.errors import CalibrationError, ConfigError
+from modiff.layers.slots import slots
+from modiff.lit.calibration import CalibrationConfig
 from modiff.lit.store import BatchStore
+from modiff.storage import read_manifest
 from modiff.teachers.noise import indexed_noise
 from modiff.teachers.sampling import sample, set_timesteps
 from modiff.teachers.schedulers import make_scheduler
@@ -23,6 +30,7 @@ from modiff.teachers.zoo import Teacher, TeacherSpec, load_teacher
 
 OnEvaluation = Callable[[int, Any, Tensor], None]
 Conditions = Callable[[list[int]], "Sequence[int] | Sequence[str] | None"]
+Noise = Callable[[Tensor, int], Tensor]
 
 
 class LitStudent(LightningModule):
@@ -40,6 +48,7 @@ class LitStudent(LightningModule):
         reference: Real images, as feature statistics (safetensors, npz), a parquet file or a folder of images; None:
             the teacher's own.
         guidance: Scale of the classifier-free guidance, 1: none; None: the teacher's in the zoo.
+        calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -56,6 +65,7 @@ class LitStudent(LightningModule):
         features: str | None = None,
         reference: str | None = None,
         guidance: float | None = None,
+        calibration: CalibrationConfig | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -75,6 +85,8 @@ class LitStudent(LightningModule):
         self.features = features
         self.reference = reference
         self.guidance = teacher.entry.guidance if guidance is None else guidance
+        self.calibration = calibration
+        self.calibrated = calibration is None
         self.conditions: Conditions = lambda indices: None
         self.seed = 0
         self.ckpt: str | None = None
@@ -99,17 +111,56 @@ class LitStudent(LightningModule):
         self._refuse_guidance()
         if self.config is None and self.ckpt is None:
             return
+        if self.ckpt is not None:
+            self._refuse_foreign(self.ckpt)
+            self.calibrated = True
         self.student = self.make_student()
+        if not self.calibrated and self.calibration is not None and self.calibration.method != "nearest":
+            if all(operator.weight_spec is None for operator in operators(self.student).values()):
+                raise CalibrationError(
+                    f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
+                    "quantizes none. Give model.config.weight, or set model.calibration to null."
+                )
+            _ = self.teacher_hash  # before the Trainer changes dtypes
 
     def make_student(self) -> nn.Module:
-        """Another student of the teacher, by the config or from the checkpoint."""
+        """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
         assert self.teacher is not None
-        shared = {id(p): p for p in (*self.teacher.parameters(), *self.teacher.buffers())}
-        base = copy.deepcopy(self.teacher, shared)
-        if self.config is not None:
-            return quantize(base, self.config)
-        assert self.ckpt is not None
-        return load(self.ckpt, copy.deepcopy(base))
+        if self.ckpt is not None:
+            return load(self.ckpt, copy.deepcopy(self.teacher))
+        assert self.config is not None
+        return quantize(self.shared_copy(), self.config)
+
+    @cached_property
+    def teacher_hash(self) -> str:
+        """Content hash of the teacher's weights, as they were loaded."""
+        assert self.teacher is not None
+        return fingerprint({slot.name: slot.tensor for slot in slots(self.teacher)})
+
+    def origin(self) -> dict[str, Any]:
+        """How the student was made, for its checkpoint."""
+        calibration = None if self.calibration is None else dataclasses.asdict(self.calibration)
+        return {"teacher_hash": self.teacher_hash, "calibration": calibration}
+
+    def _refuse_foreign(self, ckpt: str) -> None:
+        """Compare hashes of the teacher, where the checkpoint says its own."""
+        made_of = (read_manifest(Path(ckpt)).get("origin") or {}).get("teacher_hash")
+        if made_of not in (None, self.teacher_hash):
+            raise CalibrationError(
+                f"--ckpt {ckpt} was made of another teacher (weights {made_of[:12]}..., those of {self.spec.title!r} "
+                f"are {self.teacher_hash[:12]}...). Give the teacher it was made of, or quantize this one."
+            )
+
+    def shared_copy(self) -> nn.Module:
+        """The teacher again: modules of its own, the teacher's tensors."""
+        assert self.teacher is not None
+        tensors = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
+        return copy.deepcopy(self.teacher, tensors)
+
+    def use_calibrated(self, student: nn.Module) -> None:
+        """Take the student that a calibration found."""
+        self.student = student
+        self.calibrated = True
 
     def _refuse_guidance(self) -> None:
         assert self.loaded is not None
@@ -158,17 +209,27 @@ class LitStudent(LightningModule):
         assert self.loaded is not None
         return 2 if self.loaded.doubled(self.guidance) else 1
 
-    def trace(self, denoiser: Callable[..., Any], indices: Tensor, on_evaluation: OnEvaluation | None = None) -> Tensor:
-        """Run the sampler on a denoiser of :meth:`bind`; returns x_0 in the model's own range, ``[B, C, H, W]``."""
+    def trace(
+        self,
+        denoiser: Callable[..., Any],
+        indices: Tensor,
+        on_evaluation: OnEvaluation | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """Run the sampler on a denoiser of :meth:`bind`; returns x_0 in the model's own range, ``[B, C, H, W]``.
+
+        ``noise(indices, stream)`` is that of :meth:`noise`, unless another is given.
+        """
         assert self.loaded is not None
+        noise = noise or self.noise
         scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
         return sample(
             denoiser,
             scheduler,
-            self.noise(indices),
+            noise(indices, 0),
             self.steps,
             eta=self.eta,
-            step_noise=lambda step: self.noise(indices, stream=step + 1),
+            step_noise=lambda step: noise(indices, step + 1),
             on_evaluation=on_evaluation,
         ).float()
 
@@ -176,10 +237,15 @@ class LitStudent(LightningModule):
         """Images of one batch and the seconds it took."""
         denoiser = self.teacher if who == "teacher" else self.student
         assert denoiser is not None
+        if who == "student" and not self.calibrated:
+            raise CalibrationError(
+                "The recipe asks for a calibration, and the student has none yet. Give the Trainer the callback "
+                "modiff.lit.callbacks.calibration.Calibration, or set model.calibration to null."
+            )
         start = time.perf_counter()
         assert self.loaded is not None
         bound = self.bind(denoiser, indices)
-        images = self.loaded.decode(self.trace(bound, indices, lambda step, *_: self._tell(step + 1, who)))
+        images = self.loaded.decode(self.trace(bound, indices, lambda step, *_: self.tell(step + 1, who)))
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         return images, time.perf_counter() - start
@@ -226,7 +292,8 @@ class LitStudent(LightningModule):
         images, seconds = self.draw("student" if self.student is not None else "teacher", batch["index"])
         return {"student": images, **batch, "facts": {"student_s": seconds}, "new": True}
 
-    def _tell(self, step: int, who: str) -> None:
+    def tell(self, step: int, who: str) -> None:
+        """Tell the callbacks that an evaluation ended; ``step`` counts from 1."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             hook = getattr(callback, "on_evaluation_end", None)
             if hook is not None:

@@ -10,12 +10,13 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from modiff.errors import CheckpointError, ConfigError
+from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.lit.base import ModiffCLI
 from modiff.lit.conditions import SampleDataModule
 from modiff.lit.presets import resolve_quantization
 from modiff.lit.rundir import digest
 from modiff.lit.student import LitStudent
+from modiff.storage import read_manifest
 from modiff.teachers.zoo import ZOO
 
 
@@ -35,16 +36,38 @@ class StudentCLI(ModiffCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Resolve the quantization first: ``--model.config.FIELD`` overrides a field of the preset too."""
-        rest, quantization = resolve_quantization(args)
+        if any(str(arg).endswith(".help") for arg in args):
+            super().parse_arguments(parser, args)  # prints it and exits
+        rest, quantization, calibration = resolve_quantization(args)
         # The last option wins over the recipes, which jsonargparse reads as well.
         rest += ["--model.preset=null", f"--model.config={json.dumps(quantization)}"]
+        rest += [f"--model.calibration={json.dumps(calibration)}"]
         super().parse_arguments(parser, rest)
-        if self.config.ckpt is not None and self.config.model.config is not None:
+        if self.config.ckpt is not None:
+            self._check_checkpoint(Path(self.config.ckpt), quantization, calibration)
+        self._fill_in_teacher_defaults()
+
+    def _check_checkpoint(self, path: Path, quantization: Any, calibration: Any) -> None:
+        """A recipe may come with the checkpoint that was made by it, and with no other."""
+        if quantization is None and calibration is None:
+            return
+        manifest = read_manifest(path)
+        if quantization is not None and manifest["quant_config"] != json.loads(json.dumps(quantization)):
             raise ConfigError(
-                f"--ckpt {self.config.ckpt} holds a quantization of its own, but the recipe gives one too. Add "
+                f"--ckpt {path} holds a quantization of its own, but the recipe gives another one. Add "
                 "--model.preset null (and --model.config null), or remove --ckpt."
             )
-        self._fill_in_teacher_defaults()
+        made = (manifest.get("origin") or {}).get("calibration")
+        if calibration is None or made == (wanted := json.loads(json.dumps(calibration))):
+            return
+        how = "without calibration"
+        if made is not None:
+            field = next((key for key in wanted if made.get(key) != wanted[key]), "set of fields")
+            how = f"by another calibration than the recipe's ({field} is {made.get(field)!r})"
+        raise CalibrationError(
+            f"--ckpt {path} was made {how}. Make it with this recipe by modiff quantize, add --model.calibration null, "
+            "or remove --ckpt."
+        )
 
     def _fill_in_teacher_defaults(self) -> None:
         """Write what the zoo decides into the recipe, so that the saved one says it."""

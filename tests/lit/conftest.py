@@ -55,3 +55,11 @@ def modiff(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of calibrations, for every test its own."""
+    folder = tmp_path / "modiff-cache"
+    monkeypatch.setenv("MODIFF_CACHE", str(folder))
+    return folder

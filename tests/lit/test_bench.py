@@ -169,7 +169,7 @@ def test_without_a_compiler_one_line_says_so(recipe, modiff, tmp_path, monkeypat
         (("--num_images", "4", "--batch_sizes", "4"), "--num_images and --batch_sizes are both given. Remove one"),
         (("--compile", "twice"), "compile"),
         (("--model.preset", "null"), "quantizes nothing: give --model.preset, for example w8a6-modiff"),
-        (("--ckpt", "nowhere"), "holds a quantization of its own, but the recipe gives one too"),
+        (("--ckpt", "nowhere"), "nowhere does not exist. Give a directory that modiff.save wrote"),
         (("--trainer.devices", "2"), "modiff bench runs on one device, not 2. Add --trainer.devices 1."),
     ],
 )

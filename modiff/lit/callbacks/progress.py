@@ -16,9 +16,10 @@ def progress_bar() -> Callback:
 
 
 class EvaluationProgressBar(RichProgressBar):
-    """Lightning's bars, and one more for the time steps of the batch being drawn."""
+    """Lightning's bars, one more for the time steps of the batch being drawn, and one for a calibration."""
 
     _steps: Any = None
+    _calibration: Any = None
 
     def on_evaluation_end(self, step: int, total: int, who: str) -> None:
         """Advance the bar of time steps; ``step`` counts from 1."""
@@ -29,9 +30,19 @@ class EvaluationProgressBar(RichProgressBar):
         self.progress.update(self._steps, completed=step, total=total, description=f"{who}, time steps")
         self.progress.refresh()
 
+    def on_calibration_progress(self, done: int, total: int, what: str, seconds_left: float | None) -> None:
+        """Advance the calibration's bar; its last column is the time left."""
+        if self.progress is None:
+            return
+        if self._calibration is None:
+            self._calibration = self.progress.add_task("", total=total, visible=True)
+        left = "" if seconds_left is None or done == total else f", about {duration(seconds_left)} left"
+        self.progress.update(self._calibration, completed=done, total=total, description=f"calibration{left}")
+        self.progress.refresh()
+
     def _stop_progress(self) -> None:
         super()._stop_progress()
-        self._steps = None
+        self._steps = self._calibration = None
 
 
 class LineProgress(ProgressBar):
@@ -62,8 +73,27 @@ class LineProgress(ProgressBar):
         """Print the time step."""
         self._say(f"{who}: time step {step} of {total}")
 
+    def on_calibration_progress(self, done: int, total: int, what: str, seconds_left: float | None) -> None:
+        """Print how far the calibration is, and the time left."""
+        left = "" if seconds_left is None or done == total else f", about {duration(seconds_left)} left"
+        self._say(f"calibration: {done} of {total} done ({what}){left}")
+
     def _say(self, text: str) -> None:
         now = time.monotonic()
         if now - self._last >= self.every_s:
             self._last = now
             print(f"[{now - self._start:6.0f} s] {text}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(7.4), duration(125), duration(7260)
+    ('7 s', '2 min 5 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

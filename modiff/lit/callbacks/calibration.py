@@ -1,0 +1,139 @@
+"""The student's calibration, before anything is drawn: done once, kept by its content, gone on with after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from modiff.calibration import calibrate
+from modiff.checkpoint import load, save
+from modiff.errors import CalibrationError, CheckpointError
+from modiff.layers.state import trajectory
+from modiff.lit.calibration import NOISE_STREAM, CalibrationConfig, cache_folder, calibration_key, locked
+from modiff.lit.student import LitStudent
+from modiff.teachers.noise import indexed_noise
+
+
+class Calibration(Callback):
+    """Calibrates the student where its recipe says so; a student that is calibrated already is left alone.
+
+    Results are kept in ``<cache>/calibrations/<content hash>``: the hash is of the teacher's weights, the quantization,
+    the calibration's settings and seed, the sampler, and modiff's own source. What is there is used; what was
+    interrupted goes on from its last finished stage.
+
+    Args:
+        cache: Folder of the cache; None: ``$MODIFF_CACHE``, else ``modiff`` in the user's cache directory.
+
+    Raises:
+        CalibrationError: See :func:`modiff.calibration.calibrate`; or what is kept is damaged.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache
+        self._done_before = 0
+        self._start = 0.0
+
+    def on_test_start(self, trainer: Trainer, pl_module: LitStudent) -> None:
+        """Calibrate, or read what an earlier calibration found."""
+        if pl_module.calibrated or pl_module.student is None:
+            return
+        folder = (self.cache or cache_folder()) / "calibrations" / calibration_key(calibration_parts(pl_module))
+        with locked(folder):
+            finished = folder / "student"
+            if finished.exists():
+                pl_module.use_calibrated(read_student(finished, pl_module))
+                print(f"Calibration read from {finished}.")
+                return
+            self._calibrate(trainer, pl_module, folder)
+
+    on_predict_start = on_test_start
+
+    def _calibrate(self, trainer: Trainer, module: LitStudent, folder: Path) -> None:
+        found = module.calibration
+        assert found is not None
+        assert module.config is not None
+        stages = folder / "stages"
+        self._start, self._done_before = time.monotonic(), len(list(stages.glob("stage-*")))
+        before = f" {self._done_before} stages were done before." if self._done_before else ""
+        print(f"Calibrating by {found.method} on {found.num_images} images, once; kept in {folder}.{before}")
+
+        def progress(done: int, total: int, what: str) -> None:
+            tell(trainer, done, total, what, self._seconds_left(done, total))
+
+        student = calibrate(
+            module.shared_copy(),
+            module.config,
+            lambda student: draw(module, found, student),
+            found.method,
+            found.seed,
+            settings=found.settings,
+            progress=progress,
+            folder=stages,
+        )
+        module.use_calibrated(student)
+        try:
+            save(student, folder / "student", teacher=module.spec.title, origin=module.origin())
+        except CheckpointError as error:
+            raise CalibrationError(f"The finished calibration cannot be kept: {error}") from error
+        shutil.rmtree(stages, ignore_errors=True)
+        print(f"Calibrated in {time.monotonic() - self._start:.0f} s.")
+
+    def _seconds_left(self, done: int, total: int) -> float | None:
+        """From the mean of the stages that this process has done; None while there is none."""
+        own = done - self._done_before
+        return (time.monotonic() - self._start) / own * (total - done) if own > 0 else None
+
+
+def tell(trainer: Trainer, done: int, total: int, what: str, seconds_left: float | None) -> None:
+    """Tell the callbacks how far the calibration is."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        hook = getattr(callback, "on_calibration_progress", None)
+        if hook is not None:
+            hook(done, total, what, seconds_left)
+
+
+def read_student(folder: Path, module: LitStudent) -> nn.Module:
+    """A finished calibration.
+
+    Raises:
+        CalibrationError: It is damaged.
+    """
+    try:
+        return load(folder, module.shared_copy())
+    except CheckpointError as error:
+        raise CalibrationError(f"The calibration in {folder} cannot be used: {error} Or delete {folder}.") from error
+
+
+def draw(module: LitStudent, found: CalibrationConfig, student: nn.Module) -> None:
+    """Draw the calibration's images with a student: a trajectory for each batch; the images are thrown away."""
+
+    def noise(indices: Tensor, stream: int) -> Tensor:
+        rows = indexed_noise(found.seed, indices.tolist(), module.sample_shape, stream + NOISE_STREAM)
+        return rows.to(module.device)
+
+    for indices in torch.arange(found.num_images).split(found.images_per_batch):
+        with trajectory(student):
+            module.trace(module.bind(student, indices), indices, lambda i, *_: module.tell(i + 1, "calibration"), noise)
+
+
+def calibration_parts(module: LitStudent) -> dict[str, Any]:
+    """All that the result depends on, but the code."""
+    found = module.calibration
+    assert found is not None
+    assert module.config is not None
+    assert module.teacher is not None
+    return {
+        "teacher": module.teacher_hash,
+        "dtype": str(next(module.teacher.parameters()).dtype),
+        "config": dataclasses.asdict(module.config),
+        "calibration": dataclasses.asdict(found),
+        "sampling": [module.scheduler_name, module.steps, module.eta, module.guidance, module.spec.image_size],
+        "conditions": module.conditions(list(range(found.num_images))),
+    }
