@@ -189,6 +189,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
             text("student.fid", student["fid"]),
             text("teacher.fid", teacher["fid"]),
         ),
+        *_similarity(metrics),
         (
             "Time per image and evaluation",
             f"{_ms(seconds['student'])} ({number(metrics['time_ratio'], 3)} x)" if seconds else _ms(None),
@@ -201,6 +202,20 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
         + " Bit operations are counted, not timed: where low-bit products are simulated, quantizing costs time."
     )
     return Html(table(["", "student", "teacher"], rows) + element("p", note, class_="soft"))
+
+
+def _similarity(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured besides; ``reasons`` in metrics.json says why a row is missing."""
+    student, teacher, features = metrics["student"], metrics["teacher"], metrics["features"]
+    rows = []
+    if "ssim" in student:
+        rows.append(("SSIM to the teacher's images", number(student["ssim"]), "reference"))
+    if "lpips" in student:
+        rows.append((f"LPIPS to the teacher's images ({features['lpips']})", number(student["lpips"]), "reference"))
+    if "clip_score" in student:
+        scores = number(student["clip_score"]), number(teacher["clip_score"])
+        rows.append((f"CLIP score, 0 to 100 ({features['clip']})", *scores))
+    return rows
 
 
 def _cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Html]:
