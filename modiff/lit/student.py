@@ -131,7 +131,7 @@ class LitStudent(LightningModule):
         """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
         assert self.teacher is not None
         if self.ckpt is not None:
-            return load(self.ckpt, copy.deepcopy(self.teacher))
+            return load(self.ckpt, self.shared_copy())  # puts other tensors in place of the teacher's, which stay
         assert self.config is not None
         return quantize(self.shared_copy(), self.config)
 
