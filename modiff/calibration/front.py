@@ -25,6 +25,7 @@ from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import DATA_METHODS, METHODS, CalibrationSettings
 from modiff.calibration.structure import find_blocks
 from modiff.calibration.tracing import Trace, fingerprint
+from modiff.calibration.tuning import record_outputs, tune
 from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import convert, operators, plan
 from modiff.errors import CalibrationError, ConfigError
@@ -74,8 +75,9 @@ def calibrate(
             for every stage and must do the same each time. Needed by the methods that use data, and by calibrated
             ranges, which are for trajectories as long as these.
         method: ``nearest``; ``lp``: scales of least Lp error; ``gptq``; ``adaround``: layer by layer; ``brecq``: block
-            by block, single operators where there is no block. The last three keep the scales of ``nearest``: clipped
-            ranges, which lose less in the norm of a weight or an output, shrink outputs, and that adds up over steps.
+            by block, single operators where there is no block. The last three round on the scales of ``nearest``
+            (clipped ranges, which lose less in the norm of a weight or an output, shrink outputs, and that adds up over
+            steps), then tune scales and biases on the denoiser's output (:func:`.tuning.tune`).
         seed: Draws what is recorded, and batches.
         settings: Data, memory, steps.
         progress: Called with ``(stages done, stages in all, what the last one was)``.
@@ -155,7 +157,9 @@ class _Job:
         stages = plan_stages(
             self.loop.teacher, operators(self.student), list(self.grids), trace, self.method, self.settings
         )
-        total = len(stages) + (self.settings.range_passes if self.specs else 0)
+        tunes = bool(stages) and self.settings.tuning_iterations > 0
+        done = len(stages) + tunes
+        total = done + (self.settings.range_passes if self.specs else 0)
         ranges = RangeCalibration(self.loop, self.specs, trace, self.settings)
         kept = None if folder is None else StageFolder(folder, {**key, "run": trace.digest})
         weights: dict[str, PackedWeight] = {}
@@ -174,8 +178,20 @@ class _Job:
                 operator.use(weights[name])
             if progress is not None:
                 progress(index + 1, total, stage.block or ", ".join(stage.operators))
+        if tunes:  # after the codes: it makes up for what they leave
+            specs = {name: _spec(operators(self.student)[name]) for name in weights}
+            tuned = None if kept is None else kept.read(len(stages), specs)
+            if tuned is None:
+                tuned = self._tune(len(stages), weights, trace, folder)
+                if kept is not None:
+                    kept.write(len(stages), tuned)
+            for name, packed in tuned.items():
+                weights[name] = packed.to(weights[name].codes.device)
+                operators(self.student)[name].use(weights[name])
+            if progress is not None:
+                progress(done, total, "scales and biases")
         passed: dict[str, CalibratedRange] = {}
-        for index in range(len(stages), total):  # after the weights: residuals depend on them
+        for index in range(done, total):  # after the weights: residuals depend on them
             found_ranges = None if kept is None else kept.read_ranges(index, self.specs)
             if found_ranges is None:
                 with _scratch(folder) as scratch:
@@ -185,7 +201,7 @@ class _Job:
             passed = found_ranges
             ranges.use(passed)
             if progress is not None:
-                progress(index + 1, total, f"ranges, pass {index - len(stages) + 1}")
+                progress(index + 1, total, f"ranges, pass {index - done + 1}")
         return weights, passed
 
     def _generator(self, index: int) -> torch.Generator:
@@ -216,6 +232,14 @@ class _Job:
             else:
                 found[name] = adaround(weight, moments.pop(name), grid, spec, settings)
         return found
+
+    def _tune(
+        self, index: int, weights: Mapping[str, PackedWeight], trace: Trace, folder: Path | None
+    ) -> dict[str, PackedWeight]:
+        generator, settings = self._generator(index), self.settings
+        with _scratch(folder) as scratch, SampleStore(scratch, settings.memory, "the denoiser") as store:
+            recorded = record_outputs(self.loop, trace, settings.evaluations, settings.samples, store, generator)
+            return tune(self.loop, weights, store, recorded, settings, generator)
 
     def _weight(self, name: str) -> torch.Tensor:
         weight: torch.Tensor = operators(self.student)[name].module.weight
