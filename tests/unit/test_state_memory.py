@@ -120,7 +120,9 @@ def test_operators_that_read_one_tensor_share_its_reconstruction(monkeypatch, mo
         shared = counts.state_bytes
         caches = states(counts)
         assert caches["to_k"].a_hat is caches["to_q"].a_hat is caches["to_v"].a_hat
-        assert modiff.cost(modiff.quantize(SelfAttention(), base), inputs[0][0]).state_mib_per_image * 2**20 * 2 == shared
+        assert (
+            modiff.cost(modiff.quantize(SelfAttention(), base), inputs[0][0]).state_mib_per_image * 2**20 * 2 == shared
+        )
     monkeypatch.setattr(ModulatedOperator, "shares", False)
     alone = modiff.quantize(SelfAttention(), base)
     with modiff.trajectory(alone) as counts:
