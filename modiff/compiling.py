@@ -87,9 +87,7 @@ def uncompile(student: nn.Module) -> nn.Module:
 def compiled_stages() -> CompiledStages:
     """The two stages, compiled once for all students of the process."""
     options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": RECOMPILES}
-    return CompiledStages(
-        torch.compile(execution.encode_into, **options), torch.compile(stages.accumulate, **options)
-    )
+    return CompiledStages(torch.compile(execution.encode_into, **options), torch.compile(stages.accumulate, **options))
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -153,9 +153,7 @@ def _fixed_scale(scale: Tensor, zero_point: Tensor | None, step: Tensor | None) 
     return rounded, (scale * zero_point / rounded).round()
 
 
-def _update(
-    a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool
-) -> Tensor:
+def _update(a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool) -> Tensor:
     """Advance â by the codes; returns those that it took: an integer â never leaves its 16 bits."""
     if step is None:
         a_hat.copy_(a_hat + codes * scale if compensates else a)

@@ -303,7 +303,9 @@ class QuantizedOperator(nn.Module):
         if self.bias is None:
             return output
         bias = self.bias.detach().to(output.dtype)
-        return output.add_(bias if self.adapter.kind == "linear" else bias.view(-1, *[1] * len(self.module.kernel_size)))
+        return output.add_(
+            bias if self.adapter.kind == "linear" else bias.view(-1, *[1] * len(self.module.kernel_size))
+        )
 
     def quantizer_input(self, x: Tensor) -> Tensor | None:
         """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing."""

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.layers.caches import OUTPUT, Context, InputIdentity, KeptOutput, OperatorCache, Trajectory, first_flag, tensors_of
+from modiff.layers.caches import (
+    OUTPUT,
+    Context,
+    InputIdentity,
+    KeptOutput,
+    OperatorCache,
+    Trajectory,
+    first_flag,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from modiff.layers.execution import CompiledStages
