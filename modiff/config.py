@@ -105,7 +105,8 @@ class Modulation:
         warmup: First evaluation: ``full`` precision, or ``refine``: quantize a_T in ``warmup_rounds`` rounds.
         warmup_rounds: Rounds of ``refine``.
         refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
-        state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore needs ``refresh_every``.
+        state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
+            needs ``refresh_every``.
         reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
             ``int16`` keeps whole steps, of a power of two that the first evaluation decides; scales are then rounded
             up to whole multiples of the step, so that â stays exact.

@@ -220,8 +220,9 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     _copy(copies)
     for hook in record.hooks:
         hook.remove()
-    if state_of(student).regions is not None:
-        state_of(student).regions.undo()
+    regions = state_of(student).regions
+    if regions is not None:
+        regions.undo()
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
@@ -396,8 +397,8 @@ def _require_backend(operator: QuantizedOperator, backend: str) -> None:
     choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
     if choice.backend != backend:
         raise ConfigError(
-            f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', which "
-            f"simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."
+            f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
+            f"which simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."
         )
 
 

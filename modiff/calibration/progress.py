@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Size, Tensor
+from torch import Tensor
 
 from modiff.config import QuantSpec
 from modiff.errors import CalibrationError, CheckpointError
+from modiff.quantizers.calibrated import CalibratedRange, ranges_from_tensors, ranges_to_tensors
 from modiff.quantizers.packing import PackedWeight
 from modiff.storage import read_manifest, read_tensors, write
 
@@ -37,6 +38,51 @@ class StageFolder:
         Raises:
             CalibrationError: It is damaged, or of another calibration.
         """
+        read = self._read(index)
+        if read is None:
+            return None
+        manifest, tensors = read
+        if set(manifest.get("shapes", {})) != set(specs):
+            raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
+        shapes = manifest["shapes"]
+        return {name: PackedWeight.from_tensors(tensors, name, shapes[name], spec) for name, spec in specs.items()}
+
+    def read_ranges(self, index: int, names: Collection[str]) -> dict[str, CalibratedRange] | None:
+        """The calibrated ranges of a stage, on the CPU; None where it is not finished.
+
+        Raises:
+            CalibrationError: It is damaged, or of another calibration.
+        """
+        read = self._read(index)
+        if read is None:
+            return None
+        manifest, tensors = read
+        if set(manifest.get("lengths", {})) != set(names):
+            raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
+        return ranges_from_tensors(tensors, manifest["lengths"])
+
+    def write_ranges(self, index: int, ranges: Mapping[str, CalibratedRange]) -> None:
+        """Keep the calibrated ranges of a stage.
+
+        Raises:
+            CalibrationError: The disk is full, or the folder cannot be written.
+        """
+        tensors, lengths = ranges_to_tensors(ranges)
+        self._write(index, {"lengths": lengths}, tensors)
+
+    def write(self, index: int, weights: Mapping[str, PackedWeight]) -> None:
+        """Keep the weights of a stage.
+
+        Raises:
+            CalibrationError: The disk is full, or the folder cannot be written.
+        """
+        tensors = {}
+        for name, packed in weights.items():
+            tensors.update(packed.tensors(name))
+        shapes = {name: list(packed.shape) for name, packed in weights.items()}
+        self._write(index, {"shapes": shapes}, tensors)
+
+    def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         path = self._path(index)
         if not path.exists():
             return None
@@ -49,34 +95,15 @@ class StageFolder:
                     f"{self.folder} holds a calibration of another {differing[0]}. Give a new folder, or call with "
                     "what it was begun with."
                 )
-            tensors = read_tensors(path, manifest)
-            if set(manifest["shapes"]) != set(specs):
-                raise CalibrationError(f"{path} holds a stage of other operators. Give a new folder.")
-            return {name: _unpack(name, tensors, manifest["shapes"][name], spec) for name, spec in specs.items()}
+            return manifest, read_tensors(path, manifest)
         except CheckpointError as error:
             raise CalibrationError(f"The finished stage {path} cannot be used: {error} Or delete it.") from error
 
-    def write(self, index: int, weights: Mapping[str, PackedWeight]) -> None:
-        """Keep the weights of a stage.
-
-        Raises:
-            CalibrationError: The disk is full, or the folder cannot be written.
-        """
-        tensors = {}
-        for name, packed in weights.items():
-            tensors[f"{name}.codes"], tensors[f"{name}.scale"] = packed.codes.cpu(), packed.scale.cpu()
-            if packed.zero_point is not None:
-                tensors[f"{name}.zero_point"] = packed.zero_point.cpu()
-        shapes = {name: list(packed.shape) for name, packed in weights.items()}
+    def _write(self, index: int, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         try:
-            write(self._path(index), {"calibration": self.key, "shapes": shapes}, tensors)
+            write(self._path(index), {"calibration": self.key, **manifest}, tensors)
         except (CheckpointError, SafetensorError) as error:
             raise CalibrationError(f"A finished stage of the calibration cannot be kept: {error}") from error
 
     def _path(self, index: int) -> Path:
         return self.folder / f"stage-{index:04d}"
-
-
-def _unpack(name: str, tensors: Mapping[str, Tensor], shape: list[int], spec: QuantSpec) -> PackedWeight:
-    codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
-    return PackedWeight(codes, scale, tensors.get(f"{name}.zero_point"), Size(shape), spec)

@@ -52,6 +52,7 @@ def encode(
     fixed: tuple[Tensor, Tensor | None] | None = None,
     compensates: bool = True,
     offset: int | None = None,
+    advances: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equations (4), (5) and (13): the codes of ``a - â``, and ``â += Q(a - â)`` in place.
 
@@ -61,11 +62,12 @@ def encode(
         step: What one unit of ``a_hat`` is worth, 0-dim, a power of two, where that holds whole numbers (int16, or the
             same as floats); None where it is the value itself.
         limits: The quantizer.
-        partition: Which elements share a scale; None: those of a row, where ``a`` is a matrix. (A partition's dims would
-            be symbols to a graph with dynamic shapes.)
+        partition: Which elements share a scale; None: those of a row, where ``a`` is a matrix. (A partition's dims
+            would be symbols to a graph with dynamic shapes.)
         fixed: Calibrated scale and zero point, broadcasting against ``a``; None: from the range of ``a - â``.
         compensates: False: ``â = a`` instead (ablation).
         offset: Return codes as uint8, this standing for 0; None: return values, ``Q(a - â)``.
+        advances: False: leave â as it is, for :func:`advance`.
 
     Returns:
         Codes or values; the scale, broadcasting against ``a``; a scalar that is NaN or Inf where ``a`` holds either.
@@ -91,8 +93,10 @@ def encode(
         codes = torch.minimum((codes + zero_point).clamp(min=0), limits.top) - zero_point
     elif limits.clips:
         codes = torch.maximum(torch.minimum(codes, limits.top), -limits.top)
-    if a_hat is not None:
-        codes = _update(a, a_hat, step, codes, scale, compensates)
+    if a_hat is not None and step is not None:
+        codes = _within_int16(a_hat.to(a.dtype), codes, scale / step)
+    if a_hat is not None and advances:
+        _advance(a, a_hat, step, codes, scale, compensates)
     if offset is None:
         return codes * scale, scale, probe
     return (codes + offset).to(torch.uint8), scale, probe
@@ -153,14 +157,37 @@ def _fixed_scale(scale: Tensor, zero_point: Tensor | None, step: Tensor | None) 
     return rounded, (scale * zero_point / rounded).round()
 
 
-def _update(a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool) -> Tensor:
-    """Advance â by the codes; returns those that it took: an integer â never leaves its 16 bits."""
-    if step is None:
-        a_hat.copy_(a_hat + codes * scale if compensates else a)
-        return codes
-    multiple = scale / step
-    held = a_hat.to(a.dtype)
+def _within_int16(held: Tensor, codes: Tensor, multiple: Tensor) -> Tensor:
+    """Codes nearer to 0 where an integer â would leave its 16 bits; the rest stays in the next difference."""
     lowest, highest = ((-INT16_TOP - held) / multiple).ceil(), ((INT16_TOP - held) / multiple).floor()
-    codes = torch.maximum(torch.minimum(codes, highest), lowest)
-    a_hat.copy_(held + codes * multiple if compensates else to_steps(a, step))
-    return codes
+    return torch.maximum(torch.minimum(codes, highest), lowest)
+
+
+def _advance(a: Tensor, a_hat: Tensor, step: Tensor | None, codes: Tensor, scale: Tensor, compensates: bool) -> None:
+    if not compensates:
+        a_hat.copy_(a if step is None else to_steps(a, step))
+    else:
+        a_hat.copy_(a_hat.to(a.dtype) + codes * (scale if step is None else scale / step))
+
+
+@torch.library.custom_op("modiff::advance", mutates_args=("a_hat",))
+def advance(a_hat: Tensor, codes: Tensor, scale: Tensor, step: Tensor | None, offset: int | None) -> None:
+    """Equation (13) for codes that :func:`encode` returned without advancing: ``â += Q(a - â)`` in place.
+
+    Behind an operator of its own: inductor (PyTorch 2.13) fails on graphs in which a difference to a tensor is kept in
+    memory and that tensor is then overwritten within the same loop.
+
+    Args:
+        a_hat: As for :func:`encode`.
+        codes: What it returned.
+        scale: Likewise.
+        step: As for it.
+        offset: As for it.
+    """
+    change = codes if offset is None else (codes.to(scale.dtype) - offset).mul_(scale)
+    a_hat.add_(change if step is None else (change / step).to(a_hat.dtype))
+
+
+@advance.register_fake
+def _(a_hat: Tensor, codes: Tensor, scale: Tensor, step: Tensor | None, offset: int | None) -> None:
+    return None

@@ -147,7 +147,8 @@ def rows_view(x: Tensor, rows: int) -> Tensor | None:
     """
     if x.is_contiguous():
         return x.view(rows, -1)
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda d: (-strides[d], d))
     leading = order[0] == 0 or rows == 1
     ordered = x.permute(order)
     return ordered.view(rows, -1) if leading and ordered.is_contiguous() and rows in (1, x.shape[0]) else None

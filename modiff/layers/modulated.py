@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modiff.config import Modulation
 from modiff.errors import TrajectoryError
-from modiff.kernels.stages import encode, int16_step
+from modiff.kernels.stages import advance, encode, int16_step
 from modiff.layers import execution
 from modiff.layers.caches import InputIdentity, OperatorCache
 from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
@@ -148,8 +148,8 @@ class ModulatedOperator(QuantizedOperator):
             source, codes, scale = cache.leader.codes or (None, a, a)
             if source is None or not source.matches(x):
                 raise TrajectoryError(
-                    f"Operator {self.name!r} read the same tensor as another one in the first evaluation, and so shares "
-                    "its state, but does not in this one. Give it a quantizer of its own by a rule, such as "
+                    f"Operator {self.name!r} read the same tensor as another one in the first evaluation, and so "
+                    "shares its state, but does not in this one. Give it a quantizer of its own by a rule, such as "
                     f"Rule({self.name!r}, modulation=Modulation(warmup='refine'))."
                 )
             return codes, scale, scale.sum()
@@ -178,15 +178,18 @@ class ModulatedOperator(QuantizedOperator):
             product = product * execution.output_scale(scale, product)
         output = product + cache.o_hat.to(product.dtype)
         cache.o_hat.copy_(output)
-        return output.to(output_dtype(x))
+        return output.to(output_dtype(x), copy=True)
 
     def traced_codes(self, a: Tensor, cache: OperatorCache) -> tuple[Tensor, Tensor]:
         """Equation (13) while ``torch.compile`` traces."""
         region, compensates = self.region, self.modulation.error_compensation
         limits = self.limits(a, None, region.fixed is not None)
+        partition, fixed, offset = self.partition(a.ndim), region.fixed, region.offset
         codes, scale, _ = encode(
-            a, cache.a_hat, cache.step, limits, self.partition(a.ndim), region.fixed, compensates, region.offset
+            a, cache.a_hat, cache.step, limits, partition, fixed, compensates, offset, advances=not compensates
         )
+        if compensates:
+            advance(cache.a_hat, codes, scale, cache.step, offset)
         if cache.followers:
             cache.traced = (codes, scale)
         return codes, scale

@@ -253,9 +253,12 @@ class QuantizedOperator(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The original's bias."""
+        """The bias in the products: the original's, with the quantized weight's shift."""
         bias: Tensor | None = self.module.bias
-        return bias
+        shift = None if self.packed is None else self.packed.shift
+        if shift is None:
+            return bias
+        return shift if bias is None else bias + shift
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the original (``in_channels``, ``stride``, ...)."""
@@ -314,7 +317,7 @@ class QuantizedOperator(nn.Module):
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
         weight = self.module.weight if self.packed is None else self.quantized_weight()
-        bias = self.module.bias if with_bias else None
+        bias = self.bias if with_bias else None
         if torch.is_grad_enabled():  # else as it is: PyTorch picks another product for weights that require a gradient
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
