@@ -97,8 +97,7 @@ def pack_conv(
     return Packed(weight, scale, torch.zeros(len(scale), dtype=torch.int32), geometry)
 
 
-@torch.library.custom_op("modiff::int8_linear", mutates_args=(), device_types="cpu")
-def int8_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
+def _int8_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
     """``scale * sum (codes - offset) weight_codes``.
 
     Args:
@@ -117,13 +116,11 @@ def int8_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> T
     return output
 
 
-@int8_linear.register_fake
-def _(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
+def _fake_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
     return torch.empty(*codes.shape[:-1], out_features, dtype=torch.float32, device=codes.device)
 
 
-@torch.library.custom_op("modiff::int8_conv2d", mutates_args=(), device_types="cpu")
-def int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
+def _int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
     """The convolution of ``codes - offset`` with the weight's codes, times the weight's scales.
 
     Args:
@@ -160,8 +157,7 @@ def int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> T
     return output.contiguous(memory_format=torch.channels_last)
 
 
-@int8_conv2d.register_fake
-def _(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
+def _fake_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
     packed = _PACKED[handle]
     assert packed.geometry is not None
     kernel, stride, padding, dilation, _ = packed.geometry
@@ -170,6 +166,19 @@ def _(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
     ]
     output = torch.empty(codes.shape[0], out_channels, *size, dtype=torch.float32, device=codes.device)
     return output.contiguous(memory_format=torch.channels_last)
+
+
+# Defined piece by piece: torch.library.custom_op wraps each call in Python code for gradients, ten times as slow.
+_LIBRARY = torch.library.Library("modiff", "FRAGMENT")
+for _name, _out, _run, _fake in (
+    ("int8_linear", "out_features", _int8_linear, _fake_linear),
+    ("int8_conv2d", "out_channels", _int8_conv2d, _fake_conv2d),
+):
+    _LIBRARY.define(f"{_name}(Tensor codes, int handle, int {_out}, int offset) -> Tensor")
+    _LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"modiff::{_name}", _fake, lib=_LIBRARY)
+int8_linear = torch.ops.modiff.int8_linear.default
+int8_conv2d = torch.ops.modiff.int8_conv2d.default
 
 
 @functools.cache

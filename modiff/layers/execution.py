@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from modiff.layers.quantized import QuantizedOperator
 
 Fixed = tuple[Tensor, Tensor | None]
+SMALL = 2**15
+"""Elements below which calling a compiled stage takes longer than the eager passes (measured on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def encode(
     compiled = operator.state.stages
     if cache is None and torch.empty_like(a, device="meta").stride() != a.stride():
         a = a.contiguous()  # scratch memory has its strides
-    if compiled is not None:
+    if compiled is not None and a.numel() >= SMALL:
         found = _encode_compiled(compiled, operator, a, cache, offset, fixed, clip, compensates)
         if found is not None:
             return found
@@ -119,7 +121,7 @@ def accumulate(operator: QuantizedOperator, product: Tensor, o_hat: Tensor, scal
     scale = None if scale is None else output_scale(scale, product)
     if product.stride() != o_hat.stride():
         product = torch.empty_like(o_hat, dtype=product.dtype).copy_(product)
-    if compiled is None:
+    if compiled is None or product.numel() < SMALL:
         total = product.add_(o_hat) if scale is None else product.mul_(scale).add_(o_hat)
         o_hat.copy_(total)
         return total
@@ -145,13 +147,15 @@ def rows_view(x: Tensor, rows: int) -> Tensor | None:
     >>> rows_view(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), rows=2).shape
     torch.Size([2, 48])
     """
+    # Detached: a graph would otherwise ask for the shape of the tensor that is viewed, too.
     if x.is_contiguous():
-        return x.view(rows, -1)
+        return x.view(rows, -1).detach()
     strides = x.stride()
     order = sorted(range(x.ndim), key=lambda d: (-strides[d], d))
     leading = order[0] == 0 or rows == 1
     ordered = x.permute(order)
-    return ordered.view(rows, -1) if leading and ordered.is_contiguous() and rows in (1, x.shape[0]) else None
+    fits = leading and ordered.is_contiguous() and rows in (1, x.shape[0])
+    return ordered.view(rows, -1).detach() if fits else None
 
 
 def _encode_compiled(

@@ -112,7 +112,10 @@ class ModulatedOperator(QuantizedOperator):
             cache.hold(a)
         self.state.note(self.name, a.sum(), quantized=False)
         held = a if cache.step is None else cache.reconstruction()  # ô is made of what is kept (trap 9)
-        return self.put(self.product(held, with_bias=True), cache)
+        output = self.product(held, with_bias=True)
+        if self.region.offset is not None and output.ndim == 4 and self.adapter.kind == "conv":
+            output = output.contiguous(memory_format=torch.channels_last)  # as integer products are
+        return self.put(output, cache)
 
     def refine(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Integer warm-up: from â = 0, each round adds Q(a - â) with a scale of its own; never clipped."""

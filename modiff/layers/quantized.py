@@ -200,6 +200,9 @@ class QuantizedOperator(nn.Module):
         if key not in self._choices:
             self._choices[key] = self.choice(*key).backend == "onednn"
         self.region.shape, self.region.offset = a.shape, None
+        # A graph that makes these would be made anew afterwards.
+        self.limits(a, None, self.calibrated is not None)
+        self.partition(a.ndim)
         if not self._choices[key]:
             return None
         if self.integer is None:

@@ -77,6 +77,12 @@ class Regions:
                 cache.traced = None
             region.caches = []
 
+    def release(self) -> None:
+        """Let go of the state of a trajectory that ended."""
+        self.ready = False
+        for operator in self.operators.values():
+            operator.region.caches = []
+
     def undo(self) -> None:
         """Put the eager forwards back."""
         for module in self.modules:

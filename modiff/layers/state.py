@@ -96,6 +96,8 @@ class ModulationState:
             self.trajectory.close()
             self.last = self.trajectory
         self.trajectory = None
+        if self.regions is not None:
+            self.regions.release()
         self._scratch = {}
         self._probes = []
         self._changes = []
