@@ -87,7 +87,7 @@ def encode(
             zero_point = None if zero_point is None else partition.expand(zero_point, a.shape)
     else:
         probe = residual.sum()
-        scale, zero_point = _fixed_scale(*fixed, step)
+        scale, zero_point = _fixed_scale(*fixed, step, limits)
     codes = (residual / scale).round()
     if zero_point is not None:
         codes = torch.minimum((codes + zero_point).clamp(min=0), limits.top) - zero_point
@@ -137,21 +137,28 @@ def _scale(low: Tensor, high: Tensor, step: Tensor | None, limits: Limits) -> tu
     smallest = torch.finfo(low.dtype).tiny
     if limits.symmetric:
         scale = torch.maximum(-low, high) * limits.factor
-        return _whole_steps(torch.where(scale < smallest, 1.0, scale), step), None
+        return _whole_steps(torch.where(scale < smallest, 1.0, scale), step, limits), None
     low, high = low.clamp(max=0) * limits.clip, high.clamp(min=0) * limits.clip
     scale = (high - low) / limits.top
-    scale = _whole_steps(torch.where(scale < smallest, 1.0, scale), step)
+    scale = _whole_steps(torch.where(scale < smallest, 1.0, scale), step, limits)
     return scale, torch.minimum((-low / scale).round().clamp(min=0), limits.top)
 
 
-def _whole_steps(scale: Tensor, step: Tensor | None) -> Tensor:
-    """The next scale that is a whole multiple of the step: codes then change an integer â exactly."""
-    return scale if step is None else (scale / step).ceil().clamp(1, INT16_TOP) * step
+def _whole_steps(scale: Tensor, step: Tensor | None, limits: Limits) -> Tensor:
+    """The next scale that is a whole multiple of the step: codes then change an integer â exactly.
+
+    The largest spans all that an integer â can hold.
+    """
+    if step is None:
+        return scale
+    return torch.minimum((scale / step).ceil().clamp(min=1), (2 * INT16_TOP / limits.top).ceil()) * step
 
 
-def _fixed_scale(scale: Tensor, zero_point: Tensor | None, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _fixed_scale(
+    scale: Tensor, zero_point: Tensor | None, step: Tensor | None, limits: Limits
+) -> tuple[Tensor, Tensor | None]:
     """A calibrated scale in whole steps; the zero point changes with it (trap 6): low is ``-scale * zero_point``."""
-    rounded = _whole_steps(scale, step)
+    rounded = _whole_steps(scale, step, limits)
     if zero_point is None or step is None:
         return rounded, zero_point
     return rounded, (scale * zero_point / rounded).round()
