@@ -18,7 +18,7 @@ from modiff.errors import CheckpointError, ConfigError
 from modiff.layers.quantized import QuantizedOperator, memory_format
 from modiff.layers.slots import Slot, slots
 from modiff.layers.state import state_of
-from modiff.quantizers.calibrated import CalibratedRange
+from modiff.quantizers.calibrated import ranges_from_tensors, ranges_to_tensors
 from modiff.quantizers.packing import PackedWeight
 from modiff.storage import check_target, dtype_name, read_manifest, read_tensors, write
 
@@ -122,7 +122,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
     with torch.inference_mode(False), torch.no_grad():
         tensors = read_tensors(source, manifest)
         weights = _packed_weights(manifest, model, config, tensors)
-        ranges = _ranges(manifest, tensors)
+        ranges = ranges_from_tensors(tensors, manifest.get("calibrated_evaluations", {}))
         # A parameter of a packed weight stays where it is; converting drops it, or keeps it for the teacher.
         changes = _changes(manifest, targets, tensors)
         on_meta = any(slot.tensor.is_meta for slot in targets)
@@ -157,26 +157,12 @@ def _add_packed(quantized: Mapping[str, QuantizedOperator], tensors: dict[str, T
 
 def _add_ranges(quantized: Mapping[str, QuantizedOperator], tensors: dict[str, Tensor]) -> dict[str, int]:
     """Collect calibrated scales and zero points; return the length of the trajectories that they are for."""
-    lengths = {}
-    for name, operator in quantized.items():
+    for operator in quantized.values():
         operator.require_range()
-        found = operator.calibrated
-        if found is not None:
-            lengths[name] = found.length
-            tensors[f"{name}.activation.scale"] = found.scale.cpu().contiguous()
-            if found.zero_point is not None:
-                tensors[f"{name}.activation.zero_point"] = found.zero_point.cpu().contiguous()
+    found = {name: operator.calibrated for name, operator in quantized.items() if operator.calibrated is not None}
+    added, lengths = ranges_to_tensors(found)
+    tensors.update(added)
     return lengths
-
-
-def _ranges(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, CalibratedRange]:
-    """The inverse of :func:`_add_ranges`."""
-    return {
-        name: CalibratedRange(
-            tensors.pop(f"{name}.activation.scale"), tensors.pop(f"{name}.activation.zero_point", None), length
-        )
-        for name, length in manifest.get("calibrated_evaluations", {}).items()
-    }
 
 
 def _add_remainder(student: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Any]:

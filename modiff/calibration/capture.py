@@ -50,7 +50,7 @@ class ClosedLoop:
         """
         trace, digest = Trace(), hashlib.sha256()
         modules = ModuleCalls(self.student)
-        evaluation = Evaluation()
+        evaluation, state = Evaluation(), state_of(self.student)
 
         def begin(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             evaluation.start(index, args, kwargs)
@@ -62,6 +62,8 @@ class ClosedLoop:
 
         def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             trace.lengths[-1] += 1
+            assert state.trajectory is not None
+            trace.steps = max(trace.steps, state.trajectory.current.total)
             modules.end(output)
 
         def called(name: str) -> Callable[..., None]:
@@ -77,8 +79,8 @@ class ClosedLoop:
             return hook
 
         hooks = [op.register_forward_hook(called(name)) for name, op in operators(self.student).items()]
-        with _removed(hooks + modules.hooks):
-            self._drive(begin, end)
+        with removed(hooks + modules.hooks):
+            self.drive(begin, end)
         if not trace.lengths:
             raise CalibrationError(
                 "No data captured: the run that was given evaluated the student not once. Let run(student) open "
@@ -139,11 +141,11 @@ class ClosedLoop:
 
         def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if recording:
-                with _removed([self.teacher.get_submodule(n).register_forward_hook(teacher_hook(n)) for n in names]):
+                with removed([self.teacher.get_submodule(n).register_forward_hook(teacher_hook(n)) for n in names]):
                     self.teacher(*args, **kwargs)
 
-        with _removed([found[name].register_forward_hook(student_hook(name)) for name in names]):
-            self._drive(begin, end)
+        with removed([found[name].register_forward_hook(student_hook(name)) for name in names]):
+            self.drive(begin, end)
         for name in names:
             moments[name].check(name)
         return moments
@@ -200,16 +202,16 @@ class ClosedLoop:
 
         def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if held:
-                with _removed([self.teacher.get_submodule(block).register_forward_hook(teacher_hook)]):
+                with removed([self.teacher.get_submodule(block).register_forward_hook(teacher_hook)]):
                     self.teacher(*args, **kwargs)
 
-        with _removed([self.student.get_submodule(block).register_forward_pre_hook(student_hook, with_kwargs=True)]):
-            self._drive(begin, end)
+        with removed([self.student.get_submodule(block).register_forward_pre_hook(student_hook, with_kwargs=True)]):
+            self.drive(begin, end)
         if not structures:
             raise no_data(block)
         return structures[0]
 
-    def _drive(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
+    def drive(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
         """Run the student; ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation."""
         state = state_of(self.student)
 
@@ -228,7 +230,7 @@ class ClosedLoop:
             self.student.register_forward_pre_hook(before, with_kwargs=True),
             self.student.register_forward_hook(after, with_kwargs=True),
         ]
-        with _removed(hooks):
+        with removed(hooks):
             self.run(self.student)
 
 
@@ -261,7 +263,7 @@ def _batched(operator: QuantizedOperator, x: Tensor, ndim: int | None = None) ->
 
 
 @contextmanager
-def _removed(hooks: Sequence[Any]) -> Iterator[None]:
+def removed(hooks: Sequence[Any]) -> Iterator[None]:
     """Remove hooks at the end, whatever happens."""
     try:
         yield

@@ -20,15 +20,17 @@ from modiff.calibration.capture import ClosedLoop, Run
 from modiff.calibration.gptq import gptq
 from modiff.calibration.moments import moment_bytes, no_data
 from modiff.calibration.progress import Progress, StageFolder
+from modiff.calibration.ranges import RangeCalibration, with_dynamic_ranges
 from modiff.calibration.samples import SampleStore
-from modiff.calibration.settings import METHODS, CalibrationSettings
+from modiff.calibration.settings import DATA_METHODS, METHODS, CalibrationSettings
 from modiff.calibration.structure import find_blocks
 from modiff.calibration.tracing import Trace, fingerprint
-from modiff.config import QuantConfig
-from modiff.conversion import convert, operators
+from modiff.config import QuantConfig, QuantSpec
+from modiff.conversion import convert, operators, plan
 from modiff.errors import CalibrationError, ConfigError
 from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.slots import slots
+from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import QuantizedWeight, round_lp, round_nearest
 
@@ -58,17 +60,19 @@ def calibrate(
     folder: str | os.PathLike[str] | None = None,
     keep_teacher: bool = True,
 ) -> nn.Module:
-    """Make a teacher the student whose weights are rounded by what its own trajectories show.
+    """Make a teacher the student whose weights, and ranges, are found from what its own trajectories show.
 
     Operators are taken in the order of their calls, in stages: data for one come from a closed-loop run of the student
-    with the weights found so far, and those rounded to nearest for the rest. The same arguments give the same bits on
-    one machine with the same number of threads.
+    with the weights found so far, and those rounded to nearest for the rest. Ranges of activations that are to be
+    calibrated are dynamic until all weights are found; then they are found in passes of their own. The same arguments
+    give the same bits on one machine with the same number of threads.
 
     Args:
         teacher: A denoiser; as for :func:`modiff.quantize`.
         config: What to quantize, and how.
         run: ``run(student)`` opens ``modiff.trajectory(student)`` and samples in it, once for each batch. It is called
-            for every stage and must do the same each time. Needed by the methods that use data.
+            for every stage and must do the same each time. Needed by the methods that use data, and by calibrated
+            ranges, which are for trajectories as long as these.
         method: ``nearest``; ``lp``: scales of least Lp error; ``gptq``; ``adaround``: layer by layer; ``brecq``: block
             by block, single operators where there is no block. The last three keep the scales of ``nearest``: clipped
             ranges, which lose less in the norm of a weight or an output, shrink outputs, and that adds up over steps.
@@ -83,31 +87,36 @@ def calibrate(
         The teacher, now the student, ready for :func:`modiff.save`. After an error it is unchanged.
 
     Raises:
-        CalibrationError: The run misses an operator, activations are NaN or Inf, memory or disk do not suffice, or the
-            folder holds the calibration of another model, run or setting.
+        CalibrationError: The run misses an operator, activations are NaN or Inf, memory or disk do not suffice, there
+            are more buckets of time steps than steps, or the folder holds the calibration of another model, run or
+            setting.
         ConfigError: As for :func:`modiff.quantize`; the method is unknown, or needs a run and has none.
     """
     settings = settings or CalibrationSettings()
     _check_arguments(method, seed)
-    if method == "nearest":
+    specs = calibrated_specs(teacher, config)
+    if method == "nearest" and not specs:
         return convert(teacher, config, keep_teacher)
-    student = convert(_shared_copy(teacher), config, keep_teacher=True)
-    if method == "lp":
-        return convert(teacher, config, keep_teacher, _lp_weights(student, settings.norm))
-    weights: dict[str, PackedWeight] = {}
-    grids = _grids(student)
-    if grids:
+    student = convert(_shared_copy(teacher), with_dynamic_ranges(config), keep_teacher=True)
+    weights = _lp_weights(student, settings.norm) if method == "lp" else {}
+    for name, packed in weights.items():
+        operators(student)[name].use(packed)
+    grids = _grids(student) if method in DATA_METHODS else {}
+    ranges: dict[str, CalibratedRange] = {}
+    if grids or specs:
         if run is None:
-            raise ConfigError(f"method {method!r} needs data. Give run, a function that samples with the student.")
-        job = _Job(student, ClosedLoop(student, _shared_copy(teacher), run), grids, method, seed, settings)
+            what = f"method {method!r}" if grids else "range 'calibrated'"
+            raise ConfigError(f"{what} needs data. Give run, a function that samples with the student.")
+        job = _Job(student, ClosedLoop(student, _shared_copy(teacher), run), grids, specs, method, seed, settings)
         key = {
             "teacher": fingerprint({slot.name: slot.tensor for slot in slots(teacher)}),
             "method": method,
             "seed": seed,
         }
         key |= {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
-        weights.update(job.solve(key, None if folder is None else Path(folder), progress))
-    return convert(teacher, config, keep_teacher, weights)
+        found, ranges = job.solve(key, None if folder is None else Path(folder), progress)
+        weights |= found
+    return convert(teacher, config, keep_teacher, weights or None, ranges)
 
 
 def _check_arguments(method: str, seed: int) -> None:
@@ -125,6 +134,7 @@ class _Job:
         student: nn.Module,
         loop: ClosedLoop,
         grids: Mapping[str, QuantizedWeight],
+        specs: Mapping[str, QuantSpec],
         method: str,
         seed: int,
         settings: CalibrationSettings,
@@ -132,16 +142,21 @@ class _Job:
         self.student = student
         self.loop = loop
         self.grids = grids
+        self.specs = specs
         self.method = method
         self.seed = seed
         self.settings = settings
 
-    def solve(self, key: dict[str, Any], folder: Path | None, progress: Progress | None) -> dict[str, PackedWeight]:
-        """Quantized weights of all stages; those that lie in ``folder`` are read."""
+    def solve(
+        self, key: dict[str, Any], folder: Path | None, progress: Progress | None
+    ) -> tuple[dict[str, PackedWeight], dict[str, CalibratedRange]]:
+        """Quantized weights, then calibrated ranges, of all stages; those that lie in ``folder`` are read."""
         trace = self.loop.trace()
         stages = plan_stages(
             self.loop.teacher, operators(self.student), list(self.grids), trace, self.method, self.settings
         )
+        total = len(stages) + (self.settings.range_passes if self.specs else 0)
+        ranges = RangeCalibration(self.loop, self.specs, trace, self.settings)
         kept = None if folder is None else StageFolder(folder, {**key, "run": trace.digest})
         weights: dict[str, PackedWeight] = {}
         for index, stage in enumerate(stages):
@@ -158,12 +173,27 @@ class _Job:
                 weights[name] = packed.to(operator.module.weight.device)
                 operator.use(weights[name])
             if progress is not None:
-                progress(index + 1, len(stages), stage.block or ", ".join(stage.operators))
-        return weights
+                progress(index + 1, total, stage.block or ", ".join(stage.operators))
+        passed: dict[str, CalibratedRange] = {}
+        for index in range(len(stages), total):  # after the weights: residuals depend on them
+            found_ranges = None if kept is None else kept.read_ranges(index, self.specs)
+            if found_ranges is None:
+                with _scratch(folder) as scratch:
+                    found_ranges = ranges.run_pass(scratch, self._generator(index), last=index == total - 1)
+                if kept is not None:
+                    kept.write_ranges(index, found_ranges)
+            passed = found_ranges
+            ranges.use(passed)
+            if progress is not None:
+                progress(index + 1, total, f"ranges, pass {index - len(stages) + 1}")
+        return weights, passed
+
+    def _generator(self, index: int) -> torch.Generator:
+        """One of its own for each stage: a calibration that goes on in the middle draws the same numbers."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
     def _solve_stage(self, index: int, stage: Stage, trace: Trace, scratch: Path) -> dict[str, QuantizedWeight]:
-        # A generator of its own for each stage: a calibration that goes on in the middle draws the same numbers.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        generator = self._generator(index)
         settings = self.settings
         if stage.block is not None:
             with SampleStore(scratch, settings.memory, stage.block) as store:
@@ -244,6 +274,16 @@ def plan_stages(
         size += needed
     close()
     return stages
+
+
+def calibrated_specs(teacher: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
+    """Activation specs of the operators whose ranges are to be calibrated.
+
+    Raises:
+        ConfigError: As for :func:`modiff.quantize`.
+    """
+    rows = [row for row in plan(teacher, config) if row.skipped is None]
+    return {row.name: row.activation for row in rows if row.activation and row.activation.range == "calibrated"}
 
 
 def _grids(student: nn.Module) -> dict[str, QuantizedWeight]:

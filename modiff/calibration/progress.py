@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Size, Tensor
 
 from modiff.config import QuantSpec
 from modiff.errors import CalibrationError, CheckpointError
+from modiff.quantizers.calibrated import CalibratedRange, ranges_from_tensors, ranges_to_tensors
 from modiff.quantizers.packing import PackedWeight
 from modiff.storage import read_manifest, read_tensors, write
 
@@ -37,24 +38,36 @@ class StageFolder:
         Raises:
             CalibrationError: It is damaged, or of another calibration.
         """
-        path = self._path(index)
-        if not path.exists():
+        read = self._read(index)
+        if read is None:
             return None
-        try:
-            manifest = read_manifest(path)
-            saved = manifest.get("calibration", {})
-            differing = [name for name in self.key if saved.get(name) != self.key[name]]
-            if differing:
-                raise CalibrationError(
-                    f"{self.folder} holds a calibration of another {differing[0]}. Give a new folder, or call with "
-                    "what it was begun with."
-                )
-            tensors = read_tensors(path, manifest)
-            if set(manifest["shapes"]) != set(specs):
-                raise CalibrationError(f"{path} holds a stage of other operators. Give a new folder.")
-            return {name: _unpack(name, tensors, manifest["shapes"][name], spec) for name, spec in specs.items()}
-        except CheckpointError as error:
-            raise CalibrationError(f"The finished stage {path} cannot be used: {error} Or delete it.") from error
+        manifest, tensors = read
+        if set(manifest.get("shapes", {})) != set(specs):
+            raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
+        return {name: _unpack(name, tensors, manifest["shapes"][name], spec) for name, spec in specs.items()}
+
+    def read_ranges(self, index: int, names: Collection[str]) -> dict[str, CalibratedRange] | None:
+        """The calibrated ranges of a stage, on the CPU; None where it is not finished.
+
+        Raises:
+            CalibrationError: It is damaged, or of another calibration.
+        """
+        read = self._read(index)
+        if read is None:
+            return None
+        manifest, tensors = read
+        if set(manifest.get("lengths", {})) != set(names):
+            raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
+        return ranges_from_tensors(tensors, manifest["lengths"])
+
+    def write_ranges(self, index: int, ranges: Mapping[str, CalibratedRange]) -> None:
+        """Keep the calibrated ranges of a stage.
+
+        Raises:
+            CalibrationError: The disk is full, or the folder cannot be written.
+        """
+        tensors, lengths = ranges_to_tensors(ranges)
+        self._write(index, {"lengths": lengths}, tensors)
 
     def write(self, index: int, weights: Mapping[str, PackedWeight]) -> None:
         """Keep the weights of a stage.
@@ -68,8 +81,28 @@ class StageFolder:
             if packed.zero_point is not None:
                 tensors[f"{name}.zero_point"] = packed.zero_point.cpu()
         shapes = {name: list(packed.shape) for name, packed in weights.items()}
+        self._write(index, {"shapes": shapes}, tensors)
+
+    def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        path = self._path(index)
+        if not path.exists():
+            return None
         try:
-            write(self._path(index), {"calibration": self.key, "shapes": shapes}, tensors)
+            manifest = read_manifest(path)
+            saved = manifest.get("calibration", {})
+            differing = [name for name in self.key if saved.get(name) != self.key[name]]
+            if differing:
+                raise CalibrationError(
+                    f"{self.folder} holds a calibration of another {differing[0]}. Give a new folder, or call with "
+                    "what it was begun with."
+                )
+            return manifest, read_tensors(path, manifest)
+        except CheckpointError as error:
+            raise CalibrationError(f"The finished stage {path} cannot be used: {error} Or delete it.") from error
+
+    def _write(self, index: int, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        try:
+            write(self._path(index), {"calibration": self.key, **manifest}, tensors)
         except (CheckpointError, SafetensorError) as error:
             raise CalibrationError(f"A finished stage of the calibration cannot be kept: {error}") from error
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from modiff.errors import ConfigError
 
+RANGES = ("minmax", "moving_average", "percentile", "lp", "lsq")
+DATA_METHODS = ("gptq", "adaround", "brecq")
 METHODS = ("nearest", "lp", "gptq", "adaround", "brecq")
 
 
@@ -31,6 +34,17 @@ class CalibrationSettings:
             is that of rounding to nearest: it means the same for every operator.
         warmup: Share of the steps before the penalty begins.
         beta: First and last β of the penalty, annealed by a cosine.
+        ranges: How calibrated ranges of activations are found: ``minmax``; ``moving_average``: mean over samples of
+            each one's extremes; ``percentile``; ``lp``: of least Lp norm of the error of the values; ``lsq``: step
+            sizes learned by gradients, from those of ``lp`` on, so that operators' outputs lose least.
+        range_evaluations: How many evaluations of each trajectory ranges are found from, spread evenly over it; None:
+            all, which statistics afford.
+        range_passes: Closed-loop passes, each with the ranges of the one before, the first with dynamic ones.
+        percentile: Percentage of values that a range holds.
+        range_norm: p of the Lp norm in which ranges are searched; 2.4 as in Q-Diffusion's reference code.
+        bins: Of histograms, for ``percentile``, ``lp`` and ``lsq``; even.
+        lsq_iterations: Gradient steps for each operator.
+        lsq_learning_rate: Of Adam, on the logarithm of step sizes; falls to 0.
 
     Raises:
         ConfigError: A field is out of range.
@@ -49,18 +63,34 @@ class CalibrationSettings:
     regularization: float = 10.0
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
+    ranges: Literal["minmax", "moving_average", "percentile", "lp", "lsq"] = "minmax"
+    range_evaluations: int | None = None
+    range_passes: int = 2
+    percentile: float = 99.9
+    range_norm: float = 2.4
+    bins: int = 2048
+    lsq_iterations: int = 200
+    lsq_learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("memory_mib", "samples", "positions", "stage_size", "iterations", "batch_size"):
+        if self.ranges not in RANGES:
+            raise ConfigError(f"ranges is {self.ranges!r}; allowed are {', '.join(RANGES)}.")
+        whole = ("memory_mib", "samples", "positions", "stage_size", "iterations", "batch_size")
+        for name in (*whole, "range_passes", "bins", "lsq_iterations"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; allowed are whole numbers of at least 1.")
-        if self.evaluations is not None and (not isinstance(self.evaluations, int) or self.evaluations < 1):
-            raise ConfigError(
-                f"evaluations is {self.evaluations!r}; give a whole number of at least 1, or None for all."
-            )
+        if self.bins % 2:
+            raise ConfigError(f"bins is {self.bins}; give an even number, half of them for negative values.")
+        for name in ("evaluations", "range_evaluations"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1, or None for all.")
         for name, low, high in (
             ("norm", 1, 10),
+            ("range_norm", 1, 10),
+            ("percentile", 50, 100),
+            ("lsq_learning_rate", 0, 1),
             ("damping", 0, 1),
             ("learning_rate", 0, 10),
             ("regularization", 0, 1e6),
@@ -73,6 +103,11 @@ class CalibrationSettings:
         if len(beta) != 2 or not all(isinstance(b, (int, float)) and b > 0 for b in beta):
             raise ConfigError(f"beta is {self.beta!r}; give the first and the last β, such as (20, 2).")
         object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
+
+    @property
+    def observer(self) -> str:
+        """Name of the observer that ranges begin with."""
+        return "lp" if self.ranges == "lsq" else self.ranges
 
     @property
     def memory(self) -> int:

@@ -20,6 +20,7 @@ class Trace:
 
     Args:
         lengths: Evaluations of each trajectory.
+        steps: Evaluations of the longest trajectory, within one context.
         order: Operators in the order of their first call.
         calls: Calls of each operator in one evaluation.
         usable: Modules that can be run alone: called once in each evaluation, always in the same way, with tensors of
@@ -32,6 +33,7 @@ class Trace:
     calls: dict[str, int] = field(default_factory=dict)
     usable: list[str] = field(default_factory=list)
     digest: str = ""
+    steps: int = 0
 
     def choose(self, count: int | None) -> list[int]:
         """Which evaluations are recorded: ``count`` of the longest trajectory, evenly from its first to its last.
@@ -39,14 +41,21 @@ class Trace:
         >>> Trace(lengths=[20]).choose(4)
         [0, 6, 13, 19]
         """
-        length = max(self.lengths)
-        if count is None or count >= length:
-            return list(range(length))
-        return [length // 2] if count == 1 else [round(i * (length - 1) / (count - 1)) for i in range(count)]
+        return _evenly(count, max(self.lengths))
+
+    def choose_steps(self, count: int | None) -> list[int]:
+        """The same for evaluations that are counted within a context."""
+        return _evenly(count, self.steps)
 
     def recorded(self, chosen: Sequence[int]) -> int:
         """How many evaluations of the whole run are among ``chosen``."""
         return sum(i < length for length in self.lengths for i in chosen)
+
+
+def _evenly(count: int | None, length: int) -> list[int]:
+    if count is None or count >= length:
+        return list(range(length))
+    return [length // 2] if count == 1 else [round(i * (length - 1) / (count - 1)) for i in range(count)]
 
 
 class Evaluation:

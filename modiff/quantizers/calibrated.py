@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,3 +101,21 @@ def check_buckets(buckets: int, length: int) -> None:
         raise CalibrationError(
             f"timestep_buckets is {buckets}, but a trajectory has {length} evaluations only. Use at most {length}."
         )
+
+
+def ranges_to_tensors(found: Mapping[str, CalibratedRange]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors on the CPU by name, and lengths of trajectories: for storage, or to be sent to other ranks."""
+    tensors = {}
+    for name, each in found.items():
+        tensors[f"{name}.activation.scale"] = each.scale.cpu().contiguous()
+        if each.zero_point is not None:
+            tensors[f"{name}.activation.zero_point"] = each.zero_point.cpu().contiguous()
+    return tensors, {name: each.length for name, each in found.items()}
+
+
+def ranges_from_tensors(tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, CalibratedRange]:
+    """The inverse of :func:`ranges_to_tensors`."""
+    return {
+        name: CalibratedRange(tensors[f"{name}.activation.scale"], tensors.get(f"{name}.activation.zero_point"), length)
+        for name, length in lengths.items()
+    }
