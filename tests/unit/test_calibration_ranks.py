@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import denoiser, noise, tiny_unet
-from torch import distributed, multiprocessing
+from small_models import denoiser, noise
+from torch import distributed, multiprocessing, nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
@@ -38,13 +38,30 @@ def sampler(rank=0, world=1, trajectories=TRAJECTORIES, fail=None):
     return run
 
 
-def unet_sampler(rank=0, world=1):
+class Block(nn.Module):
+    """A residual block, which BRECQ finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.second(nn.functional.silu(self.first(x)))
+
+
+def blocks():
+    """A denoiser of two blocks between two convolutions."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(), Block(), nn.Conv2d(8, 3, 3, padding=1))
+    return body.eval().requires_grad_(False)
+
+
+def block_sampler(rank=0, world=1):
     def run(student):
         for i in range(rank, TRAJECTORIES, world):
-            generator = torch.Generator().manual_seed(i)
             with modiff.trajectory(student):
-                for t in (9, 5, 1):
-                    student(torch.randn(2, 1, 8, 8, generator=generator), t)
+                for x, _ in noise(3, 2, 10 * i):
+                    student(x)
 
     return run
 
@@ -61,9 +78,9 @@ def found_by(method, rank=0, world=1, reducer=None, folder=None, progress=None):
     """Everything that a calibration finds, by name."""
     if method == "brecq":
         student = calibrate(
-            tiny_unet(),
+            blocks(),
             QuantConfig.preset("w3a4-modiff"),
-            unet_sampler(rank, world),
+            block_sampler(rank, world),
             method,
             settings=FAST,
             reducer=reducer,
@@ -104,12 +121,12 @@ def rows_of(store):
 
 
 def samples_by(folder, rank=0, world=1, reducer=None):
-    teacher = tiny_unet()
+    teacher = blocks()
     student = convert(_shared_copy(teacher), QuantConfig.preset("w4a4-modiff"), True)
-    loop = ClosedLoop(student, teacher, unet_sampler(rank, world), reducer)
+    loop = ClosedLoop(student, teacher, block_sampler(rank, world), reducer)
     trace = loop.trace()
-    with SampleStore(folder / f"samples-{rank}", 2**14, "mid_block.resnets.0") as store:  # some rows go to disk
-        loop.samples("mid_block.resnets.0", trace, None, 11, store, torch.Generator())
+    with SampleStore(folder / f"samples-{rank}", 2**15, "1") as store:  # some rows go to disk
+        loop.samples("1", trace, None, 11, store, torch.Generator())
         return rows_of(store)
 
 
