@@ -17,11 +17,12 @@ HEAD = """# CIFAR-10: the paper's table, measured
     modiff statistics --features $FEATURES --data.path $DATA --data.channels 3 --output $REFERENCE
     python benchmarks/cifar10.py --features $FEATURES --reference $REFERENCE
 
-DDIM with quadratic steps, x_0 not clipped. Weights are rounded to nearest, per output channel, at W8 and at W4: the
-only weight method of this release. Every Linear and Conv is quantized, in both arms alike. Small teacher: 5.6M
-parameters, `recipes/cifar10/teacher_small.yaml`, 2,048 images, three seeds; large one: the paper's 35.7M network,
-`recipes/cifar10/teacher.yaml`, 5,000 images, one seed. Every row with its command stands in `cifar10.json`; the same
-command and seed give the same figure again on the same machine.
+DDIM with quadratic steps, x_0 not clipped. Weights have a scale for each output channel; at W8 they are rounded to
+nearest, at W4 found by GPTQ on the student's own trajectories (32 images of noise). Every Linear and Conv is quantized,
+and their weights found, in all arms alike. Small teacher: 5.6M parameters, `recipes/cifar10/teacher_small.yaml`, 2,048
+images, three seeds; large one: the paper's 35.7M network, `recipes/cifar10/teacher.yaml`, 5,000 images, one seed. Every
+row with its command stands in `cifar10.json`; the same command and seed give the same figure again on the same machine.
+What was tried of it without a GPU: `cifar10_cpu.md`.
 
 Our figures are Fréchet distances in the 64 features of `cifar10_resnet56`. **They are not FID**: only their order can
 be compared with the paper's FID (50,000 images, 35.7M teacher), which stands in brackets as published. `open` is not

@@ -13,6 +13,9 @@ OTHER_GRANULARITIES = ("channel", "tensor", "sample_channel")
 REFRESH = 10
 """Every tenth evaluation in full precision: what an earlier version of the reference code did unsaid (trap 3)."""
 
+WEIGHT_METHODS = {8: "nearest", 4: "gptq"}
+"""How the weights of so many bits are found: W8 loses next to nothing by rounding to nearest."""
+
 RECIPES = "recipes/cifar10"
 IMAGES = {"small": 2048, "large": 5000}
 BATCH = 256
@@ -85,6 +88,11 @@ class Row:
         return f"{self.teacher}/steps{self.steps}/seed{self.seed}/{self.name}"
 
     @property
+    def weight_method(self) -> str:
+        """How the weights are found."""
+        return WEIGHT_METHODS[self.weight_bits]
+
+    @property
     def paper_fid(self) -> float | None:
         """The published FID of this configuration; None where there is none."""
         if self.refresh_every is not None or self.arm == "modiff_no_compensation":
@@ -112,7 +120,7 @@ class Row:
 
     def facts(self) -> dict[str, Any]:
         """All of it, for the JSON."""
-        return {"id": self.id, **asdict(self), "paper_fid": self.paper_fid}
+        return {"id": self.id, **asdict(self), "weight_method": self.weight_method, "paper_fid": self.paper_fid}
 
 
 def small_rows() -> list[Row]:

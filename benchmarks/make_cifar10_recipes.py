@@ -45,7 +45,7 @@ model:
   teacher:
     path: {TEACHER}   # modiff train --config {RECIPES}/teacher_small.yaml
 {quantization(row)}
-  scheduler: ddim_quadratic
+{weights(row)}  scheduler: ddim_quadratic
   steps: 100
   features: null            # network and reference statistics on the command line, see above
   reference: null
@@ -54,13 +54,21 @@ data:
 """
 
 
+def weights(row: Row) -> str:
+    """How the weights are found, where not by rounding to nearest."""
+    if row.weight_method == "nearest":
+        return ""
+    return f"""  calibration:
+    method: {row.weight_method}            # on the student's own trajectories of 32 images of noise; once, then kept
+"""
+
+
 def quantization(row: Row) -> str:
     """The preset, or where there is none for it, the same written out."""
     assert row.activation_bits is not None
     if row.arm != "modiff_no_compensation" and row.granularity == "sample":
-        return (
-            f"  preset: w{row.weight_bits}a{row.activation_bits}-{row.arm}   # weights: rounded to nearest, per channel"
-        )
+        found = "rounded to nearest, per channel" if row.weight_method == "nearest" else "per channel, calibrated"
+        return f"  preset: w{row.weight_bits}a{row.activation_bits}-{row.arm}   # weights: {found}"
     compensation = "" if row.arm == "modiff" else "\n      error_compensation: false"
     modulation = "    modulation:" + (compensation or " {}")
     preset = f"w{row.weight_bits}a{row.activation_bits}-modiff"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count, shape_wrapper
 
 from modiff.config import Modulation
 from modiff.errors import ConfigError
@@ -17,7 +17,7 @@ from modiff.layers.modulated import ModulatedOperator
 from modiff.layers.operators import OperatorAdapter, find_adapter
 from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.slots import slots
-from modiff.layers.state import ATTRIBUTE, state_of, trajectory
+from modiff.layers.state import ATTRIBUTE, Trajectory, state_of, trajectory
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class OperatorCost:
     Args:
         name: Qualified name.
         macs: Multiply-accumulates per image and evaluation.
-        weight_bits: Width of its weight codes, or of its weight's dtype.
-        activation_bits: Width of its input codes, or of its weight's dtype.
+        weight_bits: Width of its weight codes; in full precision, of the dtype its product runs in.
+        activation_bits: Width of its input codes; in full precision, likewise.
         bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
-        state_bytes: â and ô, per image.
+        state_bytes: â and ô as allocated, per image; memory that operators share counts for the first of them.
+        weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
         constant: Its input was fixed throughout the last trajectory before: its product is counted once.
     """
 
@@ -40,6 +41,7 @@ class OperatorCost:
     activation_bits: int
     bops: float
     state_bytes: float
+    weight_bytes: float
     constant: bool = False
 
 
@@ -49,16 +51,21 @@ class Cost:
 
     Args:
         operators: One row each.
-        other_macs: Multiply-accumulates outside the operators per image and evaluation, at full precision: products of
-            two activations (attention), modules without an adapter.
+        other_macs: Multiply-accumulates outside the operators per image and evaluation: products of two activations
+            (attention), modules without an adapter.
+        other_bops: Their bit operations, at the precision of the very tensors that were multiplied.
+        other_weight_bytes: Parameters outside the operators (norms, embeddings), as stored.
         evaluations: Length of the trajectory over which the warm-up is averaged.
-        gbops_per_evaluation: Bit operations per image, those of ``other_macs`` included.
-        weight_mib: Weights with quantized ones packed at their width, scales included.
+        gbops_per_evaluation: Bit operations per image, ``other_bops`` included.
+        weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
+            :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated.
     """
 
     operators: tuple[OperatorCost, ...]
     other_macs: float
+    other_bops: float
+    other_weight_bytes: float
     evaluations: int
     gbops_per_evaluation: float
     weight_mib: float
@@ -104,36 +111,71 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter.watch(found))
         model(*args, **kwargs)
-        state = {} if run is None else {n: sum(_cache_bytes(c) for c in caches) for n, caches in run.caches.items()}
+        state = {} if run is None else _state_bytes(run)
     if hasattr(model, ATTRIBUTE):
         state_of(model).last = last  # measuring is no trajectory of the user's
-    rows = tuple(
-        _row(name, module, macs / images, state.get(name, 0) / images, evaluations, name in constant)
-        for name, (module, macs) in ((n, (m, counter.macs.get(n, 0))) for n, (m, _) in found.items())
-    )
-    bits = 8 * next((p.element_size() for p in model.parameters()), 4)
-    other = counter.other_macs / images
+    weights = stored_bytes(model)
+    rows = []
+    for name, (module, _) in found.items():
+        macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
+        weight_bits, activation_bits, bops = _bit_operations(module, macs, bits, evaluations, name in constant)
+        held = weights.pop(name, 0.0), state.get(name, 0) / images
+        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
+    other_bops = counter.other.bops / images
     return Cost(
-        operators=rows,
-        other_macs=other,
+        operators=tuple(rows),
+        other_macs=counter.other.macs / images,
+        other_bops=other_bops,
+        other_weight_bytes=sum(weights.values()),
         evaluations=evaluations,
-        gbops_per_evaluation=(sum(r.bops for r in rows) + other * bits * bits) / 1e9,
-        weight_mib=weight_bytes(model) / 2**20,
+        gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
+        weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
     )
 
 
 def weight_bytes(model: nn.Module) -> float:
     """Bytes of a model's parameters as :func:`modiff.save` stores them: codes packed, scales float32."""
-    packed = {id(m.module): m.packed for m in model.modules() if isinstance(m, QuantizedOperator) and m.packed}
-    # A parameter that is tied to a quantized weight is still there in full precision.
-    full = {
-        id(s.tensor): s.tensor
-        for s in slots(model)
-        if not s.buffer and not (s.key == "weight" and id(s.owner) in packed)
-    }
-    parts = [t for w in packed.values() for t in (w.codes, w.scale, w.zero_point) if t is not None]
-    return float(sum(t.numel() * t.element_size() for t in (*full.values(), *parts)))
+    return sum(stored_bytes(model).values())
+
+
+def stored_bytes(model: nn.Module) -> dict[str, float]:
+    """The same by operator; everything outside of operators under ``""``."""
+    found: dict[str, float] = {}
+    owners = {}
+    for name, (module, _) in _find(model).items():
+        owners[id(module.module if isinstance(module, QuantizedOperator) else module)] = name
+        if isinstance(module, QuantizedOperator):
+            packed, ranges = module.packed, module.calibrated
+            parts = [] if packed is None else [packed.codes, packed.scale, packed.zero_point]
+            parts += [] if ranges is None else [ranges.scale, ranges.zero_point]
+            found[name] = float(sum(_bytes(part) for part in parts if part is not None))
+    packed_owners = {id(m.module) for m in model.modules() if isinstance(m, QuantizedOperator) and m.packed}
+    seen: set[int] = set()
+    for slot in slots(model):
+        # A parameter that is tied to a quantized weight is still there in full precision.
+        if slot.buffer or (slot.key == "weight" and id(slot.owner) in packed_owners) or id(slot.tensor) in seen:
+            continue
+        seen.add(id(slot.tensor))
+        name = owners.get(id(slot.owner), "")
+        found[name] = found.get(name, 0.0) + _bytes(slot.tensor)
+    return found
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state_bytes(run: Trajectory) -> dict[str, int]:
+    """Bytes of the state as allocated, by operator."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, caches in run.caches.items():
+        for tensor in (t for cache in caches for t in (cache.a_hat, cache.o_hat)):
+            storage = tensor.untyped_storage()
+            found[name] = found.get(name, 0) + (0 if storage._cdata in seen else storage.nbytes())
+            seen.add(storage._cdata)
+    return found
 
 
 def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[int, int]:
@@ -153,19 +195,29 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[i
     return 1 + refreshes, evaluations - 1 - refreshes
 
 
-def _row(name: str, module: Any, macs: float, state: float, evaluations: int, constant: bool) -> OperatorCost:
-    original = module.module if isinstance(module, QuantizedOperator) else module
-    full_bits = 8 * original.weight.element_size()
-    weight_bits = activation_bits = full_bits
-    modulation = None
-    if isinstance(module, QuantizedOperator):
-        weight_bits = module.weight_spec.bits if module.weight_spec else full_bits
-        activation_bits = module.activation_spec.bits if module.activation_spec else full_bits
-        modulation = module.modulation if isinstance(module, ModulatedOperator) else None
+def _bit_operations(
+    module: Any, macs: float, bits: int | None, evaluations: int, constant: bool
+) -> tuple[int, int, float]:
+    """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
+
+    Args:
+        module: An operator, quantized or not.
+        macs: Its multiply-accumulates in one product.
+        bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
+        evaluations: Of the trajectory.
+        constant: Its input is fixed.
+    """
+    if not isinstance(module, QuantizedOperator):
+        bits = 8 * module.weight.element_size() if bits is None else bits
+        return bits, bits, macs * bits * bits
+    full = 8 * module.module.weight.element_size()
+    weight_bits = module.weight_spec.bits if module.weight_spec else full
+    activation_bits = module.activation_spec.bits if module.activation_spec else full
+    modulation = module.modulation if isinstance(module, ModulatedOperator) else None
     # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
-    full, low = (1, 0) if constant else warm_evaluations(modulation, evaluations)
-    bops = macs * weight_bits * (full * full_bits + low * activation_bits) / evaluations
-    return OperatorCost(name, macs, weight_bits, activation_bits, bops, state, constant)
+    at_full, at_low = (1, 0) if constant else warm_evaluations(modulation, evaluations)
+    bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
+    return weight_bits, activation_bits, bops
 
 
 def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
@@ -185,20 +237,38 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
     return found
 
 
+@dataclass
+class _Sum:
+    macs: float = 0.0
+    bops: float = 0.0
+
+
 class _Counter:
     """Counts the multiply-accumulates of one evaluation: operators' from shapes, all others by PyTorch's counter."""
 
     def __init__(self) -> None:
         # PyTorch's registry lacks the attention of the CPU.
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-        self._flops = FlopCounterMode(display=False, custom_mapping=attention)
-        self._inside = 0
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops)}
+        formulas = {op: self._recorded(formula) for op, formula in {**flop_registry, **attention}.items()}
+        self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
+        self._depth = 0
         self.macs: dict[str, int] = {}
+        self.bits: dict[str, int] = {}
+        self.other = _Sum()
 
-    @property
-    def other_macs(self) -> float:
-        """What ran outside the operators; PyTorch counts two operations for each multiply-accumulate."""
-        return (self._flops.get_total_flops() - self._inside) / 2
+    def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
+        """A formula that also sees the tensors: outside of operators, their dtype makes the bit operations."""
+
+        def raw(*args: Any, **kwargs: Any) -> int:
+            flops = int(formula(*args, **kwargs))
+            if not self._depth:
+                size = next((a.element_size() for a in args if isinstance(a, Tensor)), 4)
+                self.other.macs += flops / 2  # PyTorch counts two operations for each multiply-accumulate
+                self.other.bops += flops / 2 * (8 * size) ** 2
+            return flops
+
+        raw._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then hands over tensors, not shapes
+        return raw
 
     @contextmanager
     def watch(self, found: dict[str, tuple[nn.Module, OperatorAdapter]]) -> Iterator[None]:
@@ -218,18 +288,15 @@ class _Counter:
         original = module.module if isinstance(module, QuantizedOperator) else module
 
         def before(_: nn.Module, __: Any) -> None:
-            self._inside -= self._flops.get_total_flops()
+            self._depth += 1
 
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
-            self._inside += self._flops.get_total_flops()
+            self._depth -= 1
             self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
+            self.bits[name] = 8 * output.element_size()
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
-
-
-def _cache_bytes(cache: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in (cache.a_hat, cache.o_hat))

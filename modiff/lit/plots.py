@@ -161,20 +161,22 @@ def _name_rows(axes: Axes, errors: Mapping[str, Any], row: float) -> None:
 
 
 def cost_plot(rows: Sequence[Mapping[str, Any]], path: Path, top: int = 14) -> None:
-    """Draw the operators that cost most: bit operations left, state right; the rest summed in the last bar.
+    """Draw the operators that cost most: bit operations, weights, state; the rest summed in the last bar.
 
     Args:
-        rows: Keys ``name``, ``weight_bits``, ``activation_bits``, ``gbops`` and ``state_mib`` for each operator.
+        rows: Keys ``name``, ``weight_bits``, ``activation_bits``, ``gbops``, ``weight_mib`` and ``state_mib`` for each
+            operator.
         path: PNG to write.
         top: Operators shown by name in each panel.
     """
     kinds = sorted({(r["weight_bits"], r["activation_bits"]) for r in rows})
     palette = [BLUE, ORANGE, GREEN, "#8e5fb0", "#c2577a", "#5aa9b8", "#a08030", GREY]
     colors = {kind: palette[i % len(palette)] for i, kind in enumerate(kinds)}
-    with figure_file(path, 11.5, 1.3 + 0.235 * (min(len(rows), top) + 1)) as figure:
-        panels = figure.subplots(1, 2)
+    with figure_file(path, 15.5, 1.3 + 0.235 * (min(len(rows), top) + 1)) as figure:
+        panels = figure.subplots(1, 3)
         _cost_bars(panels[0], rows, "gbops", "GBOPs per evaluation, linear operators: {:.4g}", top, colors)
-        _cost_bars(panels[1], rows, "state_mib", "State (â and ô) per image: {:.4g} MiB", top, colors)
+        _cost_bars(panels[1], rows, "weight_mib", "Weights as stored, linear operators: {:.4g} MiB", top, colors)
+        _cost_bars(panels[2], rows, "state_mib", "State (â and ô) per image: {:.4g} MiB", top, colors)
         handles = [Patch(color=colors[k], label=f"W{k[0]}A{k[1]}") for k in kinds]
         if len(rows) > top:
             handles.append(Patch(color=REST, label="all other operators"))
@@ -186,7 +188,7 @@ def _cost_bars(
 ) -> None:
     ranked = sorted(rows, key=lambda r: -r[key])
     total, rest = sum(r[key] for r in rows), ranked[top:]
-    bars = [(shorten(r["name"]), r[key], colors[r["weight_bits"], r["activation_bits"]]) for r in ranked[:top]]
+    bars = [(shorten(r["name"], 36), r[key], colors[r["weight_bits"], r["activation_bits"]]) for r in ranked[:top]]
     if rest:
         bars.append((f"{len(rest)} others", sum(r[key] for r in rest), REST))
     axes.set_title(title.format(total))

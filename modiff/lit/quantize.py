@@ -30,7 +30,7 @@ def quantize(args: Sequence[str]) -> int:
     module.configure_model()
     folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
     rank_zero(check_target, folder, cli.config.overwrite)  # before a calibration of minutes, not after
-    pack = Pack(folder, cli.config.overwrite)
+    pack = Pack(folder, cli.config.overwrite, cli.config.remainder_dtype)
     if module.calibrated:
         rank_zero(pack.write, module)
         return 0
@@ -52,11 +52,13 @@ class Pack(Callback):
     Args:
         folder: Gets ``config.json`` and ``model.safetensors``.
         overwrite: A checkpoint that lies there may be replaced.
+        dtype: Of what is not quantized; None: as it is.
     """
 
-    def __init__(self, folder: Path, overwrite: bool = False) -> None:
+    def __init__(self, folder: Path, overwrite: bool = False, dtype: str | None = None) -> None:
         self.folder = folder
         self.overwrite = overwrite
+        self.dtype = dtype
 
     def on_predict_start(self, trainer: Trainer, pl_module: LitStudent) -> None:
         """Write; it comes after ``Calibration`` in the Trainer's list."""
@@ -66,8 +68,8 @@ class Pack(Callback):
     def write(self, module: LitStudent) -> None:
         """Save, and say how it is used."""
         assert module.student is not None
-        title = module.spec.title
-        save(module.student, self.folder, teacher=title, origin=module.origin(), overwrite=self.overwrite)
+        facts = {"teacher": module.spec.title, "origin": module.origin()}
+        save(module.student, self.folder, dtype=self.dtype, overwrite=self.overwrite, **facts)
         stored = sum(file.stat().st_size for file in self.folder.iterdir()) / 2**20
         use = f"modiff evaluate --ckpt {self.folder}, or modiff.load({str(self.folder)!r}, denoiser)"
         print(f"{self.folder}: {stored:.2f} MiB. Use it: {use}.")

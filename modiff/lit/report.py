@@ -45,7 +45,7 @@ def write_report(
         metrics: As in ``metrics.json``.
         errors: As for :func:`modiff.lit.plots.trajectory_errors_plot`; None: not measured.
         cost_rows: One for each operator: ``name``, ``macs``, ``weight_bits``, ``activation_bits``, ``gbops`` per image
-            and evaluation, ``state_mib`` per image.
+            and evaluation, ``constant``, ``weight_mib``, ``state_mib`` per image.
         config_yaml: The whole configuration.
         description: The table of :func:`modiff.describe`.
 
@@ -189,6 +189,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
             text("student.fid", student["fid"]),
             text("teacher.fid", teacher["fid"]),
         ),
+        *_similarity(metrics),
         (
             "Time per image and evaluation",
             f"{_ms(seconds['student'])} ({number(metrics['time_ratio'], 3)} x)" if seconds else _ms(None),
@@ -201,6 +202,20 @@ def _metrics(metrics: Mapping[str, Any]) -> Html:
         + " Bit operations are counted, not timed: where low-bit products are simulated, quantizing costs time."
     )
     return Html(table(["", "student", "teacher"], rows) + element("p", note, class_="soft"))
+
+
+def _similarity(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured besides; ``reasons`` in metrics.json says why a row is missing."""
+    student, teacher, features = metrics["student"], metrics["teacher"], metrics["features"]
+    rows = []
+    if "ssim" in student:
+        rows.append(("SSIM to the teacher's images", number(student["ssim"]), "reference"))
+    if "lpips" in student:
+        rows.append((f"LPIPS to the teacher's images ({features['lpips']})", number(student["lpips"]), "reference"))
+    if "clip_score" in student:
+        scores = number(student["clip_score"]), number(teacher["clip_score"])
+        rows.append((f"CLIP score, 0 to 100 ({features['clip']})", *scores))
+    return rows
 
 
 def _cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Html]:
@@ -216,30 +231,38 @@ def _cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder:
     ]
     note = (
         "A GBOP is 1e9 bit operations (multiply-accumulates x weight bits x activation bits), the warm-up averaged in; "
-        "the totals include products of two activations (attention), the operators' rows do not."
+        "products of two activations (attention) count at the precision they ran in. A fixed input, such as a "
+        "prompt's, is multiplied once per trajectory. Weights are as stored, scales included; state is â and ô as "
+        "allocated."
     )
-    headers = ["operator", "MACs, millions", "bits W/A", "GBOPs", "state, MiB"]
-    ranked = [
-        (
-            row["name"],
-            number(row["macs"] / 1e6),
-            f"{row['weight_bits']}/{row['activation_bits']}",
-            number(row["gbops"]),
-            number(row["state_mib"]),
-        )
-        for row in sorted(rows, key=lambda row: -row["gbops"])
-    ]
+    headers = ["operator", "MACs, millions", "bits W/A", "GBOPs", "of all", "weights, MiB", "state, MiB"]
+    total = cost["gbops_per_evaluation"] or 1.0
+    ranked = [_cost_row(row, total) for row in sorted(rows, key=lambda row: -row["gbops"])]
+    outside = ("outside: attention, norms, embeddings", "", "", number(cost["other_gbops_per_evaluation"]))
+    outside += (f"{cost['other_gbops_per_evaluation'] / total:.1%}", number(cost["other_weight_mib"]), "0")
     parts = [
         table(["", "student", "teacher"], totals, (1, 2)),
         element("p", note, class_="soft"),
         picture(folder / "cost.png", "The operators that cost most."),
-        table(headers, ranked[:COST_ROWS], range(1, 5)),
+        table(headers, [*ranked[:COST_ROWS], outside], range(1, 7)),
     ]
     if len(ranked) > COST_ROWS:
         parts.append(
-            folded(f"The other {len(ranked) - COST_ROWS} operators", table(headers, ranked[COST_ROWS:], range(1, 5)))
+            folded(f"The other {len(ranked) - COST_ROWS} operators", table(headers, ranked[COST_ROWS:], range(1, 7)))
         )
     return parts
+
+
+def _cost_row(row: Mapping[str, Any], total: float) -> tuple[str, ...]:
+    return (
+        row["name"] + " (fixed input: once)" * row["constant"],
+        number(row["macs"] / 1e6),
+        f"{row['weight_bits']}/{row['activation_bits']}",
+        number(row["gbops"]),
+        f"{row['gbops'] / total:.1%}",
+        number(row["weight_mib"]),
+        number(row["state_mib"]),
+    )
 
 
 def _provenance(metrics: Mapping[str, Any]) -> Html:

@@ -48,6 +48,8 @@ class LitStudent(LightningModule):
         reference: Real images, as feature statistics (safetensors, npz), a parquet file or a folder of images; None:
             the teacher's own.
         guidance: Scale of the classifier-free guidance, 1: none; None: the teacher's in the zoo.
+        clip: CLIP model of the CLIP score, a name in the hub's cache or a folder; None:
+            ``openai/clip-vit-base-patch16`` where it is there. It needs prompts and ``modiff[clip]``.
         calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
 
     Raises:
@@ -65,6 +67,7 @@ class LitStudent(LightningModule):
         features: str | None = None,
         reference: str | None = None,
         guidance: float | None = None,
+        clip: str | None = None,
         calibration: CalibrationConfig | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +87,7 @@ class LitStudent(LightningModule):
         self.eta = eta
         self.features = features
         self.reference = reference
+        self.clip = clip
         self.guidance = teacher.entry.guidance if guidance is None else guidance
         self.calibration = calibration
         self.calibrated = calibration is None
@@ -140,7 +144,7 @@ class LitStudent(LightningModule):
         """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
         assert self.teacher is not None
         if self.ckpt is not None:
-            return load(self.ckpt, copy.deepcopy(self.teacher))
+            return load(self.ckpt, self.shared_copy())  # puts other tensors in place of the teacher's, which stay
         assert self.config is not None
         return quantize(self.shared_copy(), self.config)
 

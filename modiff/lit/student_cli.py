@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -32,6 +32,13 @@ class StudentCLI(ModiffCLI):
         parser.add_argument("--sample_count", type=int, default=24, help="Samples in samples.png.")
         parser.add_argument("--error_images", type=int, default=4, help="Samples for the error curves; 0: none.")
         parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of the timing; 0: none.")
+        if self.command == "quantize":
+            parser.add_argument(
+                "--remainder_dtype",
+                type=Literal["float32", "float16", "bfloat16"] | None,
+                default=None,
+                help="Of what is not quantized, in the file; None: as it is. Narrower ones lose bits.",
+            )
         parser.link_arguments("num_images", "data.num_images")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

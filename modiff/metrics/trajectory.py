@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from modiff.errors import CheckpointError, ConfigError
 
 SSIM_WINDOW = 11
+LPIPS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}  # by torchvision's names
 
 
 def psnr_db(student: Tensor, teacher: Tensor) -> Tensor:
@@ -89,30 +91,27 @@ class PerceptualDistance(nn.Module):
     """LPIPS (Zhang et al. 2018) of each pair of images, by torchmetrics; of the extra ``modiff[lpips]``.
 
     Args:
-        network: ``"alex"``, ``"vgg"`` or ``"squeeze"``: torchvision's weights, downloaded once.
+        network: ``"alex"``, ``"vgg"`` or ``"squeeze"``: torchvision's weights, from torch.hub's cache. Nothing is
+            downloaded.
 
     Raises:
-        ConfigError: torchvision is not installed, or the network is unknown.
-        CheckpointError: The weights are neither in torch.hub's cache nor can they be downloaded.
+        ConfigError: torchvision is not installed, does not fit this torch, or the network is unknown.
+        CheckpointError: The weights are not in the cache.
     """
 
     def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex") -> None:
         super().__init__()
+        if network not in LPIPS:
+            raise ConfigError(f"LPIPS network must be alex, vgg or squeeze; got {network!r}.")
+        weights = _cached_weights(network)
+        if not weights.is_file():
+            raise CheckpointError(
+                f"The weights of LPIPS network {network!r} are not in {weights.parent}. Run once, connected: "
+                f"python -c \"import torchvision; torchvision.models.{LPIPS[network]}(weights='DEFAULT')\"."
+            )
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        if network not in ("alex", "vgg", "squeeze"):
-            raise ConfigError(f"LPIPS network must be alex, vgg or squeeze; got {network!r}.")
-        try:
-            metric = LearnedPerceptualImagePatchSimilarity(network, normalize=True)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                "LPIPS needs torchvision, which is not installed. Run: pip install 'modiff[lpips]'."
-            ) from error
-        except OSError as error:
-            raise CheckpointError(
-                f"The weights of LPIPS network {network!r} could not be downloaded: {error}. "
-                f"Connect once, or put torchvision's file into {torch.hub.get_dir()}/checkpoints."
-            ) from error
+        metric = LearnedPerceptualImagePatchSimilarity(network, normalize=True)
         self.name = f"lpips-{network}"
         self.network = metric.net
 
@@ -130,6 +129,23 @@ class PerceptualDistance(nn.Module):
         images = [x.float().clamp(0, 1).expand(-1, 3, -1, -1) for x in (student, teacher)]
         with torch.no_grad():
             return self.network(*images, normalize=True).reshape(len(student))
+
+
+def _cached_weights(network: str) -> Path:
+    """Where torchvision keeps the weights of an LPIPS network.
+
+    Raises:
+        ConfigError: torchvision is not installed, or was built for another torch.
+    """
+    try:
+        from torchvision.models import get_model_weights
+    except (ImportError, OSError, RuntimeError) as error:  # one built for another torch raises RuntimeError
+        raise ConfigError(
+            f"LPIPS needs torchvision, which is not installed or does not fit this torch ({error}). "
+            "Run: pip install 'modiff[lpips]'."
+        ) from error
+    url: str = get_model_weights(LPIPS[network]).DEFAULT.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:

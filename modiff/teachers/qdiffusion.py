@@ -1,18 +1,25 @@
 """Quantized checkpoints of Q-Diffusion (``*_w4a8_ckpt.pth``): network and AdaRound weights.
 
 Written from the layout that the published code saves, and tested on synthetic files of that layout; it has not been
-tried on a published file.
+tried on a published file. :meth:`QDiffusionModel.student` installs the file's codes as they are, packed::
+
+    model = convert_qdiffusion(read_checkpoint("cifar_w4a8_ckpt.pth"), bits=4, sample_size=32)
+    student = model.student("w4a8-modiff")
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from modiff.errors import CheckpointError
+from modiff.config import QuantConfig, QuantSpec, Rule
+from modiff.conversion import convert, plan
+from modiff.errors import CheckpointError, ConfigError
+from modiff.layers.operators import find_adapter
+from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import QuantizedWeight
 from modiff.teachers.checkpoints import Source, State, require, strip
 from modiff.teachers.convert_ddpm import convert_ddpm, ddpm_sources
@@ -29,13 +36,68 @@ class QDiffusionModel:
     Args:
         denoiser: The network with its full-precision weights, in evaluation mode.
         weights: By the name of each Linear and Conv in ``denoiser``: codes, scales and zero points. A split shortcut
-            has one scale per output channel and half, so its scale is as wide as its weight.
+            has one scale per output channel and half, so its scale is as wide as its input.
         bits: Of the weights.
+        splits: By the name of each split shortcut, the number of input channels of its first half.
     """
 
     denoiser: UNet2DModel
     weights: dict[str, QuantizedWeight]
     bits: int
+    splits: dict[str, int]
+
+    def spec(self, name: str) -> QuantSpec:
+        """The quantizer of an operator's weight: asymmetric, per output channel.
+
+        That of a split shortcut has groups as wide as the first half, the last of which may be short: the first group
+        is the first half, and all others share the scale of the second one.
+        """
+        split = self.splits.get(name)
+        return QuantSpec(self.bits, "group" if split else "channel", symmetric=False, group_size=split)
+
+    def packed(self) -> dict[str, PackedWeight]:
+        """The codes of every operator as a student holds them, 2 to 8 bits each."""
+        return {name: PackedWeight.pack(weight, self.spec(name)) for name, weight in self.weights.items()}
+
+    def student(self, config: QuantConfig | str, keep_teacher: bool = True) -> nn.Module:
+        """Make the denoiser a student that multiplies the file's own codes, in place; returns it.
+
+        Activations and modulation are the config's. Its weight specs only say which operators have quantized weights;
+        scales, zero points and codes are the file's, nothing is rounded again.
+
+        Args:
+            config: What else to quantize, or a preset's name. Its weights, and those of its rules, have the file's
+                bits; a rule with ``weight: null`` or ``skip`` keeps an operator's full-precision weight.
+            keep_teacher: As for :func:`modiff.quantize`.
+
+        Raises:
+            ConfigError: The config asks for weights in full precision altogether or of other bits, or
+                :func:`modiff.quantize` would refuse it.
+        """
+        config = QuantConfig.preset(config) if isinstance(config, str) else config
+        config = self._with_own_weights(config)
+        weighted = {row.name for row in plan(self.denoiser, config) if row.skipped is None and row.weight is not None}
+        packed = {name: weight for name, weight in self.packed().items() if name in weighted}
+        return convert(self.denoiser, config, keep_teacher, packed)
+
+    def _with_own_weights(self, config: QuantConfig) -> QuantConfig:
+        """The config with the file's quantizers as its weight specs, a rule for each split shortcut included."""
+        for where, given in (("config", config.weight), *((f"rule {r.pattern!r}", r.weight) for r in config.rules)):
+            if (given is None and where == "config") or (isinstance(given, QuantSpec) and given.bits != self.bits):
+                said = "leaves weights in full precision" if given is None else f"asks for weights of {given.bits} bits"
+                raise ConfigError(
+                    f"The {where} {said}, but the file holds weights of {self.bits} bits. Give weights of "
+                    f"{self.bits} bits, such as preset 'w{self.bits}a8-modiff'."
+                )
+        own = self.spec("")
+        rules = [replace(r, weight=own) if isinstance(r.weight, QuantSpec) else r for r in config.rules]
+        for name in self.splits:
+            adapter = find_adapter(self.denoiser.get_submodule(name))
+            assert adapter is not None
+            matched = next((r for r in reversed(rules) if r.matches(name, adapter.kind)), Rule(name))
+            if not matched.skip and matched.weight is not None:
+                rules.append(replace(matched, pattern=name, type="any", weight=self.spec(name)))
+        return replace(config, weight=own, rules=tuple(rules))
 
     def simulate(self) -> UNet2DModel:
         """Write the quantized values into the denoiser's parameters, in place; returns the denoiser."""
@@ -83,11 +145,14 @@ def convert_qdiffusion(
     else:
         denoiser = convert_ddpm(plain, sample_size)
         sources = ddpm_sources(denoiser)
-    weights, used = {}, set()
+    weights: dict[str, QuantizedWeight] = {}
+    used: set[str] = set()
+    splits: dict[str, int] = {}
     for name, module in denoiser.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             source = sources[f"{name}.weight"]
-            weights[name] = _weight(state, source, module.weight.ndim, bits)
+            weights[name], split = _weight(state, source, module.weight.ndim, bits)
+            splits |= {name: split} if split else {}
             used.add(source.key.removesuffix(".weight"))
     quantizers = {key for key in state if "weight_quantizer" in key}
     left = sorted(key for key in quantizers if key.partition(".weight_quantizer")[0] not in used)
@@ -96,11 +161,11 @@ def convert_qdiffusion(
             f"{len(left)} weight quantizers belong to no operator, the first {', '.join(map(repr, left[:10]))}. Give "
             "the checkpoint of a DDPM or an unconditional CompVis UNet."
         )
-    return QDiffusionModel(denoiser, weights, bits)
+    return QDiffusionModel(denoiser, weights, bits, splits)
 
 
-def _weight(state: State, source: Source, ndim: int, bits: int) -> QuantizedWeight:
-    """Codes of one operator, its split halves joined, in the shape that the operator has in diffusers."""
+def _weight(state: State, source: Source, ndim: int, bits: int) -> tuple[QuantizedWeight, int | None]:
+    """Codes of one operator, its split halves joined, in the shape it has in diffusers; and where it is split."""
     operator = source.key.removesuffix(".weight")
     weight = state[source.key].float()
     first = state.get(f"{operator}.{QUANTIZERS[0]}.alpha")
@@ -117,11 +182,11 @@ def _weight(state: State, source: Source, ndim: int, bits: int) -> QuantizedWeig
     # Each half keeps its own scale: its columns hold it.
     joined = [torch.cat(tensors, dim=1) if len(done) > 1 else tensors[0] for tensors in zip(*done, strict=True)]
     codes, scale, zero_point = (source.take(tensor, ndim) for tensor in joined)
-    return QuantizedWeight(codes, scale, zero_point, num_scales=len(codes) * len(done))
+    return QuantizedWeight(codes, scale, zero_point, len(codes) * len(done)), split if len(done) > 1 else None
 
 
 def _round(state: State, quantizer: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and zero point of one quantizer; scale and zero point as wide as the weight for a split half."""
+    """Codes, scale and zero point of one quantizer; scale and zero point as wide as the input for a split half."""
     missing = [key for key in (f"{quantizer}.delta", f"{quantizer}.zero_point") if key not in state]
     if missing:
         raise CheckpointError(
@@ -141,10 +206,11 @@ def _round(state: State, quantizer: str, weight: Tensor, bits: int) -> tuple[Ten
                 "each output channel). Give a checkpoint of Q-Diffusion's channel-wise weight quantizers."
             )
     top = 2**bits - 1
-    if not bool((delta > 0).all()) or not bool(((zero_point >= 0) & (zero_point <= top)).all()):
+    whole = (zero_point >= 0) & (zero_point <= top) & (zero_point == zero_point.round())
+    if not bool((delta > 0).all()) or not bool(whole.all()):
         raise CheckpointError(
             f"{quantizer} has scales from {delta.min():g} and zero points from {zero_point.min():g} to "
-            f"{zero_point.max():g}; {bits} bits allow positive scales and zero points 0 to {top}. "
+            f"{zero_point.max():g}; {bits} bits allow positive scales and whole zero points 0 to {top}. "
             "Set bits to those of the file."
         )
     ratio = weight / delta
@@ -153,4 +219,5 @@ def _round(state: State, quantizer: str, weight: Tensor, bits: int) -> tuple[Ten
     codes = (rounded + zero_point).clamp_(0, top)
     if quantizer.endswith(QUANTIZERS[0]) and quantizer[: -len(QUANTIZERS[0])] + f"{QUANTIZERS[1]}.delta" not in state:
         return codes, delta, zero_point
-    return codes, delta.expand_as(codes).contiguous(), zero_point.expand_as(codes).contiguous()
+    wide = (len(codes), codes.shape[1], *delta.shape[2:])
+    return codes, delta.expand(wide).contiguous(), zero_point.expand(wide).contiguous()

@@ -185,8 +185,10 @@ def test_costs_are_those_of_modiff_cost(student) -> None:
     assert module.results["cost"] == {
         "gbops_per_evaluation": expected.gbops_per_evaluation,
         "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation,
+        "other_gbops_per_evaluation": expected.other_bops / 1e9,
         "weight_mib": expected.weight_mib,
         "teacher_weight_mib": teacher.weight_mib,
+        "other_weight_mib": expected.other_weight_bytes / 2**20,
         "state_mib_per_image": expected.state_mib_per_image,
     }
     assert expected.gbops_per_evaluation < teacher.gbops_per_evaluation
@@ -195,3 +197,7 @@ def test_costs_are_those_of_modiff_cost(student) -> None:
     assert timing["time_ratio"] == seconds["student"] / seconds["teacher"]
     assert [row["name"] for row in module.results["cost_rows"]] == [row.name for row in expected.operators]
     assert sum(row["state_mib"] for row in module.results["cost_rows"]) == pytest.approx(expected.state_mib_per_image)
+    held, costs = module.results["cost_rows"], module.results["cost"]
+    assert sum(row["weight_mib"] for row in held) + costs["other_weight_mib"] == pytest.approx(expected.weight_mib)
+    total = sum(row["gbops"] for row in held) + costs["other_gbops_per_evaluation"]
+    assert total == pytest.approx(costs["gbops_per_evaluation"])

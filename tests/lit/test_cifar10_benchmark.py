@@ -132,10 +132,14 @@ def test_a_row_is_the_same_again_from_its_command(benchmark, modiff, tiny_teache
     assert {key: metrics["student"][key] for key in cifar10.METRICS} == {key: row[key] for key in cifar10.METRICS}
 
 
-def test_weights_only_is_the_full_precision_row_of_the_paper(benchmark) -> None:
-    row = benchmark("--match", "steps20/seed2/w4a32", "--limit", "1")["small/steps20/seed2/w4a32_ptq"]
+def test_weights_only_is_the_full_precision_row_of_the_paper_with_calibrated_weights_at_w4(benchmark, capsys) -> None:
+    rows = benchmark("--match", "steps20/seed2/w4a32", "--limit", "1")
+    row = rows["small/steps20/seed2/w4a32_ptq"]
     assert row["measured"]
     assert row["evaluations"] == {"total": 3, "quantized": 0}
+    assert "Calibrating by gptq" in capsys.readouterr().out
+    methods = {(row["weight_bits"], row["weight_method"]) for row in rows.values()}
+    assert methods == {(8, "nearest"), (4, "gptq")}
 
 
 def test_rows_of_another_teacher_or_precision_are_not_mixed(benchmark, tmp_path) -> None:

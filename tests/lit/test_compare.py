@@ -171,3 +171,11 @@ def test_interrupted_comparison_goes_on(compared, recipes, modiff, tmp_path, mon
     for name in ("plain", "modulated"):
         mine, whole = out / name / "samples.safetensors", compared[0] / name / "samples.safetensors"
         assert mine.read_bytes() == whole.read_bytes()
+
+
+def test_packed_student_is_compared(recipes, modiff, tmp_path) -> None:
+    assert modiff("quantize", "--config", recipes[1], "--output", tmp_path / "packed")[0] == 0
+    options = ("--ckpt", tmp_path / "packed", "--model.preset", "null", "--wandb", "disabled", "--num_images", "4")
+    status, _, err = modiff("compare", recipes[1], *options, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert list(json.loads((tmp_path / "out" / "compare.json").read_text())) == ["modulated"]

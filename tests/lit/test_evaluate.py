@@ -349,6 +349,35 @@ def test_packed_student_gives_the_same_images(finished, recipe, modiff, tmp_path
     assert (tmp_path / "out" / "samples.safetensors").read_bytes() == expected
 
 
+def test_packed_student_shares_what_is_not_quantized_and_leaves_the_teacher_alone(recipe, modiff, tmp_path) -> None:
+    from modiff.lit.student_cli import StudentCLI
+
+    assert modiff("quantize", "--config", recipe, "--output", tmp_path / "packed")[0] == 0
+    options = ("--config", str(recipe), "--model.preset", "null")
+    plain, loaded = (
+        StudentCLI("sample", [*options, *more]).model for more in ((), ("--ckpt", str(tmp_path / "packed")))
+    )
+    for module in (plain, loaded):
+        module.configure_model()
+    expected, found = plain.teacher.state_dict(), loaded.teacher.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert loaded.student.conv_norm_out.weight is loaded.teacher.conv_norm_out.weight
+    assert loaded.student.conv_in.module.weight is loaded.teacher.conv_in.weight
+
+
+def test_dtype_of_what_is_not_quantized_is_an_option(recipe, modiff, tmp_path) -> None:
+    for name, options in (("as_is", ()), ("half", ("--remainder_dtype", "float16"))):
+        status, _, err = modiff("quantize", "--config", recipe, *options, "--output", tmp_path / name)
+        assert status == 0, err
+    as_is, half = (load_file(tmp_path / name / "model.safetensors") for name in ("as_is", "half"))
+    assert (as_is["conv_in.bias"].dtype, half["conv_in.bias"].dtype) == (torch.float32, torch.float16)
+    assert torch.equal(as_is["conv_in.weight.codes"], half["conv_in.weight.codes"])
+    status, _, err = modiff("quantize", "--config", recipe, "--remainder_dtype", "int8", "--output", tmp_path / "no")
+    assert status == 1
+    assert "remainder_dtype" in err
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
 def test_missing_packed_student(recipe, modiff, tmp_path, command) -> None:
     options = ("--ckpt", "nowhere", "--model.preset", "null")

@@ -33,7 +33,7 @@ def make_rows(*psnr, distance=2.0):
 
 
 def make_cost(count, gbops=1.0):
-    row = {"weight_bits": 8, "activation_bits": 4, "state_mib": 0.1, "macs": 1.0}
+    row = {"weight_bits": 8, "activation_bits": 4, "state_mib": 0.1, "weight_mib": 0.2, "macs": 1.0}
     return [{"name": f"op{i}", "gbops": gbops / (i + 1), **row} for i in range(count)]
 
 
@@ -123,6 +123,18 @@ def test_cost_plot_sums_what_it_does_not_name(tmp_path):
     assert drawn[1].shape == drawn[2].shape
     assert not np.array_equal(drawn[1], drawn[2])  # the sum of the others has changed
     assert not np.array_equal(drawn[0], drawn[3])
+
+
+def test_cost_plot_draws_weights_and_state(tmp_path):
+    drawn = []
+    for key in (None, "weight_mib", "state_mib"):
+        rows = make_cost(5)
+        if key is not None:
+            rows[2][key] *= 3
+        cost_plot(rows, tmp_path / "p.png")
+        drawn.append(pixels(tmp_path / "p.png"))
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
 
 
 def test_labelled_rows_put_each_grid_right_of_its_label():

@@ -22,6 +22,8 @@ METRICS = {
     "features": {"network": "digits-net", "num_features": 32, "num_images": 128},
     "cost": {
         "gbops_per_evaluation": 1.6,
+        "other_gbops_per_evaluation": 0.4,
+        "other_weight_mib": 0.007,
         "teacher_gbops_per_evaluation": 38.4,
         "weight_mib": 1.634,
         "teacher_weight_mib": 6.412,
@@ -42,7 +44,16 @@ ERRORS = {
     "sample_error": [0.0, 0.011, 0.0123],
 }
 COST = [
-    {"name": f"op{i}", "macs": 1e6 * i, "weight_bits": 8, "activation_bits": 4, "gbops": 0.01 * i, "state_mib": 0.1}
+    {
+        "name": f"op{i}",
+        "macs": 1e6 * i,
+        "weight_bits": 8,
+        "activation_bits": 4,
+        "gbops": 0.01 * i,
+        "state_mib": 0.1,
+        "constant": i == 12,
+        "weight_mib": 0.02 * i,
+    }
     for i in range(14)
 ]
 
@@ -128,6 +139,7 @@ def test_report_shows_the_given_numbers_and_texts(folder):
         *("w8a4_modiff", "40.71 dB", "0.8531", "49 / 50", "1/24.0 of", "0.01234", "3.217", "2.941", "1.634", "6.412"),
         *("2.345", "38.40", "6.60 ms (1.61 x)", "activation:\n  bits: 4", "mid.conv  W8A4", "git_commit", "abc123"),
         *("not recorded", "op13", "13.00", "8/4", "The other 4 operators"),
+        *("op12 (fixed input: once)", "8.1%", "0.2600", "outside: attention, norms, embeddings", "25.0%"),
     ):
         assert expected in seen.texts
     assert "seed 7" in seen.text

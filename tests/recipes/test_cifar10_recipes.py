@@ -29,7 +29,7 @@ def built() -> dict[str, LitStudent]:
     cli = StudentCLI("evaluate", ["--config", str(COMPARISONS[0])])
     modules = {}
     for path in COMPARISONS:
-        cli.parser.set_defaults({"model.config": None})  # else the last preset's
+        cli.parser.set_defaults({"model.config": None, "model.calibration": None})  # else the last one's
         with warnings.catch_warnings():  # the CLI silences it itself when it is made
             warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
             cli.parse_arguments(cli.parser, ["--config", str(path)])
@@ -60,6 +60,8 @@ def test_a_comparison_recipe_builds_what_its_name_says(path: Path, built) -> Non
     }
     assert (config.modulation, config.activation.granularity) == expected[arm]
     assert (module.scheduler_name, module.steps) == ("ddim_quadratic", 100)
+    method = None if module.calibration is None else module.calibration.method
+    assert method == {8: None, 4: "gptq"}[config.weight.bits]
 
 
 def test_arms_of_the_same_bits_differ_in_the_arm_only(built) -> None:
@@ -68,6 +70,9 @@ def test_arms_of_the_same_bits_differ_in_the_arm_only(built) -> None:
         if name.endswith("_modiff"):
             ablation = configs[f"{name}_no_compensation"]
             assert (ablation.weight, ablation.activation) == (config.weight, config.activation)
+            assert built[f"{name}_no_compensation"].calibration == built[name].calibration
+            plain = built[name.replace("_modiff", "_ptq")]
+            assert (plain.config.weight, plain.calibration) == (config.weight, built[name].calibration)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("teacher_small", 5.6), ("teacher", 35.7)])

@@ -121,6 +121,66 @@ def test_state_is_what_is_allocated(modulation):
     assert predicted == (4 * a_hat + (2 if "state_dtype" in modulation else 4) * o_hat) / 2**20
 
 
+def test_rows_and_the_rest_sum_to_the_totals_and_to_the_file(tmp_path):
+    """The file: 8 bytes, a header of which they say the length, and the tensors."""
+    for name, preset in (("whole", "w8a4-modiff"), ("packed", "w3a6-modiff")):
+        model = modiff.quantize(tiny_unet(), config(preset))
+        cost = modiff.cost(model, torch.randn(2, 1, 8, 8), torch.tensor(10))
+        stored = sum(row.weight_bytes for row in cost.operators) + cost.other_weight_bytes
+        assert stored == pytest.approx(cost.weight_mib * 2**20)
+        assert sum(row.bops for row in cost.operators) + cost.other_bops == pytest.approx(
+            1e9 * cost.gbops_per_evaluation
+        )
+        assert sum(row.state_bytes for row in cost.operators) == pytest.approx(cost.state_mib_per_image * 2**20)
+        file = (modiff.save(model, tmp_path / name) / "model.safetensors").read_bytes()
+        assert not list(model.buffers())  # which the file would hold and the cost does not count
+        assert len(file) == 8 + int.from_bytes(file[:8], "little") + stored
+
+
+def test_weights_of_an_operator_by_hand():
+    rows = {row.name: row.weight_bytes for row in modiff.cost(student("w4a4-modiff"), *ARGS).operators}
+    codes = {name: count / 2 for name, count in WEIGHTS.items()}
+    scales_and_bias = {"conv_in": 4 * 8 + 4 * 8, "time": 4 * 8 + 4 * 8, "conv_out": 4 * 3}
+    assert rows == {name: codes[name] + scales_and_bias[name] for name in WEIGHTS}
+    assert modiff.cost(student("w4a4-modiff"), *ARGS).other_weight_bytes == 4 * 16  # the norm
+
+
+def test_state_agrees_with_the_buffers_of_a_trajectory():
+    model = modiff.quantize(tiny_unet(), config("w8a6-modiff"))
+    cost = modiff.cost(model, torch.randn(1, 1, 8, 8), torch.tensor(10))
+    with modiff.trajectory(model) as run:
+        for t in (10, 9):
+            model(torch.randn(3, 1, 8, 8), torch.tensor(t))
+        caches = [cache for sites in run.caches.values() for cache in sites]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for c in caches for t in (c.a_hat, c.o_hat)}
+        measured = sum(storage.nbytes() for storage in storages.values())
+        # The time embedding has one row, whatever the batch.
+        shared = sum(
+            storages[t.untyped_storage().data_ptr()].nbytes()
+            for c in caches
+            for t in (c.a_hat, c.o_hat)
+            if t.shape[0] == 1
+        )
+    assert measured - shared == pytest.approx(3 * (cost.state_mib_per_image * 2**20 - shared))
+
+
+def test_attention_counts_at_the_precision_it_runs_in():
+    """Products of two activations: 32 bits, 16 under autocast (as the whole full-precision teacher then), 64."""
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor(10)
+    macs = modiff.cost(tiny_unet(), x, t).other_macs
+    for bits in (32, 16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bits == 16):
+            teacher = modiff.cost(tiny_unet(), x, t)
+            student = modiff.cost(modiff.quantize(tiny_unet(), config("w8a4-ptq")), x, t)
+        for found in (teacher, student):
+            assert (found.other_macs, found.other_bops) == (macs, macs * bits * bits)
+        convolutions = [row for row in teacher.operators if row.name.startswith("conv")]
+        assert {(row.weight_bits, row.activation_bits) for row in convolutions} == {(bits, bits)}
+        assert {(row.weight_bits, row.activation_bits) for row in student.operators} == {(8, 4)}
+    double = modiff.cost(tiny_unet().double(), x.double(), t)
+    assert double.other_bops == macs * 64 * 64
+
+
 def attention_macs(batch=1, heads=2, tokens=16, width=8):
     return batch * heads * 2 * tokens * tokens * width
 

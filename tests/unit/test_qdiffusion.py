@@ -10,7 +10,8 @@ from originals import DDPM, LatentUNet, randomize
 from torch import nn
 
 import modiff
-from modiff.errors import CheckpointError
+from modiff import QuantConfig, QuantSpec, Rule
+from modiff.errors import CheckpointError, ConfigError
 from modiff.teachers.checkpoints import read_checkpoint
 from modiff.teachers.qdiffusion import convert_qdiffusion
 
@@ -118,12 +119,112 @@ def test_runs_as_a_student(ddpm):
     assert run.quantized == 1
 
 
+def unchanged_activations(bits: int = BITS, **more) -> QuantConfig:
+    return QuantConfig(weight=QuantSpec(bits, "channel"), **more)
+
+
+def run(student: nn.Module, times: int = 1) -> torch.Tensor:
+    with modiff.trajectory(student):
+        return [student(X, T).sample for _ in range(times)][-1]
+
+
+class TestStudent:
+    """The file's codes as operators: nothing is rounded a second time."""
+
+    def test_multiplies_the_codes_of_the_file(self, ddpm):
+        state, expected = ddpm
+        model = convert_qdiffusion(state, BITS, sample_size=8)
+        full = model.denoiser(X, T).sample
+        student = model.student(unchanged_activations())
+        assert student is model.denoiser
+        assert list(model.packed()) == list(model.weights)
+        for name, weight in model.weights.items():
+            packed = student.get_submodule(name).packed
+            held = packed.unpack()
+            assert torch.equal(held.codes, weight.codes)
+            assert torch.equal(held.dequantize(), weight.dequantize())
+            assert packed.codes.numel() == -(-weight.codes.numel() * BITS // 8)
+        torch.testing.assert_close(run(student), expected(X, T), rtol=1e-5, atol=1e-5)
+        assert torch.equal(modiff.restore(student)(X, T).sample, full)
+
+    @pytest.mark.parametrize("name", ["up_blocks.1.resnets.1.conv_shortcut", "up_blocks.0.resnets.0.conv_shortcut"])
+    def test_a_split_shortcut_has_two_scales_for_each_output(self, ddpm, name):
+        model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
+        split = model.splits[name]
+        assert model.spec(name) == QuantSpec(BITS, "group", symmetric=False, group_size=split)
+        assert model.spec("conv_in") == QuantSpec(BITS, "channel", symmetric=False)
+        packed = model.packed()[name]
+        assert packed.scale.shape[1] == -(-packed.shape[1] // split) >= 2
+        assert torch.equal(packed.scale[:, 0], model.weights[name].scale[:, 0])
+        for group in range(1, packed.scale.shape[1]):
+            assert torch.equal(packed.scale[:, group], model.weights[name].scale[:, -1])
+        assert not torch.equal(packed.scale[:, 0], packed.scale[:, 1])
+        assert not torch.equal(packed.zero_point[:, 0], packed.zero_point[:, 1])
+
+    @pytest.mark.parametrize("at", [32, 48, 80])
+    def test_halves_of_any_width(self, at):
+        """The second half shorter than the first, or longer: it then has several groups of one scale."""
+        network = randomize(DDPM(layers=1))
+        state, expected = checkpoint(network, {"up.1.block.0.nin_shortcut": at})
+        model = convert_qdiffusion(state, BITS, sample_size=8)
+        torch.testing.assert_close(run(model.student(unchanged_activations())), expected(X, T), rtol=1e-5, atol=1e-5)
+
+    def test_latent_layout(self):
+        network = randomize(LatentUNet(heads=2, layers=1, channels=3))
+        state, expected = checkpoint(network, {"output_blocks.0.0.skip_connection": 64})
+        student = convert_qdiffusion(state, BITS, sample_size=8, num_heads=2).student("w4a32-ptq")
+        torch.testing.assert_close(run(student), expected(X, T), rtol=1e-5, atol=1e-5)
+
+    def test_is_modulated_saved_and_loaded(self, ddpm, tmp_path):
+        model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
+        student = model.student("w4a8-modiff", keep_teacher=False)
+        images = run(student, 3)
+        rows = {row.name: row for row in modiff.describe(student)}
+        assert rows["up_blocks.1.resnets.1.conv_shortcut"].weight.group_size == 32
+        assert {row.activation.bits for row in rows.values()} == {8}
+        modiff.save(student, tmp_path / "packed")
+        other = convert_qdiffusion(ddpm[0], BITS, sample_size=8).denoiser
+        assert torch.equal(run(modiff.load(tmp_path / "packed", other), 3), images)
+
+    def test_rules_of_the_config_hold_for_split_shortcuts_too(self, ddpm):
+        model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
+        eight = QuantSpec(8, "sample")
+        rules = (
+            Rule("up_blocks.*", activation=eight, weight=QuantSpec(BITS, "channel")),
+            Rule("up_blocks.1.resnets.1.conv_shortcut", weight=None),
+            Rule("conv_in", skip=True),
+        )
+        activation = QuantSpec(6, "sample")
+        student = model.student(unchanged_activations(activation=activation, rules=rules))
+        rows = {row.name: row for row in modiff.describe(student)}
+        split = rows["up_blocks.0.resnets.0.conv_shortcut"]
+        assert (split.activation, split.weight.group_size) == (eight, 64)
+        assert rows["up_blocks.1.resnets.1.conv_shortcut"].weight is None
+        assert rows["conv_in"].skipped
+        assert rows["mid_block.resnets.0.conv1"].activation == activation
+
+    def test_other_bits_are_refused(self, ddpm):
+        model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
+        with pytest.raises(ConfigError, match="asks for weights of 8 bits, but the file holds weights of 4 bits. Give"):
+            model.student("w8a8-modiff")
+        with pytest.raises(ConfigError, match="The config leaves weights in full precision, but the file holds"):
+            model.student("w32a8-modiff")
+        with pytest.raises(ConfigError, match="The rule 'conv_in' asks for weights of 8 bits"):
+            model.student(unchanged_activations(rules=(Rule("conv_in", weight=QuantSpec(8, "channel")),)))
+        assert isinstance(model.denoiser.conv_in, nn.Conv2d)
+
+
 class TestRefuses:
     def test_other_bits(self, ddpm):
-        with pytest.raises(CheckpointError, match="3 bits allow positive scales and zero points 0 to 7. Set bits to"):
+        with pytest.raises(CheckpointError, match="3 bits allow positive scales and whole zero points 0 to 7. Set"):
             convert_qdiffusion(ddpm[0], 3, sample_size=8)
         with pytest.raises(CheckpointError, match="bits is 32; allowed is 2 to 8"):
             convert_qdiffusion(ddpm[0], 32, sample_size=8)
+
+    def test_broken_zero_point(self, ddpm):
+        state = {**ddpm[0], "model.conv_in.weight_quantizer.zero_point": torch.full((32, 1, 1, 1), 2.5)}
+        with pytest.raises(CheckpointError, match="conv_in.weight_quantizer has .* positive scales and whole zero"):
+            convert_qdiffusion(state, BITS, sample_size=8)
 
     def test_operator_without_quantizer(self, ddpm):
         state = dict(ddpm[0])

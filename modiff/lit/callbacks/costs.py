@@ -36,13 +36,16 @@ class Cost(Callback):
         assert module.student is not None
         index, rows = torch.arange(1), module.rows_per_image  # costs are per row; guidance evaluates two for an image
         args, kwargs = module.inputs(module.noise(index), index)
-        student = cost(module.student, *args, evaluations=module.results["evaluations"]["total"], **kwargs)
-        teacher = cost(module.teacher, *args, **kwargs)
+        with trainer.precision_plugin.forward_context():  # as the images were drawn
+            student = cost(module.student, *args, evaluations=module.results["evaluations"]["total"], **kwargs)
+            teacher = cost(module.teacher, *args, **kwargs)
         module.results["cost"] = {
             "gbops_per_evaluation": student.gbops_per_evaluation * rows,
             "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation * rows,
+            "other_gbops_per_evaluation": student.other_bops * rows / 1e9,
             "weight_mib": student.weight_mib,
             "teacher_weight_mib": teacher.weight_mib,
+            "other_weight_mib": student.other_weight_bytes / 2**20,
             "state_mib_per_image": student.state_mib_per_image * rows,
         }
         module.results["cost_rows"] = [
@@ -52,6 +55,8 @@ class Cost(Callback):
                 "weight_bits": row.weight_bits,
                 "activation_bits": row.activation_bits,
                 "gbops": row.bops * rows / 1e9,
+                "constant": row.constant,
+                "weight_mib": row.weight_bytes / 2**20,
                 "state_mib": row.state_bytes * rows / 2**20,
             }
             for row in student.operators

@@ -1,4 +1,4 @@
-"""How close the student's images are: to the teacher's from the same noise, and to real ones."""
+"""How close the student's images are: to the teacher's from the same noise, to real ones, and to their prompts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchmetrics import SumMetric
 
 from modiff.errors import ConfigError
 from modiff.lit.reference import ReferenceImages, is_statistics, network_identity
+from modiff.lit.similarity import Similarity
 from modiff.lit.student import LitStudent, to_unit_range
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
@@ -23,7 +24,7 @@ NO_FEATURES = "the teacher has no feature network; give model.features"
 
 
 class Fidelity(Callback):
-    """Fréchet distances, PSNR and relative L2 error, over all ranks.
+    """Fréchet distances, PSNR, SSIM, LPIPS, CLIP scores and relative L2 error, over all ranks.
 
     The network and the statistics are read at once, so that a wrong path is refused before anything is written.
 
@@ -33,9 +34,11 @@ class Fidelity(Callback):
         reference: Its statistics of real images (safetensors, npz), or the images themselves (parquet, folder), which
             are measured once; None: no distance to real images.
         image_shape: ``(C, H, W)`` of the images, on which the network is tried.
+        prompted: Whether the teacher draws from prompts.
+        clip: CLIP model, as for :class:`modiff.lit.similarity.Similarity`.
 
     Raises:
-        ConfigError: ``reference`` without ``features``, or of another network.
+        ConfigError: ``reference`` without ``features``, or of another network; ``clip`` without its extra or prompts.
         CheckpointError: A file is missing or damaged.
     """
 
@@ -44,6 +47,8 @@ class Fidelity(Callback):
         features: str | Path | None,
         reference: str | Path | None = None,
         image_shape: tuple[int, int, int] = (3, 32, 32),
+        prompted: bool = False,
+        clip: str | None = None,
     ) -> None:
         if features is None and reference is not None:
             raise ConfigError("model.reference is given, but no feature network. Give model.features as well.")
@@ -59,6 +64,7 @@ class Fidelity(Callback):
             network = load_feature_network(features)
             num_features = count_features(network, torch.zeros(2, *image_shape))
             self.images = ImageFidelity(network, statistics, num_features)
+        self.similarity = Similarity(image_shape, prompted, clip)
         # Float64, so that the order of batches and ranks does not show.
         self.sums = {name: SumMetric().set_dtype(torch.float64) for name in ("psnr_db", "different", "l2", "images")}
 
@@ -67,13 +73,16 @@ class Fidelity(Callback):
         """With the files of ``model.features`` and ``model.reference``, else the teacher's own."""
         entry = module.spec.entry
         reference = module.reference or (None if module.features else entry.statistics)
-        return cls(module.features or entry.features, reference, module.image_shape)
+        assert module.loaded is not None
+        prompted = module.loaded.family.condition == "text"
+        return cls(module.features or entry.features, reference, module.image_shape, prompted, module.clip)
 
     def setup(self, trainer: Trainer, pl_module: LitStudent, stage: str) -> None:
         """Move to the device; measure real images there, on rank 0 first, which fills the cache for the others."""
         for metric in (self.images, *self.sums.values()):
             if metric is not None:
                 metric.to(pl_module.device)
+        self.similarity.to(pl_module.device)
         if self.real is None or self.images is None:
             return
         for turn in (trainer.is_global_zero, not trainer.is_global_zero):
@@ -97,10 +106,11 @@ class Fidelity(Callback):
         some = bool(different.any())
         self.sums["different"].update(different.sum())
         self.sums["psnr_db"].update(psnr_db(student[different], teacher[different]).double().sum() if some else 0.0)
+        index = outputs["index"][valid]
+        self.similarity.update(student, teacher, pl_module.conditions(index.tolist()))
         if not len(teacher):
             return
         if self.images is not None:
-            index = outputs["index"][valid]
             self.images.update(teacher, "teacher", index)
             self.images.update(student, "student", index)
 
@@ -113,9 +123,11 @@ class Fidelity(Callback):
             "psnr_db": sums["psnr_db"] / sums["different"] if sums["different"] else None,
             "relative_l2": sums["l2"] / sums["images"],
         }
-        pl_module.results["fidelity"] = {
+        found = {
             "teacher": results.get("teacher", {"fid": None}),
             "student": student,
             "features": results.get("features", {"network": None, "num_features": None, "num_images": None}),
             "reasons": results.get("reasons", dict.fromkeys(DISTANCES, NO_FEATURES)),
         }
+        more = self.similarity.compute()
+        pl_module.results["fidelity"] = {part: {**values, **more[part]} for part, values in found.items()}
