@@ -148,10 +148,7 @@ def _add_packed(quantized: Mapping[str, QuantizedOperator], tensors: dict[str, T
         if packed is None:
             continue
         found[name] = {"dtype": dtype_name(operator.module.weight.dtype), "layout": _layout(operator.layout)}
-        tensors[f"{name}.weight.codes"] = packed.codes.cpu()
-        tensors[f"{name}.weight.scale"] = packed.scale.cpu()
-        if packed.zero_point is not None:
-            tensors[f"{name}.weight.zero_point"] = packed.zero_point.cpu()
+        tensors.update(packed.tensors(f"{name}.weight"))
     return found
 
 
@@ -271,10 +268,9 @@ def _packed_weights(
             continue
         assert row.weight is not None
         weight: Tensor = model.get_submodule(row.name).weight  # type: ignore[assignment]
-        codes, scale = tensors.pop(f"{row.name}.weight.codes"), tensors.pop(f"{row.name}.weight.scale")
-        zero_point = tensors.pop(f"{row.name}.weight.zero_point", None)
         device = torch.device("cpu") if weight.is_meta else weight.device
-        weights[row.name] = PackedWeight(codes, scale, zero_point, weight.shape, row.weight).to(device)
+        packed = PackedWeight.from_tensors(tensors, f"{row.name}.weight", weight.shape, row.weight)
+        weights[row.name] = packed.to(device)
     return weights
 
 

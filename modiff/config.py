@@ -105,8 +105,11 @@ class Modulation:
         warmup: First evaluation: ``full`` precision, or ``refine``: quantize a_T in ``warmup_rounds`` rounds.
         warmup_rounds: Rounds of ``refine``.
         refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
-        state_dtype: dtype in which an operator's output ô is kept (its input's reconstruction stays float32); None:
-            float32. ``bfloat16`` drifts and therefore needs ``refresh_every``.
+        state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
+            needs ``refresh_every``.
+        reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
+            ``int16`` keeps whole steps, of a power of two that the first evaluation decides; scales are then rounded
+            up to whole multiples of the step, so that â stays exact.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.
@@ -117,6 +120,7 @@ class Modulation:
     warmup_rounds: int = 3
     refresh_every: int | None = None
     state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    reconstruction_dtype: Literal["float32", "int16"] | None = None
 
     def __post_init__(self) -> None:
         _boolean("error_compensation", self.error_compensation)
@@ -126,6 +130,8 @@ class Modulation:
             _integer("refresh_every", self.refresh_every, low=2)
         if self.state_dtype is not None:
             _member("state_dtype", self.state_dtype, STATE_DTYPES)
+        if self.reconstruction_dtype is not None:
+            _member("reconstruction_dtype", self.reconstruction_dtype, ("float32", "int16"))
         if self.state_dtype == "bfloat16" and self.refresh_every is None:
             raise ConfigError(
                 "state_dtype 'bfloat16' lets ô drift away from A(â). Set refresh_every, or use 'float16' or 'float32'."
@@ -196,7 +202,9 @@ class QuantConfig:
         activation: Activation spec; None leaves activations in full precision.
         modulation: How differences are quantized; None: plain quantization of the inputs, the baseline.
         rules: Exceptions by module name; the last match wins, a pattern that matches nothing is an error.
-        backend: ``auto`` or ``simulate`` (floating point on quantized values, the definition).
+        backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
+            CPU, refused where an operator's could not be exact. ``auto``: integers where they are exact, else
+            ``simulate``; :func:`modiff.describe` says which, and why.
 
     Raises:
         ConfigError: A field is wrong.
@@ -206,7 +214,7 @@ class QuantConfig:
     activation: QuantSpec | None = None
     modulation: Modulation | None = None
     rules: tuple[Rule, ...] = field(default=())
-    backend: Literal["auto", "simulate"] = "auto"
+    backend: Literal["auto", "simulate", "onednn"] = "auto"
 
     def __post_init__(self) -> None:
         _side("weight", self.weight, QuantSpec)
@@ -216,7 +224,7 @@ class QuantConfig:
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
             raise ConfigError(f"rules is {self.rules!r}; give a list of Rule.")
-        _member("backend", self.backend, ("auto", "simulate"))
+        _member("backend", self.backend, ("auto", "simulate", "onednn"))
         if self.weight is not None:
             _weight_granularity(self.weight)
 

@@ -37,6 +37,7 @@ class Row:
         rule: Pattern of the rule that matched last, None where the config's own fields apply.
         skipped: Why it was left untouched; None where it was quantized.
         constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
+        backend: Its execution and, where that is not in integers, why.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row:
     rule: str | None = None
     skipped: str | None = None
     constant: bool = False
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Description:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [("operator", "type", "weight", "activation", "modulation", "rule", "skipped because")]
+        cells = [("operator", "type", "weight", "activation", "modulation", "backend", "rule", "skipped because")]
         cells += [
             (
                 row.name,
@@ -70,6 +72,7 @@ class Description:
                 "" if row.skipped else _spec_text(row.weight),
                 "" if row.skipped else _spec_text(row.activation),
                 "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
+                row.backend,
                 row.rule or "",
                 row.skipped or "",
             )
@@ -159,8 +162,9 @@ def convert(
     plans = _plan(model, config)
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
-    built = [(plan, _build(plan, state, weights)) for plan in plans if plan.row.skipped is None]
+    built = [(plan, _build(plan, state, weights, config.backend)) for plan in plans if plan.row.skipped is None]
     for plan, operator in built:
+        _require_backend(operator, config.backend)
         operator.use_range((ranges or {}).get(plan.row.name))
     record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
     for plan, operator in built:
@@ -170,7 +174,7 @@ def convert(
         if not keep_teacher:
             operator.drop_original()
     record.hooks = [
-        model.register_forward_pre_hook(state.begin_evaluation),
+        model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
         model.register_forward_hook(state.end_evaluation),
     ]
     for name in projections(model):
@@ -216,6 +220,9 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     _copy(copies)
     for hook in record.hooks:
         hook.remove()
+    regions = state_of(student).regions
+    if regions is not None:
+        regions.undo()
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
@@ -258,6 +265,7 @@ def _copy(copies: list[tuple[Slot, torch.Tensor]]) -> None:
 def describe(student: nn.Module) -> Description:
     """One row for each linear operator: name, type, bits, granularity, the rule that matched, or why it was skipped.
 
+    For each it names the execution on the device where it is now, in float32, and why it is not in integers.
     After a trajectory it also says which operators had a fixed input, and were computed once (``constant``).
 
     Raises:
@@ -266,7 +274,16 @@ def describe(student: nn.Module) -> Description:
     state = state_of(student)
     rows = getattr(student, RECORD).description.rows
     fixed = state.last.constant if state.last else frozenset()
-    return Description(tuple(replace(row, constant=True) if row.name in fixed else row for row in rows))
+    found = operators(student)
+    return Description(tuple(replace(row, constant=row.name in fixed, backend=_backend(found, row)) for row in rows))
+
+
+def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
+    operator = found.get(row.name)
+    if operator is None:
+        return ""
+    weight = operator.module.weight
+    return str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
 
 
 def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
@@ -356,14 +373,33 @@ def plan(model: nn.Module, config: QuantConfig) -> Description:
     return Description(tuple(plan.row for plan in _plan(model, config)))
 
 
-def _build(plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None) -> QuantizedOperator:
+def _build(
+    plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, backend: str
+) -> QuantizedOperator:
     row = plan.row
     assert plan.adapter is not None
     packed = None if weights is None or row.weight is None else weights[row.name]
-    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed)
+    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed, backend)
     if row.modulation is None:
         return QuantizedOperator(*args)
     return ModulatedOperator(*args, modulation=row.modulation)
+
+
+def _require_backend(operator: QuantizedOperator, backend: str) -> None:
+    """Refuse a backend that was asked for by name and cannot run an operator exactly.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if backend != "onednn":
+        return
+    weight = operator.module.weight
+    choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    if choice.backend != backend:
+        raise ConfigError(
+            f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
+            f"which simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."
+        )
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -6,7 +6,7 @@
 Published figures are those of arXiv 2506.22463 (FID, fewer is better). What the paper calls "channel-wise" dynamic
 quantization ("LCQ") takes its ranges over the batch dimension, that is, per image: granularity ``sample`` here; its
 "tensor-wise" ("LTQ") has one range for the whole batch: ``tensor``. Rows on Q-Diffusion's calibrated activations are
-left out, because this release has no calibration. The paper's weights are rounded by AdaRound, these to nearest.
+left out, because none was measured. The paper's weights are rounded by AdaRound, these to nearest.
 """
 
 from __future__ import annotations

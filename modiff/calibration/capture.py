@@ -301,7 +301,7 @@ def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor
     if isinstance(operator, ModulatedOperator):
         run = operator.state.trajectory
         assert run is not None
-        return run.caches[operator.name][call].a_hat if operator.modulation.error_compensation else x
+        return run.caches[operator.name][call].reconstruction() if operator.modulation.error_compensation else x
     from_float = x.to(torch.promote_types(x.dtype, torch.float32))
     return fake_quantize(from_float, operator.partition(x.ndim), operator.activation_spec)
 

@@ -27,6 +27,7 @@ from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import DATA_METHODS, METHODS, CalibrationSettings
 from modiff.calibration.structure import Structure, find_blocks
 from modiff.calibration.tracing import Trace, fingerprint
+from modiff.calibration.tuning import record_outputs, tune
 from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import convert, operators, plan
 from modiff.errors import CalibrationError, ConfigError
@@ -77,8 +78,9 @@ def calibrate(
             for every stage and must do the same each time. Needed by the methods that use data, and by calibrated
             ranges, which are for trajectories as long as these.
         method: ``nearest``; ``lp``: scales of least Lp error; ``gptq``; ``adaround``: layer by layer; ``brecq``: block
-            by block, single operators where there is no block. The last three keep the scales of ``nearest``: clipped
-            ranges, which lose less in the norm of a weight or an output, shrink outputs, and that adds up over steps.
+            by block, single operators where there is no block. The last three round on the scales of ``nearest``
+            (clipped ranges, which lose less in the norm of a weight or an output, shrink outputs, and that adds up over
+            steps), then tune scales and biases on the denoiser's output (:func:`.tuning.tune`).
         seed: Draws what is recorded, and batches.
         settings: Data, memory, steps.
         progress: Called with ``(stages done, stages in all, what the last one was)``.
@@ -163,7 +165,9 @@ class _Job:
         stages = plan_stages(
             self.loop.teacher, operators(self.student), list(self.grids), trace, self.method, self.settings
         )
-        total = len(stages) + (self.settings.range_passes if self.specs else 0)
+        tunes = bool(stages) and self.settings.tuning_iterations > 0
+        done = len(stages) + tunes
+        total = done + (self.settings.range_passes if self.specs else 0)
         ranges = RangeCalibration(self.loop, self.specs, trace, self.settings)
         once = self.reducer.once
         kept = None if folder is None else StageFolder(folder, {**key, "run": trace.digest})
@@ -182,8 +186,20 @@ class _Job:
                 operator.use(weights[name])
             if progress is not None:
                 progress(index + 1, total, stage.block or ", ".join(stage.operators))
+        if tunes:  # after the codes: it makes up for what they leave
+            specs = {name: _spec(operators(self.student)[name]) for name in weights}
+            tuned = None if kept is None else once(partial(kept.read, len(stages), specs))
+            if tuned is None:
+                tuned = self._tune(len(stages), weights, trace, folder)
+                if kept is not None:
+                    once(partial(kept.write, len(stages), tuned))
+            for name, packed in tuned.items():
+                weights[name] = packed.to(weights[name].codes.device)
+                operators(self.student)[name].use(weights[name])
+            if progress is not None:
+                progress(done, total, "scales and biases")
         passed: dict[str, CalibratedRange] = {}
-        for index in range(len(stages), total):  # after the weights: residuals depend on them
+        for index in range(done, total):  # after the weights: residuals depend on them
             found_ranges = None if kept is None else once(partial(kept.read_ranges, index, list(self.specs)))
             if found_ranges is None:
                 with _scratch(folder, self.reducer.rank) as scratch:
@@ -193,7 +209,7 @@ class _Job:
             passed = found_ranges
             ranges.use(passed)
             if progress is not None:
-                progress(index + 1, total, f"ranges, pass {index - len(stages) + 1}")
+                progress(index + 1, total, f"ranges, pass {index - done + 1}")
         return weights, passed
 
     def _generator(self, index: int) -> torch.Generator:
@@ -235,6 +251,22 @@ class _Job:
 
     def _packed(self, name: str, weight: QuantizedWeight) -> PackedWeight:
         return PackedWeight.pack(weight, self._spec(name)).to(torch.device("cpu"))
+
+    def _tune(
+        self, index: int, weights: Mapping[str, PackedWeight], trace: Trace, folder: Path | None
+    ) -> dict[str, PackedWeight]:
+        generator, settings, cpu = self._generator(index), self.settings, torch.device("cpu")
+        with (
+            _scratch(folder, self.reducer.rank) as scratch,
+            SampleStore(scratch, settings.memory, "the denoiser") as store,
+        ):
+            recorded = record_outputs(self.loop, trace, settings.evaluations, settings.samples, store, generator)
+
+            def tuned() -> dict[str, PackedWeight]:
+                found = tune(self.loop, weights, store, recorded, settings, generator)
+                return {name: packed.to(cpu) for name, packed in found.items()}
+
+            return self.reducer.once(tuned)
 
     def _weight(self, name: str) -> torch.Tensor:
         weight: torch.Tensor = operators(self.student)[name].module.weight

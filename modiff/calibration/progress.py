@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Size, Tensor
+from torch import Tensor
 
 from modiff.config import QuantSpec
 from modiff.errors import CalibrationError, CheckpointError
@@ -44,7 +44,8 @@ class StageFolder:
         manifest, tensors = read
         if set(manifest.get("shapes", {})) != set(specs):
             raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
-        return {name: _unpack(name, tensors, manifest["shapes"][name], spec) for name, spec in specs.items()}
+        shapes = manifest["shapes"]
+        return {name: PackedWeight.from_tensors(tensors, name, shapes[name], spec) for name, spec in specs.items()}
 
     def read_ranges(self, index: int, names: Collection[str]) -> dict[str, CalibratedRange] | None:
         """The calibrated ranges of a stage, on the CPU; None where it is not finished.
@@ -77,9 +78,7 @@ class StageFolder:
         """
         tensors = {}
         for name, packed in weights.items():
-            tensors[f"{name}.codes"], tensors[f"{name}.scale"] = packed.codes.cpu(), packed.scale.cpu()
-            if packed.zero_point is not None:
-                tensors[f"{name}.zero_point"] = packed.zero_point.cpu()
+            tensors.update(packed.tensors(name))
         shapes = {name: list(packed.shape) for name, packed in weights.items()}
         self._write(index, {"shapes": shapes}, tensors)
 
@@ -108,8 +107,3 @@ class StageFolder:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"stage-{index:04d}"
-
-
-def _unpack(name: str, tensors: Mapping[str, Tensor], shape: list[int], spec: QuantSpec) -> PackedWeight:
-    codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
-    return PackedWeight(codes, scale, tensors.get(f"{name}.zero_point"), Size(shape), spec)

@@ -34,6 +34,10 @@ class CalibrationSettings:
             is that of rounding to nearest: it means the same for every operator.
         warmup: Share of the steps before the penalty begins.
         beta: First and last β of the penalty, annealed by a cosine.
+        tuning_iterations: Gradient steps in which scales and biases of all operators are tuned on the denoiser's
+            output, after the codes are found; 0: not at all. It holds the activations of ``batch_size / 4`` samples of
+            the whole denoiser, and its quantized weights in float32.
+        tuning_rate: Of Adam in these steps: relative changes of scales; falls to 0 by a cosine.
         ranges: How calibrated ranges of activations are found: ``minmax``; ``moving_average``: mean over samples of
             each one's extremes; ``percentile``; ``lp``: of least Lp norm of the error of the values; ``lsq``: step
             sizes learned by gradients, from those of ``lp`` on, so that operators' outputs lose least.
@@ -63,6 +67,8 @@ class CalibrationSettings:
     regularization: float = 10.0
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
+    tuning_iterations: int = 200
+    tuning_rate: float = 0.003
     ranges: Literal["minmax", "moving_average", "percentile", "lp", "lsq"] = "minmax"
     range_evaluations: int | None = None
     range_passes: int = 2
@@ -80,6 +86,12 @@ class CalibrationSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; allowed are whole numbers of at least 1.")
+        if (
+            isinstance(self.tuning_iterations, bool)
+            or not isinstance(self.tuning_iterations, int)
+            or self.tuning_iterations < 0
+        ):
+            raise ConfigError(f"tuning_iterations is {self.tuning_iterations!r}; give a whole number, 0 for no tuning.")
         if self.bins % 2:
             raise ConfigError(f"bins is {self.bins}; give an even number, half of them for negative values.")
         for name in ("evaluations", "range_evaluations"):
@@ -92,6 +104,7 @@ class CalibrationSettings:
             ("percentile", 50, 100),
             ("lsq_learning_rate", 0, 1),
             ("damping", 0, 1),
+            ("tuning_rate", 0, 1),
             ("learning_rate", 0, 10),
             ("regularization", 0, 1e6),
             ("warmup", 0, 1),

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from modiff.config import QuantSpec
 from modiff.errors import CalibrationError, ConfigError, TrajectoryError
-from modiff.kernels.simulate import fake_quantize_, fake_quantize_fixed_
+from modiff.kernels.select import Choice, IntegerProduct, choose
+from modiff.kernels.stages import Limits, encode
+from modiff.layers import execution
+from modiff.layers.caches import Region
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.state import ModulationState
 from modiff.quantizers.calibrated import CalibratedRange
@@ -33,6 +36,7 @@ class QuantizedOperator(nn.Module):
         activation: Activation spec or None. ``clip`` holds in every call: without state there is no first evaluation.
         state: Shared by all operators of the student.
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
+        backend: ``simulate``, or ``auto``: integer products where they are exact.
 
     Raises:
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
@@ -47,6 +51,7 @@ class QuantizedOperator(nn.Module):
         activation: QuantSpec | None,
         state: ModulationState,
         packed: PackedWeight | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.module: Any = module
@@ -58,6 +63,11 @@ class QuantizedOperator(nn.Module):
         self.dropped = False
         self.packed = packed
         self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
+        self.backend = backend
+        self.integer: IntegerProduct | None = None
+        self.region = Region()
+        self._choices: dict[tuple[torch.device, torch.dtype], bool] = {}
+        self._limits: dict[tuple[Any, ...], Limits] = {}
         self._partitions: dict[int, Partition] = {}
         # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
         self._quantized_weight: Tensor | None = None
@@ -94,7 +104,7 @@ class QuantizedOperator(nn.Module):
 
     def use(self, packed: PackedWeight) -> None:
         """Put another quantized weight of the same spec and shape in place."""
-        self.packed, self._quantized_weight = packed, None
+        self.packed, self._quantized_weight, self.integer = packed, None, None
         self.quantized_weight()
 
     def use_range(self, found: CalibratedRange | None) -> None:
@@ -168,14 +178,36 @@ class QuantizedOperator(nn.Module):
         assert scale is not None
         return scale, zero_point
 
-    def quantize_(self, x: Tensor) -> Tensor:
-        """Replace ``x`` by ``Q(x)`` in place; returns a scalar that is NaN or Inf where it held either."""
+    def limits(self, like: Tensor, clip: float | None, fixed: bool) -> Limits:
+        """The quantizer's numbers as tensors, kept: see :class:`modiff.kernels.stages.Limits`."""
         assert self.activation_spec is not None
-        fixed = self.calibrated_scale(x)
-        if fixed is not None:
-            return fake_quantize_fixed_(x, *fixed, self.activation_spec)
-        low, high = fake_quantize_(x, self.partition(x.ndim), self.activation_spec)
-        return (high - low).sum()
+        key = (clip, fixed, like.dtype, like.device)
+        if key not in self._limits:
+            with torch.inference_mode(False):
+                self._limits[key] = Limits.of(self.activation_spec, like, clip, fixed)
+        return self._limits[key]
+
+    def choice(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+        """Which execution the operator gets for inputs on a device, and why."""
+        if self.backend == "simulate":
+            return Choice("simulate")
+        return choose(self.module, self.weight_spec, self.activation_spec, device, dtype)
+
+    def code_offset(self, a: Tensor) -> int | None:
+        """The unsigned code that stands for 0 where the product of ``a`` runs in integers; None where it does not."""
+        key = (a.device, a.dtype)
+        if key not in self._choices:
+            self._choices[key] = self.choice(*key).backend == "onednn"
+        self.region.shape, self.region.offset = a.shape, None
+        if not self._choices[key]:
+            return None
+        if self.integer is None:
+            assert self.packed is not None
+            assert self.activation_spec is not None
+            self.integer = IntegerProduct(self.module, self.packed, self.activation_spec)
+        self.integer.prepare()
+        self.region.offset = self.integer.offset
+        return self.region.offset
 
     def quantized_weight(self) -> Tensor:
         """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
@@ -221,9 +253,12 @@ class QuantizedOperator(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The original's bias."""
+        """The bias in the products: the original's, with the quantized weight's shift."""
         bias: Tensor | None = self.module.bias
-        return bias
+        shift = None if self.packed is None else self.packed.shift
+        if shift is None:
+            return bias
+        return shift if bias is None else bias + shift
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the original (``in_channels``, ``stride``, ...)."""
@@ -236,15 +271,44 @@ class QuantizedOperator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input (equations 4 and 5) and apply the operator."""
+        if torch.compiler.is_compiling():
+            return self.traced(x)
         self.check(x)
         out_dtype = output_dtype(x)
         a = compute_input(x)
         if self.activation_spec is None:
             self.state.note(self.name, a.sum(), quantized=None)
-        else:
-            a = a.clone() if a is x else a
-            self.state.note(self.name, self.quantize_(a), quantized=True)
-        return self.product(a, with_bias=True).to(out_dtype)
+            return self.product(a, with_bias=True).to(out_dtype)
+        offset = self.code_offset(a)
+        codes, scale, probe = execution.encode(self, a, None, offset, self.calibrated_scale(a))
+        self.state.note(self.name, probe, quantized=True)
+        if offset is None:
+            return self.product(codes, with_bias=True).to(out_dtype)
+        output = execution.multiply(self, codes, offset)
+        return self.add_bias(output.mul_(execution.output_scale(scale, output))).to(out_dtype)
+
+    def traced(self, x: Tensor) -> Tensor:
+        """The same while ``torch.compile`` traces: no bookkeeping, which :mod:`modiff.layers.regions` does outside."""
+        self.check(x)
+        a = compute_input(x)
+        if self.activation_spec is None:
+            return self.product(a, with_bias=True).to(output_dtype(x))
+        offset = self.region.offset
+        limits = self.limits(a, None, self.region.fixed is not None)
+        codes, scale, _ = encode(a, None, None, limits, self.partition(a.ndim), self.region.fixed, True, offset)
+        if offset is None:
+            return self.product(codes, with_bias=True).to(output_dtype(x))
+        output = execution.multiply(self, codes, offset)
+        return self.add_bias(output * execution.output_scale(scale, output)).to(output_dtype(x))
+
+    def add_bias(self, output: Tensor) -> Tensor:
+        """Add the bias in place, once (equation 9)."""
+        if self.bias is None:
+            return output
+        bias = self.bias.detach().to(output.dtype)
+        return output.add_(
+            bias if self.adapter.kind == "linear" else bias.view(-1, *[1] * len(self.module.kernel_size))
+        )
 
     def quantizer_input(self, x: Tensor) -> Tensor | None:
         """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing."""
@@ -253,7 +317,7 @@ class QuantizedOperator(nn.Module):
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
         weight = self.module.weight if self.packed is None else self.quantized_weight()
-        bias = self.module.bias if with_bias else None
+        bias = self.bias if with_bias else None
         if torch.is_grad_enabled():  # else as it is: PyTorch picks another product for weights that require a gradient
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
@@ -288,6 +352,7 @@ class QuantizedOperator(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)
         super()._apply(fn, recurse)
+        self.integer, self._choices, self._limits, self.region = None, {}, {}, Region()
         if self.calibrated is not None:
             self.calibrated = self.calibrated.to(fn(torch.empty(1, device=self.calibrated.scale.device)).device)
         if self.packed is not None:

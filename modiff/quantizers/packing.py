@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,8 @@ class PackedWeight:
         zero_point: uint8 in the shape of ``scale``; None when symmetric.
         shape: Shape of the weight, ``[out, in / groups, *kernel]``.
         spec: The quantizer.
+        shift: Added to the operator's bias to make up for the rounding's mean error, in the dtype of ``scale``,
+            ``[out]``; None: nothing.
 
     Raises:
         CheckpointError: A tensor's size does not fit the others.
@@ -103,6 +106,7 @@ class PackedWeight:
     zero_point: Tensor | None
     shape: torch.Size
     spec: QuantSpec
+    shift: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = packed_bytes(self.shape.numel(), self.spec.bits)
@@ -121,6 +125,11 @@ class PackedWeight:
         if self.spec.symmetric != (self.zero_point is None):
             kind, given = ("symmetric", "were") if self.spec.symmetric else ("asymmetric", "were not")
             raise CheckpointError(f"The quantizer is {kind}, but zero points {given} given. Save the checkpoint again.")
+        if self.shift is not None and list(self.shift.shape) != [self.shape[0]]:
+            raise CheckpointError(
+                f"The shift of a weight {list(self.shape)} has shape {list(self.shift.shape)}; it needs "
+                f"[{self.shape[0]}]. The checkpoint is inconsistent: save it again."
+            )
 
     @classmethod
     def pack(cls, weight: QuantizedWeight, spec: QuantSpec) -> PackedWeight:
@@ -143,4 +152,19 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return PackedWeight(self.codes.to(device), self.scale.to(device), zero_point, self.shape, self.spec)
+        shift = None if self.shift is None else self.shift.to(device)
+        return PackedWeight(self.codes.to(device), self.scale.to(device), zero_point, self.shape, self.spec, shift)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What is to be stored, on the CPU, under ``<name>.codes`` and so on."""
+        found = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point, "shift": self.shift}
+        return {f"{name}.{key}": tensor.cpu() for key, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], name: str, shape: torch.Size | Sequence[int], spec: QuantSpec
+    ) -> PackedWeight:
+        """The weight of which :meth:`tensors` made these."""
+        codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
+        zero_point, shift = tensors.get(f"{name}.zero_point"), tensors.get(f"{name}.shift")
+        return cls(codes, scale, zero_point, torch.Size(shape), spec, shift)

@@ -20,7 +20,9 @@ from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError, ConfigError
 from modiff.layers.modulated import ModulatedOperator
 
-FAST = CalibrationSettings(iterations=30, evaluations=3, positions=400, samples=16, batch_size=8, stage_size=2)
+FAST = CalibrationSettings(
+    iterations=30, evaluations=3, positions=400, samples=16, batch_size=8, stage_size=2, tuning_iterations=2
+)
 DATA = ("gptq", "adaround", "brecq")
 
 

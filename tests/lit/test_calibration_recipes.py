@@ -41,6 +41,7 @@ CALIBRATION = """
     positions: 200
     samples: 8
     iterations: 4
+    tuning_iterations: 3
 """
 RANGES = "{bits: 4, granularity: tensor, range: calibrated}"
 FAST = ("--timing_rounds", "0", "--error_images", "0")

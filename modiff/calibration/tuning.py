@@ -1,0 +1,300 @@
+"""Scales and biases of all quantized operators, learned together from the denoiser's output."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff.calibration.capture import ClosedLoop
+from modiff.calibration.samples import SampleStore
+from modiff.calibration.settings import CalibrationSettings
+from modiff.calibration.structure import Structure
+from modiff.calibration.tracing import Evaluation, Trace
+from modiff.conversion import operators
+from modiff.errors import CalibrationError
+from modiff.layers.operators import OperatorAdapter
+from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
+from modiff.layers.slots import slots
+from modiff.quantizers.packing import PackedWeight
+
+PARTS = 4
+"""Evaluations from which the samples of one gradient step are drawn."""
+
+
+@dataclass(frozen=True)
+class RecordedEvaluation:
+    """One evaluation of the closed loop: arguments of the denoiser, by row or whole.
+
+    Args:
+        structure: How tensors make up the arguments.
+        whole: Tensors that do not have a row for each sample (a time step, position ids).
+        first: First of its rows in the store.
+        count: How many rows it has.
+    """
+
+    structure: Structure
+    whole: dict[str, Tensor]
+    first: int
+    count: int
+
+
+def record_outputs(
+    loop: ClosedLoop,
+    trace: Trace,
+    evaluations: int | None,
+    most: int,
+    store: SampleStore,
+    generator: torch.Generator,
+) -> list[RecordedEvaluation]:
+    """Run once; keep what the student was given, and what the teacher answers to that.
+
+    Afterwards the store of the first process holds the rows of all, in the order of trajectories.
+
+    Args:
+        loop: Student, teacher and run.
+        trace: Of this run.
+        evaluations: How many of a trajectory; None: all.
+        most: Samples, in all: drawn anew in each evaluation, where the batch holds its share.
+        store: Gets the rows: ``input.0`` .. and ``target``.
+        generator: Draws them, on the CPU; see :meth:`ClosedLoop.drive`.
+
+    Raises:
+        CalibrationError: The teacher's answer holds no tensor or is not finite, or the store is full.
+    """
+    chosen, evaluation = trace.choose(evaluations), Evaluation()
+    total = trace.recorded(chosen)
+    found: list[tuple[int, RecordedEvaluation]] = []
+    keys: list[int] = []
+
+    def begin(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        evaluation.start(index, args, kwargs)
+
+    def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        key = trace.ordinal(chosen, loop.trajectory, evaluation.index)
+        share = most * (key + 1) // total - most * key // total
+        if evaluation.index not in chosen or share == 0:
+            return
+        with torch.no_grad():
+            target = first_tensor(loop.teacher(*args, **kwargs))
+        if not torch.isfinite(target).all():
+            raise CalibrationError(f"NaN or Inf in the teacher's answer in {evaluation}. Check it in this dtype.")
+        structure, tensors = Structure.of(args, kwargs)
+        batch = len(target)
+        rows = torch.randperm(batch, generator=generator)[:share].sort().values
+        by_row = {name: t for name, t in tensors.items() if t.ndim and len(t) == batch}
+        whole = {name: t.clone() for name, t in tensors.items() if name not in by_row}
+        store.append({name: t[rows.to(t.device)] for name, t in {**by_row, "target": target}.items()})
+        found.append((key, RecordedEvaluation(structure, whole, 0, len(rows))))
+        keys.extend([key] * len(rows))
+
+    loop.drive(begin, end, generator)
+    store.collect(keys, loop.reducer)
+    return _in_order(found, loop)
+
+
+def _in_order(found: list[tuple[int, RecordedEvaluation]], loop: ClosedLoop) -> list[RecordedEvaluation]:
+    """The evaluations of all processes, each with its place in the first one's store."""
+    device = next(loop.teacher.parameters()).device
+    if loop.reducer.world_size > 1:  # tensors travel on the CPU
+        sent = [
+            (key, replace(e, whole={n: t.cpu() for n, t in e.whole.items()}), {n: t.is_cpu for n, t in e.whole.items()})
+            for key, e in found
+        ]
+        found = [
+            (key, replace(e, whole={n: t if on_cpu[n] else t.to(device) for n, t in e.whole.items()}))
+            for part in loop.reducer.gather(sent)
+            for key, e, on_cpu in part
+        ]
+    ordered: list[RecordedEvaluation] = []
+    first = 0
+    for _, e in sorted(found, key=lambda item: item[0]):
+        ordered.append(replace(e, first=first))
+        first += e.count
+    return ordered
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A denoiser's answer: the tensor, or the first one in what it returned.
+
+    Raises:
+        CalibrationError: There is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    tensors = Structure.of((output,), {})[1]
+    if not tensors:
+        raise CalibrationError(
+            f"The denoiser returns a {type(output).__name__}, in which no tensor is found. Return a tensor, a tuple or "
+            "a mapping that starts with one, or set tuning_iterations=0."
+        )
+    return next(iter(tensors.values()))
+
+
+def tune(
+    loop: ClosedLoop,
+    weights: Mapping[str, PackedWeight],
+    store: SampleStore,
+    recorded: list[RecordedEvaluation],
+    settings: CalibrationSettings,
+    generator: torch.Generator,
+) -> dict[str, PackedWeight]:
+    """Learn a factor of each output channel's scales, and a shift of its bias; codes stay as they are.
+
+    Rounding leaves each operator with an output that is a little too large or small, and off in the mean. Such errors
+    are alike at all evaluations, so they add up along a trajectory, where random ones average out. Both are learned for
+    all operators at once, by gradients of the error of the denoiser's output (end-to-end training of quantization
+    parameters, as in EfficientQAT, Chen et al. 2024): inputs are the student's in closed loop, targets the teacher's.
+    Each evaluation's error is measured in units of that before tuning. Activations stay in full precision meanwhile.
+
+    Args:
+        loop: Student and teacher.
+        weights: Quantized weight by operator.
+        store: Rows of :func:`record_outputs`.
+        recorded: Its evaluations.
+        settings: Steps, batch size, learning rate.
+        generator: Draws the batches, on the CPU.
+
+    Returns:
+        The weights with other scales and shifts; as they were where that is no better.
+    """
+    twin, tunable = _twin(loop.teacher, operators(loop.student), weights)
+
+    def error(evaluation: RecordedEvaluation, rows: Tensor) -> Tensor:
+        device = next(iter(weights.values())).codes.device
+        tensors = {key: t.to(device) for key, t in store.rows(rows + evaluation.first).items()}
+        args, kwargs = evaluation.structure.build({**evaluation.whole, **tensors})
+        return (first_tensor(twin(*args, **kwargs)).float() - tensors["target"].float()).square().mean()
+
+    def errors() -> list[float]:
+        with torch.no_grad():
+            return [
+                math.fsum(
+                    error(e, rows).item() * len(rows) for rows in torch.arange(e.count).split(settings.batch_size)
+                )
+                / e.count
+                for e in recorded
+            ]
+
+    units = errors()
+    kept = [i for i, unit in enumerate(units) if unit > 0]
+    if not kept or not settings.tuning_iterations:
+        return dict(weights)
+    variables = [v for operator in tunable.values() for v in operator.start()]
+    optimizer = torch.optim.Adam(variables, lr=settings.tuning_rate)
+    steps = settings.tuning_iterations
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    parts = _parts([recorded[i].count for i in kept], -(-settings.batch_size // PARTS), generator)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(PARTS):
+            which, rows = next(parts)
+            with torch.enable_grad():
+                loss = error(recorded[kept[which]], rows) / units[kept[which]] / PARTS
+            gradients = torch.autograd.grad(loss, variables, allow_unused=True)
+            for v, gradient in zip(variables, gradients, strict=True):
+                if gradient is not None:
+                    v.grad = gradient if v.grad is None else v.grad + gradient
+        optimizer.step()
+        falling.step()
+    after = errors()
+    better = math.fsum(after[i] / units[i] for i in kept) < len(kept)
+    return {name: tunable[name].packed() if better else weight for name, weight in weights.items()}
+
+
+class _Tunable(nn.Module):
+    """A quantized operator in full-precision activations, with a gradient in its scales and bias."""
+
+    def __init__(self, module: nn.Module, adapter: OperatorAdapter, weight: PackedWeight) -> None:
+        super().__init__()
+        self.module = module
+        self.adapter = adapter
+        self.weight_before = weight
+        self.values = weight.unpack().dequantize()
+        self.gain: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.power, self.count = 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the original (``in_channels``, ``weight``, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    def start(self) -> list[Tensor]:
+        """Variables, from what the operator's outputs were until now: the factor 1 and the shift 0."""
+        out = 1 if self.weight_before.spec.granularity == "tensor" else self.weight_before.shape[0]
+        device = self.values.device
+        self.gain = torch.zeros(out, device=device, requires_grad=True)
+        self.shift = torch.zeros(self.weight_before.shape[0], device=device, requires_grad=True)
+        return [self.gain, self.shift]
+
+    @property
+    def unit(self) -> float:
+        """Root mean square of the outputs before tuning: a step of the shift means the same for every operator."""
+        return math.sqrt(self.power / max(self.count, 1)) or 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``exp(gain) A(x) + bias + unit shift``."""
+        a = compute_input(x)
+        output = self.adapter.apply(self.module, a, self.values.to(a.dtype), None)
+        dim = -1 if self.adapter.kind == "linear" else output.ndim - len(self.module.kernel_size) - 1  # type: ignore[arg-type]
+        shape = [1] * output.ndim
+        shape[dim] = -1
+        if self.gain is None or self.shift is None:
+            self.power += float(output.float().square().sum())
+            self.count += output.numel()
+        else:
+            output = output * self.gain.exp().to(a.dtype).reshape(shape)
+            output = output + (self.unit * self.shift).to(a.dtype).reshape(shape)
+        for bias in (self.module.bias, self.weight_before.shift):
+            if bias is not None:
+                output = output + bias.detach().to(a.dtype).reshape(shape)  # type: ignore[operator]
+        return output.to(output_dtype(x))
+
+    def packed(self) -> PackedWeight:
+        """The weight with what was learned."""
+        assert self.gain is not None
+        assert self.shift is not None
+        before = self.weight_before
+        gain, shift = self.gain.detach().exp().to(before.scale.dtype), self.unit * self.shift.detach()
+        shift = shift.to(before.scale.dtype)
+        scale = before.scale * gain.reshape(-1, *[1] * (before.scale.ndim - 1))
+        return replace(before, scale=scale, shift=shift if before.shift is None else before.shift + shift)
+
+
+def _twin(
+    teacher: nn.Module, found: Mapping[str, QuantizedOperator], weights: Mapping[str, PackedWeight]
+) -> tuple[nn.Module, dict[str, _Tunable]]:
+    """A copy of the teacher that shares its tensors, with tunable operators."""
+    twin = copy.deepcopy(teacher, {id(slot.tensor): slot.tensor for slot in slots(teacher)})
+    tunable = {}
+    modules = {id(twin.get_submodule(name)): name for name in weights}
+    for name, module in list(twin.named_modules(remove_duplicate=False)):
+        first = modules.get(id(module))
+        if first is not None:
+            if first not in tunable:
+                tunable[first] = _Tunable(module, found[first].adapter, weights[first])
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, tunable[first])
+    return twin, tunable
+
+
+def _parts(counts: list[int], size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """Pairs of an evaluation and some of its rows, shuffled, without end."""
+    while True:
+        rounds = [
+            (which, rows)
+            for which, count in enumerate(counts)
+            for rows in torch.randperm(count, generator=generator).split(size)
+        ]
+        for i in torch.randperm(len(rounds), generator=generator).tolist():
+            yield rounds[i]
