@@ -391,11 +391,10 @@ def _require_backend(operator: QuantizedOperator, backend: str) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    if backend != "onednn":
-        return
     weight = operator.module.weight
+    # Choosing may try the processor, which is better done here than inside a trajectory.
     choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    if choice.backend != backend:
+    if backend == "onednn" and choice.backend != backend:
         raise ConfigError(
             f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
             f"which simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."

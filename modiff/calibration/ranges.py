@@ -21,7 +21,8 @@ from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
 from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.quantized import QuantizedOperator, compute_input
+from modiff.layers.precision import compute_input
+from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.state import state_of
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of, check_buckets
 from modiff.quantizers.observers import MinMax, Observer, make_observer, observer_bytes

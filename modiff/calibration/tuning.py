@@ -19,7 +19,8 @@ from modiff.calibration.tracing import Evaluation, Trace
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
 from modiff.layers.operators import OperatorAdapter
-from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
+from modiff.layers.precision import compute_input, output_dtype
+from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.slots import slots
 from modiff.quantizers.packing import PackedWeight
 

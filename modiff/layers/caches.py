@@ -324,3 +324,9 @@ def first_flag(flags: list[tuple[list[str], Tensor]]) -> tuple[str, int] | None:
     index = bad.index(True)
     names, flag = flags[index]
     return names[int(flag.int().argmax())], index
+
+
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialized dense memory in the shape and layout of ``x``, usable in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty_like(x, dtype=dtype)

@@ -11,9 +11,9 @@ from modiff.config import Modulation
 from modiff.errors import TrajectoryError
 from modiff.kernels.stages import advance, encode, int16_step
 from modiff.layers import execution
-from modiff.layers.caches import InputIdentity, OperatorCache
-from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
-from modiff.layers.state import dense_like
+from modiff.layers.caches import InputIdentity, OperatorCache, dense_like
+from modiff.layers.precision import compute_input, output_dtype
+from modiff.layers.quantized import QuantizedOperator
 
 
 class ModulatedOperator(QuantizedOperator):

@@ -15,6 +15,7 @@ from modiff.kernels.stages import Limits, encode
 from modiff.layers import execution
 from modiff.layers.caches import Region
 from modiff.layers.operators import OperatorAdapter
+from modiff.layers.precision import compute_input, memory_format, output_dtype
 from modiff.layers.state import ModulationState
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition
@@ -386,23 +387,3 @@ class QuantizedOperator(nn.Module):
     def extra_repr(self) -> str:
         """Bits of both sides."""
         return f"weight={self.weight_spec}, activation={self.activation_spec}"
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout of a convolution's weight: contiguous, or channels last."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(tensor.ndim, torch.contiguous_format)
-    return last if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() else torch.contiguous_format
-
-
-def output_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the original would answer; autocast leaves float64 alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def compute_input(x: Tensor) -> Tensor:
-    """The input in the dtype of differences and scales: float32, or float64 when it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

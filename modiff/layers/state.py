@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ class ModulationState:
         here.total += 1
         done, all_ = self._quantized
         here.quantized += int(all_ > 0 and done == all_)
-        result = _first_tensor(output)
+        result = next(tensors_of(output), None)
         if result is not None:
             # What is wrong in an inner operator shows at the next one; only the last one needs this.
             self._probes.append((OUTPUT, result.sum(dtype=torch.promote_types(result.dtype, torch.float32))))
@@ -395,17 +395,3 @@ def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
             "count (through .data, numpy or a kernel of your own), and was taken for unchanged: the images of this "
             "trajectory are wrong. Write to the tensor itself (copy_), or give a new tensor in each evaluation."
         )
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    """The first tensor of what a denoiser returned: itself, or a member of a tuple, list or mapping."""
-    if isinstance(output, Tensor):
-        return output
-    members = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((member for member in members if isinstance(member, Tensor)), None)
-
-
-def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialized dense memory in the shape and layout of ``x``, usable in and out of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty_like(x, dtype=dtype)

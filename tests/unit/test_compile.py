@@ -18,7 +18,7 @@ from modiff.errors import ConfigError, TrajectoryError
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Graphs are captured, guarded and counted as ever, but run by PyTorch's eager kernels: that compiles in no time."""
+    """Graphs are captured, guarded and counted as ever, but run by PyTorch's eager kernels, which takes no time."""
     torch._dynamo.reset()
     counters.clear()
     compiling.compiled_stages.cache_clear()
