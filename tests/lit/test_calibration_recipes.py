@@ -302,6 +302,15 @@ def test_progress_says_how_far_and_how_long(capsys, monkeypatch) -> None:
     assert task.description == "calibration, about 6 s left"
 
 
+def test_of_many_operators_the_first_is_named() -> None:
+    told: list[str] = []
+    watcher = type("Watcher", (), {"on_calibration_progress": lambda _, done, total, what, left: told.append(what)})
+    trainer = type("Trainer", (), {"callbacks": [watcher(), object()]})
+    for what in ("ranges, pass 1", "conv_in, mid.conv1, mid.conv2", "conv_out"):
+        callback_module.tell(trainer, 1, 2, what, None)
+    assert told == ["ranges, pass 1", "conv_in and 2 more", "conv_out"]
+
+
 def test_time_left_is_of_the_stages_done_here(monkeypatch) -> None:
     callback = Calibration()
     callback._start, callback._done_before = 100.0, 2

@@ -101,7 +101,9 @@ class Calibration(Callback):
 
 
 def tell(trainer: Trainer, done: int, total: int, what: str, seconds_left: float | None) -> None:
-    """Tell the callbacks how far the calibration is."""
+    """Tell the callbacks how far the calibration is; of many operators the first is named."""
+    first, *more = what.split(", ")
+    what = f"{first} and {len(more)} more" if len(more) > 1 else what
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         hook = getattr(callback, "on_calibration_progress", None)
         if hook is not None:
