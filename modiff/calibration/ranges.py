@@ -69,6 +69,9 @@ class RangeCalibration:
         for name, spec in self.specs.items():
             if name not in self.trace.calls:
                 raise no_data(name)
+            operator = operators(self.loop.student)[name]
+            if isinstance(operator, ModulatedOperator):
+                operator.apart = True
             check_buckets(spec.timestep_buckets, self.trace.steps)
             filled = {bucket_of(i, spec.timestep_buckets, self.trace.steps) for i in chosen}
             if len(filled) < spec.timestep_buckets:
