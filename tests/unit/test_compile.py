@@ -279,3 +279,16 @@ def test_the_real_compiler(mode):
     found, counts = run(modiff.compile(modiff.quantize(Blocks(), config("w8a7-modiff")), mode), tokens(5))
     close(found, expected)
     assert (counts.total, counts.quantized) == (5, 4)
+
+
+def test_the_denoiser_of_a_pipeline_is_compiled_after_it_was_quantized(graphs):
+    pipelines = pytest.importorskip("pipelines")
+    pipe, arguments = pipelines.build(pipelines.dit)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    eager = pipelines.draw(pipe, arguments)
+    modiff.compile(pipe.transformer, "stages")
+    images = pipelines.draw(pipe, arguments)
+    assert graphs() > 0
+    assert (images - eager).norm() < 0.02 * eager.norm()
+    counts = pipe.trajectories["transformer"]
+    assert (counts.total, counts.quantized) == (4, 3)

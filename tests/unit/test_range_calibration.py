@@ -1,5 +1,6 @@
 """Calibrated ranges: found on closed-loop trajectories, learned, resumed, and refused."""
 
+import copy
 import dataclasses
 import threading
 
@@ -16,6 +17,7 @@ from modiff.calibration.capture import ClosedLoop
 from modiff.calibration.front import _shared_copy
 from modiff.calibration.lsq import learned_quantize, quantizer_of
 from modiff.calibration.ranges import RangeCalibration, by_set, with_dynamic_ranges
+from modiff.calibration.reduction import Reducer
 from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError, ConfigError
 from modiff.layers.modulated import ModulatedOperator
@@ -180,26 +182,35 @@ def test_merged_over_ranks_the_ranges_are_those_of_all_trajectories():
     """Each rank has its own trajectories, and the reduced statistics; the sums and extremes are of both."""
     fields = {"buckets": 3, "granularity": "channel"}
 
-    def job(run, all_reduce=None):
+    def job(run, reducer=None):
         teacher, each = denoiser(), config(**fields)
         student = convert(_shared_copy(teacher), with_dynamic_ranges(each), True)
-        loop = ClosedLoop(student, _shared_copy(teacher), run)
+        loop = ClosedLoop(student, _shared_copy(teacher), run, reducer)
         specs = {name: each.activation for name in operators(student)}
         settings = dataclasses.replace(FAST, ranges="percentile")
-        return RangeCalibration(loop, specs, loop.trace(), settings, all_reduce)
+        return RangeCalibration(loop, specs, loop.trace(), settings)
 
     runs, barrier, board, found = [sampler(seed=0), sampler(seed=50)], threading.Barrier(2), {}, {}
     how = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
 
-    def work(rank):
-        def all_reduce(tensor, op):
-            board[rank] = tensor.clone()
-            barrier.wait(60)
-            reduced = how[op](board[0], board[1])
-            barrier.wait(60)
-            return reduced
+    class Threads(Reducer):
+        world_size = 2
 
-        found[rank] = job(runs[rank], all_reduce).run_pass(None, torch.Generator(), last=False)
+        def __init__(self, rank):
+            self.rank = rank
+
+        def gather(self, value):
+            board[self.rank] = copy.deepcopy(value)
+            barrier.wait(60)
+            values = [board[0], board[1]]
+            barrier.wait(60)
+            return values
+
+        def all_reduce(self, tensor, op):
+            return how[op](*self.gather(tensor))
+
+    def work(rank):
+        found[rank] = job(runs[rank], Threads(rank)).run_pass(None, torch.Generator(), last=False)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
