@@ -41,7 +41,9 @@ class QuantSpec:
             range is multiplied once, when it is calibrated.
         group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
         timestep_buckets: Calibrated ranges along a trajectory: evaluation i of n uses bucket i * buckets // n.
-            Residuals shrink along a trajectory, so one range for all of it is wide at its end.
+            Residuals shrink along a trajectory, so one range for all of it is wide at its end. n is the length that was
+            calibrated: a longer trajectory is refused, a shorter one gets the first ranges only, so
+            calibrate with the steps that are sampled.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.

@@ -28,6 +28,7 @@ class ModulatedOperator(QuantizedOperator):
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
+        self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """One evaluation: warm up, refresh, or advance by the quantized difference."""
@@ -68,7 +69,8 @@ class ModulatedOperator(QuantizedOperator):
     def quantizer_input(self, x: Tensor) -> Tensor | None:
         """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing.
 
-        That is the residual ``a - â``; None in warm-ups, refreshes, and where the input is unchanged.
+        That is the residual ``a - â``; None in warm-ups, refreshes, and where the input is unchanged. Operators that
+        share â advance it in the first one's call: ask only those that are set ``apart``.
         """
         run = self.state.trajectory
         if run is None or run.current.total == 0 or self.refreshes():
@@ -96,7 +98,7 @@ class ModulatedOperator(QuantizedOperator):
     @property
     def shares(self) -> bool:
         """Whether others may share â: it must be a function of the input and the quantizer alone."""
-        return self.modulation.warmup == "full" and self.calibrated is None
+        return self.modulation.warmup == "full" and self.calibrated is None and not self.apart
 
     def shares_with(self, other: ModulatedOperator) -> bool:
         """Whether the same inputs give both the same â and codes, evaluation after evaluation."""

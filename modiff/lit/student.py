@@ -124,13 +124,26 @@ class LitStudent(LightningModule):
             self._refuse_foreign(self.ckpt)
             self.calibrated = True
         self.student = self.make_student()
-        if not self.calibrated and self.calibration is not None and self.calibration.method != "nearest":
-            if all(operator.weight_spec is None for operator in operators(self.student).values()):
+        self._refuse_useless_calibration()
+
+    def _refuse_useless_calibration(self) -> None:
+        """A calibration with nothing to find, and ranges that nothing finds."""
+        if self.ckpt is not None or self.student is None:
+            return
+        found = operators(self.student).values()
+        if self.calibration is None:
+            if any(op.activation_spec is not None and op.activation_spec.range == "calibrated" for op in found):
                 raise CalibrationError(
-                    f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
-                    "quantizes none. Give model.config.weight, or set model.calibration to null."
+                    "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method "
+                    "nearest, which finds ranges only, or give a checkpoint that has them: --ckpt."
                 )
-            _ = self.teacher_hash  # before the Trainer changes dtypes
+            return
+        if self.calibration.method != "nearest" and all(op.weight_spec is None for op in found):
+            raise CalibrationError(
+                f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
+                "quantizes none. Give model.config.weight, or set model.calibration to null."
+            )
+        _ = self.teacher_hash  # before the Trainer changes dtypes
 
     def make_student(self) -> nn.Module:
         """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""

@@ -289,3 +289,16 @@ def test_small_tensors_go_through_eager_stages(graphs, monkeypatch):
     found, _ = run(modiff.compile(modiff.quantize(Blocks(), config("w8a7-modiff"))), tokens(3))
     assert graphs() == 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_denoiser_of_a_pipeline_is_compiled_after_it_was_quantized(graphs):
+    pipelines = pytest.importorskip("pipelines")
+    pipe, arguments = pipelines.build(pipelines.dit)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    eager = pipelines.draw(pipe, arguments)
+    modiff.compile(pipe.transformer, "stages")
+    images = pipelines.draw(pipe, arguments)
+    assert graphs() > 0
+    assert (images - eager).norm() < 0.02 * eager.norm()
+    counts = pipe.trajectories["transformer"]
+    assert (counts.total, counts.quantized) == (4, 3)
