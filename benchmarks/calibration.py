@@ -34,6 +34,7 @@ from modiff.teachers.zoo import Teacher, TeacherSpec, load_teacher
 HERE = Path(__file__).parent
 STEPS = 50
 CALIBRATION_SEED, CALIBRATION_IMAGES = 1000, 16
+"""Of the noise of the images that students are calibrated on, once for each row."""
 METHODS = ("nearest", "lp", "gptq", "adaround", "brecq")
 
 
@@ -47,6 +48,7 @@ class Row:
         tag: Ending of its name, where others have the same preset and method.
         settings: Fields of CalibrationSettings that differ from the defaults.
         activation: Fields of the activation spec that differ from the preset's.
+        calibration_seed: Of the noise of the images that it is calibrated on.
     """
 
     preset: str
@@ -54,6 +56,7 @@ class Row:
     tag: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     activation: dict[str, Any] = field(default_factory=dict)
+    calibration_seed: int = CALIBRATION_SEED
 
     @property
     def name(self) -> str:
@@ -131,37 +134,37 @@ class Bench:
         images: Tensor = torch.load(path)
         return images
 
-    def student(self, row: Row, seed: int) -> tuple[nn.Module, float]:
+    def student(self, row: Row) -> tuple[nn.Module, float]:
         """The calibrated student, and processor seconds of its calibration."""
-        path = self.folder / f"{row.name}-{seed if row.uses_data else 'any'}"
+        path = self.folder / row.name
         model = copy.deepcopy(self.teacher.denoiser)
         if path.exists():
             return modiff.load(path, model), json.loads(path.with_suffix(".seconds").read_text())
 
         def run(student: nn.Module) -> None:
             with modiff.trajectory(student):
-                self.draw(student, CALIBRATION_SEED + seed, CALIBRATION_IMAGES)
+                self.draw(student, row.calibration_seed, CALIBRATION_IMAGES)
 
         start = time.process_time()
         settings = CalibrationSettings(**row.settings)
-        student = calibrate(model, row.config(), run, row.method, seed, settings=settings)
+        student = calibrate(model, row.config(), run, row.method, settings=settings)
         seconds = time.process_time() - start
         path.with_suffix(".seconds").write_text(json.dumps(seconds))
         modiff.save(student, path)
         return student, seconds
 
-    def measure(self, row: Row, seed: int, calibration_seed: int) -> dict[str, Any]:
+    def measure(self, row: Row, seed: int) -> dict[str, Any]:
         """One student's images against its teacher's; kept on disk."""
-        path = self.folder / f"{row.name}.{seed}.{calibration_seed}.{self.count}.json"
+        path = self.folder / f"{row.name}.{seed}.{self.count}.json"
         if not path.exists():
-            student, seconds = self.student(row, calibration_seed)
+            student, seconds = self.student(row)
             with modiff.trajectory(student):
                 images = self.draw(student, seed, self.count)
             teacher = self.teacher_images(seed)
             result = {
                 "row": row.name,
                 "seed": seed,
-                "calibration_noise": CALIBRATION_SEED + calibration_seed if row.uses_data else None,
+                "calibration_noise": row.calibration_seed if row.uses_data else None,
                 "relative_l2": relative_l2(images, teacher).mean().item(),
                 "psnr_db": mean_psnr_db(to_unit_range(images), to_unit_range(teacher)),
                 "calibration_cpu_seconds": seconds if row.uses_data else None,
@@ -185,18 +188,13 @@ def main() -> None:
     for row in ROWS:
         if args.rows is None or row.name in args.rows:
             for seed in args.seeds:
-                bench.measure(row, seed, calibration_seed(row, seed, args.seeds))
+                bench.measure(row, seed)
     results = []
     for row in ROWS:
         for seed in args.seeds:
-            path = args.output / f"{row.name}.{seed}.{calibration_seed(row, seed, args.seeds)}.{args.num_images}.json"
+            path = args.output / f"{row.name}.{seed}.{args.num_images}.json"
             results += [json.loads(path.read_text())] if path.exists() else []
     write(results, args)
-
-
-def calibration_seed(row: Row, seed: int, seeds: list[int]) -> int:
-    """GPTQ and ranges are calibrated anew for each seed; AdaRound and BRECQ, which take minutes, once."""
-    return seeds[0] if row.method in ("adaround", "brecq") else seed
 
 
 def write(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -240,8 +238,8 @@ def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         f"    python benchmarks/calibration.py --seeds {seeds} --num_images {provenance['num_images']}",
         "",
         f"DDIM {STEPS} steps, {provenance['num_images']} images; mean ± half the spread over seeds {seeds}. Calibrated "
-        f"on {CALIBRATION_IMAGES} images of other noise (seed {CALIBRATION_SEED} + seed; AdaRound and BRECQ once, with "
-        f"seed {CALIBRATION_SEED}), default settings. Machine: {provenance['device']}, {provenance['threads']} thread, "
+        f"once, on {CALIBRATION_IMAGES} images of other noise (seed {CALIBRATION_SEED}), default settings. "
+        f"Machine: {provenance['device']}, {provenance['threads']} thread, "
         f"torch {provenance['torch']}. Every single run stands in `calibration.json`.",
         "",
         "All rows of data methods (GPTQ, AdaRound, BRECQ) have their scales and biases tuned on the denoiser's output, "
