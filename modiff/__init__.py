@@ -1,6 +1,7 @@
 """modiff: training-free quantization of diffusion models."""
 
 from modiff.checkpoint import load, save
+from modiff.compiling import compile
 from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.conversion import describe, quantize, restore
 from modiff.cost import cost
@@ -12,6 +13,7 @@ __all__ = [
     "QuantConfig",
     "QuantSpec",
     "Rule",
+    "compile",
     "cost",
     "describe",
     "load",

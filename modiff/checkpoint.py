@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from modiff.config import STATE_DTYPES, QuantConfig
 from modiff.conversion import RECORD, Record, convert, operators, plan
 from modiff.errors import CheckpointError, ConfigError
-from modiff.layers.quantized import QuantizedOperator, memory_format
+from modiff.layers.precision import memory_format
+from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.rewrites import rewrite, undo
 from modiff.layers.slots import Slot, slots
 from modiff.layers.state import state_of

@@ -41,7 +41,9 @@ class QuantSpec:
             range is multiplied once, when it is calibrated.
         group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
         timestep_buckets: Calibrated ranges along a trajectory: evaluation i of n uses bucket i * buckets // n.
-            Residuals shrink along a trajectory, so one range for all of it is wide at its end.
+            Residuals shrink along a trajectory, so one range for all of it is wide at its end. n is the length that was
+            calibrated: a longer trajectory is refused, a shorter one gets the first ranges only, so
+            calibrate with the steps that are sampled.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.
@@ -105,8 +107,11 @@ class Modulation:
         warmup: First evaluation: ``full`` precision, or ``refine``: quantize a_T in ``warmup_rounds`` rounds.
         warmup_rounds: Rounds of ``refine``.
         refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
-        state_dtype: dtype in which an operator's output ô is kept (its input's reconstruction stays float32); None:
-            float32. ``bfloat16`` drifts and therefore needs ``refresh_every``.
+        state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
+            needs ``refresh_every``.
+        reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
+            ``int16`` keeps whole steps, of a power of two that the first evaluation decides; scales are then rounded
+            up to whole multiples of the step, so that â stays exact.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.
@@ -117,6 +122,7 @@ class Modulation:
     warmup_rounds: int = 3
     refresh_every: int | None = None
     state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    reconstruction_dtype: Literal["float32", "int16"] | None = None
 
     def __post_init__(self) -> None:
         _boolean("error_compensation", self.error_compensation)
@@ -126,6 +132,8 @@ class Modulation:
             _integer("refresh_every", self.refresh_every, low=2)
         if self.state_dtype is not None:
             _member("state_dtype", self.state_dtype, STATE_DTYPES)
+        if self.reconstruction_dtype is not None:
+            _member("reconstruction_dtype", self.reconstruction_dtype, ("float32", "int16"))
         if self.state_dtype == "bfloat16" and self.refresh_every is None:
             raise ConfigError(
                 "state_dtype 'bfloat16' lets ô drift away from A(â). Set refresh_every, or use 'float16' or 'float32'."
@@ -218,10 +226,12 @@ class QuantConfig:
         activation: Activation spec; None leaves activations in full precision.
         modulation: How differences are quantized; None: plain quantization of the inputs, the baseline.
         rules: Exceptions by module name; the last match wins, a pattern that matches nothing is an error.
-        splits: Operators that are quantized in two halves; see :func:`modiff.calibration.splits.find_splits`.
+        splits: Operators that are quantized in two halves; see :func:`modiff.calibration.migration.find_splits`.
         smoothed: Linears whose input channels are divided by calibrated factors (SmoothQuant); a calibration with
             ``smoothing`` fills it in. Their parts are named ``<name>.inner``.
-        backend: ``auto`` or ``simulate`` (floating point on quantized values, the definition).
+        backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
+            CPU, refused where an operator's could not be exact. ``auto``: integers where they are exact, else
+            ``simulate``; :func:`modiff.describe` says which, and why.
 
     Raises:
         ConfigError: A field is wrong.
@@ -233,7 +243,7 @@ class QuantConfig:
     rules: tuple[Rule, ...] = field(default=())
     splits: tuple[Split, ...] = field(default=())
     smoothed: tuple[str, ...] = field(default=())
-    backend: Literal["auto", "simulate"] = "auto"
+    backend: Literal["auto", "simulate", "onednn"] = "auto"
 
     def __post_init__(self) -> None:
         _side("weight", self.weight, QuantSpec)
@@ -248,7 +258,7 @@ class QuantConfig:
             if not isinstance(given, (list, tuple)) or not all(isinstance(member, kind) for member in given):
                 raise ConfigError(f"{name} is {given!r}; give a list of {kind.__name__}.")
             object.__setattr__(self, name, tuple(given))
-        _member("backend", self.backend, ("auto", "simulate"))
+        _member("backend", self.backend, ("auto", "simulate", "onednn"))
         if self.weight is not None:
             _weight_granularity(self.weight)
 
@@ -365,25 +375,3 @@ def _integer(name: str, value: object, low: int, high: int | None = None, hint: 
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"
         raise ConfigError(f"{name} is {value!r}; allowed are whole numbers, {allowed}{hint}.")
-
-
-def spec_text(spec: QuantSpec | None) -> str:
-    """A quantizer in words, for tables."""
-    if spec is None:
-        return "full precision"
-    parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
-    if spec.clip != 1:
-        parts.append(f"clip {spec.clip:g}")
-    if spec.range == "calibrated":
-        parts.append(f"calibrated in {spec.timestep_buckets} buckets" if spec.timestep_buckets > 1 else "calibrated")
-    return ", ".join(parts)
-
-
-def modulation_text(modulation: Modulation | None) -> str:
-    """A modulation in words, for tables."""
-    if modulation is None:
-        return "none"
-    parts = ["compensated" if modulation.error_compensation else "uncompensated", f"{modulation.warmup} warm-up"]
-    if modulation.refresh_every:
-        parts.append(f"refresh every {modulation.refresh_every}")
-    return ", ".join(parts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from modiff.config import Modulation, QuantConfig, QuantSpec, Rule, modulation_text, spec_text
+from modiff.config import QuantConfig, Rule
+from modiff.description import Description, Row
 from modiff.errors import ConfigError
 from modiff.layers.fixed import projections
 from modiff.layers.modulated import ModulatedOperator
@@ -22,62 +23,9 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import activation_partition
 from modiff.quantizers.packing import PackedWeight
 
+__all__ = ["RECORD", "Description", "Record", "Row", "convert", "describe", "operators", "plan", "quantize", "restore"]
+
 RECORD = "_modiff_record"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one operator.
-
-    Args:
-        name: Qualified name; of a module registered under several names, the first.
-        type: Class of the original.
-        weight: Its weight spec, None for full precision.
-        activation: Likewise.
-        modulation: None: plain quantization.
-        rule: Pattern of the rule that matched last, None where the config's own fields apply.
-        skipped: Why it was left untouched; None where it was quantized.
-        constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
-    """
-
-    name: str
-    type: str
-    weight: QuantSpec | None = None
-    activation: QuantSpec | None = None
-    modulation: Modulation | None = None
-    rule: str | None = None
-    skipped: str | None = None
-    constant: bool = False
-
-
-@dataclass(frozen=True)
-class Description:
-    """One row for every linear operator of a student; prints as a table."""
-
-    rows: tuple[Row, ...]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        cells = [("operator", "type", "weight", "activation", "modulation", "rule", "skipped because")]
-        cells += [
-            (
-                row.name,
-                row.type,
-                "" if row.skipped else spec_text(row.weight),
-                "" if row.skipped else spec_text(row.activation),
-                "" if row.skipped else modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
-                row.rule or "",
-                row.skipped or "",
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 @dataclass
@@ -165,8 +113,9 @@ def convert(
     # Everything is built before anything is swapped: an error leaves the model as it was.
     try:
         plans = _plan(model, config)
-        built = [(plan, _build(plan, state, weights)) for plan in plans if plan.row.skipped is None]
+        built = [(plan, _build(plan, state, weights, config.backend)) for plan in plans if plan.row.skipped is None]
         for plan, operator in built:
+            _require_backend(operator, config.backend)
             operator.use_range((ranges or {}).get(plan.row.name))
     except Exception:
         if changed:
@@ -182,7 +131,7 @@ def convert(
     for _, whole in rewritten(model) if not keep_teacher else ():
         whole.release()
     record.hooks = [
-        model.register_forward_pre_hook(state.begin_evaluation),
+        model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
         model.register_forward_hook(state.end_evaluation),
     ]
     for name in projections(model):
@@ -229,6 +178,9 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     _copy(copies)
     for hook in record.hooks:
         hook.remove()
+    regions = state_of(student).regions
+    if regions is not None:
+        regions.undo()
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
@@ -276,6 +228,7 @@ def _copy(copies: list[tuple[Slot, torch.Tensor]]) -> None:
 def describe(student: nn.Module) -> Description:
     """One row for each linear operator: name, type, bits, granularity, the rule that matched, or why it was skipped.
 
+    For each it names the execution on the device where it is now, in float32, and why it is not in integers.
     After a trajectory it also says which operators had a fixed input, and were computed once (``constant``).
 
     Raises:
@@ -284,7 +237,16 @@ def describe(student: nn.Module) -> Description:
     state = state_of(student)
     rows = getattr(student, RECORD).description.rows
     fixed = state.last.constant if state.last else frozenset()
-    return Description(tuple(replace(row, constant=True) if row.name in fixed else row for row in rows))
+    found = operators(student)
+    return Description(tuple(replace(row, constant=row.name in fixed, backend=_backend(found, row)) for row in rows))
+
+
+def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
+    operator = found.get(row.name)
+    if operator is None:
+        return ""
+    weight = operator.module.weight
+    return str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
 
 
 def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
@@ -372,14 +334,32 @@ def plan(model: nn.Module, config: QuantConfig) -> Description:
     return Description(tuple(plan.row for plan in _plan(model, config)))
 
 
-def _build(plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None) -> QuantizedOperator:
+def _build(
+    plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, backend: str
+) -> QuantizedOperator:
     row = plan.row
     assert plan.adapter is not None
     packed = None if weights is None or row.weight is None else weights[row.name]
-    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed)
+    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed, backend)
     if row.modulation is None:
         return QuantizedOperator(*args)
     return ModulatedOperator(*args, modulation=row.modulation)
+
+
+def _require_backend(operator: QuantizedOperator, backend: str) -> None:
+    """Refuse a backend that was asked for by name and cannot run an operator exactly.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    weight = operator.module.weight
+    # Choosing may try the processor, which is better done here than inside a trajectory.
+    choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    if backend == "onednn" and choice.backend != backend:
+        raise ConfigError(
+            f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
+            f"which simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."
+        )
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

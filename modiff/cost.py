@@ -147,7 +147,7 @@ def stored_bytes(model: nn.Module) -> dict[str, float]:
         owners[id(module.module if isinstance(module, QuantizedOperator) else module)] = name
         if isinstance(module, QuantizedOperator):
             packed, ranges = module.packed, module.calibrated
-            parts = [] if packed is None else [packed.codes, packed.scale, packed.zero_point]
+            parts = [] if packed is None else [packed.codes, packed.scale, packed.zero_point, packed.shift]
             parts += [] if ranges is None else [ranges.scale, ranges.zero_point]
             found[name] = float(sum(_bytes(part) for part in parts if part is not None))
     packed_owners = {id(m.module) for m in model.modules() if isinstance(m, QuantizedOperator) and m.packed}

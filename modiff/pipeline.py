@@ -63,7 +63,8 @@ def quantize_pipeline(
     ``contexts``; without either, the second call of a step is refused.
 
     ``pipe.to``, ``enable_model_cpu_offload`` and fused LoRA work; what would act on the original operators is refused:
-    unfused LoRA, sequential and group offloading, diffusers' caches, ``torch.compile``, ``save_pretrained``.
+    unfused LoRA, sequential and group offloading, diffusers' caches, ``save_pretrained``. Denoisers compiled by
+    ``torch.compile`` are refused: it would trace the state; compile the student by :func:`modiff.compile`.
 
     Args:
         pipe: A diffusers ``DiffusionPipeline``, or any object with ``components`` that is called.
@@ -167,7 +168,8 @@ def _check(name: str, denoiser: nn.Module) -> None:
         if "_orig_mod" in module._modules or own.get("_compiled_call_impl") is not None:
             raise ConfigError(
                 f"{where!r} is compiled; torch.compile would trace the state that modiff keeps between evaluations. "
-                "Use the module as it was before torch.compile; other parts of the pipeline may be compiled."
+                f"Use the module as it was before torch.compile, and modiff.compile(pipe.{name}) after "
+                "quantize_pipeline; other parts of the pipeline may be compiled."
             )
         if "base_layer" in module._modules and not getattr(module, "merged", True):
             adapters = (

@@ -5,8 +5,9 @@
 
 Published figures are those of arXiv 2506.22463 (FID, fewer is better). What the paper calls "channel-wise" dynamic
 quantization ("LCQ") takes its ranges over the batch dimension, that is, per image: granularity ``sample`` here; its
-"tensor-wise" ("LTQ") has one range for the whole batch: ``tensor``. Rows on Q-Diffusion's calibrated activations are
-left out, because this release has no calibration. The paper's weights are rounded by AdaRound, these to nearest.
+"tensor-wise" ("LTQ") has one range for the whole batch: ``tensor``. Rows ``qdiffusion`` and ``qdiffusion_modiff``
+calibrate weights and ranges as Q-Diffusion does, by ``model.calibration``; all others round weights to nearest, where
+the paper's are rounded by AdaRound.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Row:
         protocol: How it is drawn.
         weight: Bits of the weights.
         activation: Bits of the activations.
-        method: ``modiff`` or ``ptq``.
+        method: ``modiff`` or ``ptq``; or ``qdiffusion_modiff`` or ``qdiffusion``: the same on calibrated scales.
         granularity: Of the activations.
         published: What the paper reports, in words.
     """
@@ -74,9 +75,19 @@ class Row:
     published: str
 
     @property
+    def calibrated(self) -> bool:
+        """Whether weights and ranges are calibrated."""
+        return self.method.startswith("qdiffusion")
+
+    @property
+    def modulated(self) -> bool:
+        """Whether differences are quantized."""
+        return self.method.endswith("modiff")
+
+    @property
     def path(self) -> str:
         """File below the folder of recipes."""
-        kind = "_tensor" if self.granularity == "tensor" else ""
+        kind = "_tensor" if self.granularity == "tensor" and not self.calibrated else ""
         name = f"w{self.weight}a{self.activation}_{self.method}{kind}{self.protocol.suffix}.yaml"
         return f"{self.protocol.teacher}/{name}"
 
@@ -149,6 +160,17 @@ LCQ = {
     (4, 4): (22.50, 5.10),
     (4, 3): (146.3, 4.98),
 }
+ON_QDIFFUSION = {
+    (8, 8): (3.75, 4.10),
+    (8, 6): (29.16, 4.19),
+    (8, 4): (332.8, 13.41),
+    (8, 3): (457.4, 90.34),
+    (8, 2): (457.3, 266.7),
+    (4, 8): (4.93, 5.13),
+    (4, 6): (28.60, 5.62),
+    (4, 4): (325.8, 13.62),
+    (4, 3): (457.4, 47.35),
+}
 LTQ = {
     (8, 8): (4.19, 4.21),
     (8, 6): (9.93, 4.00),
@@ -168,11 +190,17 @@ ON_DIT = {(8, 8): (54.8, 53.8), (8, 6): (200, 54.7), (8, 4): (272, 90.9)}
 Table = dict[tuple[int, int], tuple[float, float | None]]
 
 
-def rows_of(protocol: Protocol, table: Table, granularity: str, note: str) -> list[Row]:
+DYNAMIC = ("ptq", "modiff")
+QDIFFUSION = ("qdiffusion", "qdiffusion_modiff")
+
+
+def rows_of(
+    protocol: Protocol, table: Table, granularity: str, note: str, methods: tuple[str, str] = DYNAMIC
+) -> list[Row]:
     """Two recipes for each cell of a table: plain and modulated."""
     rows = []
     for (weight, activation), published in table.items():
-        for method, value in zip(("ptq", "modiff"), published, strict=True):
+        for method, value in zip(methods, published, strict=True):
             text = f"FID {value:g}" if value is not None else "no figure"
             rows.append(Row(protocol, weight, activation, method, granularity, f"{text} ({note})"))
     return rows
@@ -184,6 +212,8 @@ ROWS = [
     *rows_of(CIFAR_20, LTQ_20, "tensor", "LTQ: dynamic, tensor-wise"),
     *rows_of(CIFAR_DPM, LTQ_DPM, "tensor", "LTQ: dynamic, tensor-wise"),
     *rows_of(CHURCHES, ON_CHURCHES, "sample", "on Q-Diffusion's calibrated activations; here dynamic, per image"),
+    *rows_of(CIFAR, ON_QDIFFUSION, "tensor", "on Q-Diffusion: calibrated, tensor-wise", QDIFFUSION),
+    *rows_of(CHURCHES, ON_CHURCHES, "tensor", "on Q-Diffusion: calibrated, tensor-wise", QDIFFUSION),
     *rows_of(BEDROOMS, ON_BEDROOMS, "sample", "LCQ: dynamic, per image"),
     *rows_of(SD, ON_SD, "sample", "granularity not named; here dynamic, per image"),
     *rows_of(DIT, ON_DIT, "sample", "granularity not named; here dynamic, per image"),
@@ -205,39 +235,72 @@ TURBO = Protocol("sdxl-turbo", "SDXL-Turbo, 512 pixels", "euler_ancestral", 4, g
 _FLUX = ("*embed*", "proj_out")
 SCHNELL = Protocol("flux-schnell", "FLUX.1-schnell", "flow_euler_flux", 4, guidance=1.0, exclude=_FLUX, **_NEW)  # type: ignore[arg-type]
 DEV = Protocol("flux-dev", "FLUX.1-dev", "flow_euler_flux", 28, guidance=3.5, exclude=_FLUX, **_NEW)  # type: ignore[arg-type]
-for _protocol in (PIXART, SDXL, TURBO, SCHNELL, DEV):
+SD3 = Protocol("sd3", "Stable Diffusion 3 medium", "flow_euler", 28, guidance=7.0, exclude=_FLUX, **_NEW)  # type: ignore[arg-type]
+SANA = Protocol(
+    "sana",
+    "Sana, 1.6B, 1024 pixels",
+    "dpmpp_2m",
+    20,
+    guidance=4.5,
+    exclude=("time_embed.*", "caption_projection.*", "proj_out"),
+    **_NEW,  # type: ignore[arg-type]
+)
+for _protocol in (PIXART, SDXL, TURBO, SD3, SANA, SCHNELL, DEV):
     _said = "unusable below A8, 2 to 8 steps" if _protocol is TURBO else "nothing on this model"
     ROWS += [
         Row(_protocol, 8, activation, method, "sample", _said) for activation in (8, 4) for method in ("ptq", "modiff")
     ]
 
 
+# Q-Diffusion's own settings: 20 evaluations of 256 trajectories, block reconstruction, learned step sizes. It splits
+# the input of a skip connection's shortcut in two; here that has one range.
+CALIBRATION = (
+    "  calibration:            # takes hours at this size; was not run at it here",
+    "    method: brecq",
+    "    ranges: lsq",
+    "    num_images: 256",
+    "    images_per_batch: 32",
+    "    evaluations: 20",
+    "    samples: 5120",
+    "    iterations: 20000",
+    "    batch_size: 32",
+    "    lsq_iterations: 5000",
+    "    tuning_iterations: 0",
+)
+TINY = ("num_images 2", "images_per_batch 2", "iterations 2", "lsq_iterations 2")
+
+
 def text_of(row: Row) -> str:
     """Content of a recipe."""
-    p, modulated = row.protocol, row.method == "modiff"
+    p, modulated = row.protocol, row.modulated
     # Plain activations and residuals below 6 bits use their codes better with a zero point; see QuantConfig.preset.
     symmetric = "true" if modulated and row.activation >= 6 else "false"
     kind = "modulated" if modulated else "plain"
+    span = ", range: calibrated" if row.calibrated else ""
+    weights = "# Weights are rounded to nearest here, by AdaRound in the paper." if p.features else ""
+    weights = "# Weights by block reconstruction, ranges learned, as in Q-Diffusion." if row.calibrated else weights
     lines = [
         "# Written by recipes/make_paper_rows.py; change the row there.",
         f"# {p.title}, W{row.weight}A{row.activation}, {kind}. Published: {row.published}.",
         *(f"# {note}" for note in p.notes),
-        "# Weights are rounded to nearest here, by AdaRound in the paper." if p.features else "",
+        weights,
         f"#   modiff evaluate --config recipes/{row.path}"
         + (" --model.reference IMAGES_OR_STATISTICS" if p.features else ""),
         "# Try it without the model: --model.teacher.tiny true --model.features null --model.steps 4 --num_images 2",
+        *(f"#   --model.calibration.{field}" for field in (TINY if row.calibrated else ())),
         "seed: 0",
         f"num_images: {p.num_images}",
         "model:",
         "  teacher:",
         f"    name: {p.teacher}",
         "  config:",
-        f"    weight: {{bits: {row.weight}, granularity: channel}}",
-        f"    activation: {{bits: {row.activation}, granularity: {row.granularity}, symmetric: {symmetric}}}",
+        f"    weight: {{bits: {row.weight}, granularity: channel{', symmetric: false' if row.calibrated else ''}}}",
+        f"    activation: {{bits: {row.activation}, granularity: {row.granularity}, symmetric: {symmetric}{span}}}",
         f"    modulation: {'{warmup: full}' if modulated else 'null'}",
     ]
     if p.exclude:
         lines += ["    rules:", *(f'      - {{pattern: "{pattern}", skip: true}}' for pattern in p.exclude)]
+    lines += CALIBRATION if row.calibrated else ()
     lines += [f"  scheduler: {p.scheduler}", f"  steps: {p.steps}"]
     lines += [f"  eta: {p.eta}"] if p.scheduler.startswith("ddim") else []
     lines += [f"  guidance: {p.guidance}"] if p.guidance is not None else []

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from modiff.calibration.moments import Moments, input_vectors, no_data, num_positions, output_vectors
+from modiff.calibration.reduction import Reducer
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.structure import Structure
-from modiff.calibration.tracing import Evaluation, ModuleCalls, Trace, raw_bytes
+from modiff.calibration.tracing import Evaluation, ModuleCalls, Trace, merged, raw_bytes
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
 from modiff.layers.modulated import ModulatedOperator
@@ -34,21 +35,25 @@ class ClosedLoop:
     Args:
         student: With all quantization that it is to have.
         teacher: Another module, in full precision; it may share the student's tensors.
-        run: The sampling loop.
+        run: The sampling loop; where several processes share the work, it samples this one's trajectories.
+        reducer: The processes that share it.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, run: Run) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, run: Run, reducer: Reducer | None = None) -> None:
         self.student = student
         self.teacher = teacher
         self.run = run
+        self.reducer = reducer or Reducer()
+        self.mine: list[int] = []
+        self.trajectory = 0
 
     def trace(self) -> Trace:
-        """Run once; look at every evaluation, keep none of it.
+        """Run once; look at every evaluation of all processes, keep none of it.
 
         Raises:
             CalibrationError: No trajectory was run, or an activation is NaN or Inf (the message says where).
         """
-        trace, digest = Trace(), hashlib.sha256()
+        trace = Trace()
         modules = ModuleCalls(self.student)
         evaluation, state = Evaluation(), state_of(self.student)
 
@@ -57,8 +62,10 @@ class ClosedLoop:
             modules.begin()
             if index == 0:
                 trace.lengths.append(0)
+                digest = hashlib.sha256()
                 for tensor in Structure.of(args, kwargs)[1].values():
                     digest.update(raw_bytes(tensor))
+                trace.digests.append(digest.hexdigest())
 
         def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             trace.lengths[-1] += 1
@@ -81,12 +88,14 @@ class ClosedLoop:
         hooks = [op.register_forward_hook(called(name)) for name, op in operators(self.student).items()]
         with removed(hooks + modules.hooks):
             self.drive(begin, end)
+        trace.order, trace.usable = list(trace.calls), modules.usable()
+        trace = merged(self.reducer.gather(trace), self.reducer.rank)
+        self.mine = trace.mine
         if not trace.lengths:
             raise CalibrationError(
                 "No data captured: the run that was given evaluated the student not once. Let run(student) open "
                 "modiff.trajectory(student) and sample in it."
             )
-        trace.order, trace.usable, trace.digest = list(trace.calls), modules.usable(), digest.hexdigest()
         return trace
 
     def moments(
@@ -94,12 +103,14 @@ class ClosedLoop:
     ) -> dict[str, Moments]:
         """Run once; moments of some operators' inputs, and of the teacher's outputs at the same places.
 
+        Several processes add up theirs.
+
         Args:
             names: The operators. All their moments are held at once (:func:`.moments.moment_bytes`).
             trace: Of this run.
             evaluations: How many of a trajectory; None: all.
             positions: Input vectors of each operator, in all: drawn anew in each evaluation.
-            generator: Draws them, on the CPU.
+            generator: Draws them, on the CPU; see :meth:`drive`.
 
         Raises:
             CalibrationError: An operator is never called, or its moments are not finite.
@@ -145,8 +156,10 @@ class ClosedLoop:
                     self.teacher(*args, **kwargs)
 
         with removed([found[name].register_forward_hook(student_hook(name)) for name in names]):
-            self.drive(begin, end)
+            self.drive(begin, end, generator)
         for name in names:
+            if self.reducer.world_size > 1:
+                moments[name].reduce(self.reducer.all_reduce)
             moments[name].check(name)
         return moments
 
@@ -161,13 +174,15 @@ class ClosedLoop:
     ) -> Structure:
         """Run once; put a block's inputs in the student, and the teacher's outputs of it, into a store.
 
+        Afterwards the store of the first process holds those of all, in the order of trajectories.
+
         Args:
             block: One of ``trace.usable``.
             trace: Of this run.
             evaluations: How many of a trajectory; None: all.
-            most: Samples, in all: drawn anew in each evaluation.
+            most: Samples, in all: drawn anew in each evaluation, where the batch holds its share.
             store: Gets ``input.0`` .. and ``target``.
-            generator: Draws them, on the CPU.
+            generator: Draws them, on the CPU; see :meth:`drive`.
 
         Returns:
             How the inputs make up the block's arguments.
@@ -176,7 +191,8 @@ class ClosedLoop:
             CalibrationError: The block is never called, its samples are not finite, or the store is full.
         """
         chosen, evaluation = trace.choose(evaluations), Evaluation()
-        share = -(-most // trace.recorded(chosen))
+        total = trace.recorded(chosen)
+        keys: list[int] = []
         held: dict[str, Tensor] = {}
         structures: list[Structure] = []
 
@@ -185,11 +201,16 @@ class ClosedLoop:
             held.clear()
 
         def student_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if evaluation.index in chosen and len(store) < most:
+            if evaluation.index in chosen:
+                key = trace.ordinal(chosen, self.trajectory, evaluation.index)
+                share = most * (key + 1) // total - most * key // total
                 structure, tensors = Structure.of(args, kwargs)
                 structures.append(structure)
+                if share == 0:
+                    return
                 batch = len(next(iter(tensors.values())))
-                rows = torch.randperm(batch, generator=generator)[: min(share, most - len(store))].sort().values
+                rows = torch.randperm(batch, generator=generator)[:share].sort().values
+                keys.extend([key] * len(rows))
                 held.update({"rows": rows} | {key: t[rows.to(t.device)] for key, t in tensors.items()})
 
         def teacher_hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -206,14 +227,38 @@ class ClosedLoop:
                     self.teacher(*args, **kwargs)
 
         with removed([self.student.get_submodule(block).register_forward_pre_hook(student_hook, with_kwargs=True)]):
-            self.drive(begin, end)
-        if not structures:
+            self.drive(begin, end, generator)
+        store.collect(keys, self.reducer)
+        found = next((s for part in self.reducer.gather(structures[:1]) for s in part), None)
+        if found is None:
             raise no_data(block)
-        return structures[0]
+        return found
 
-    def drive(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
-        """Run the student; ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation."""
+    def drive(
+        self, begin: Callable[..., None], end: Callable[..., None], generator: torch.Generator | None = None
+    ) -> None:
+        """Run the student; ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation.
+
+        Args:
+            begin: Before it.
+            end: After it.
+            generator: Seeded anew for each trajectory, from its own seed and the trajectory's place in the whole run:
+                what is drawn does not depend on how trajectories are dealt to processes. At the end it is as in the
+                beginning.
+
+        Raises:
+            Exception: What the run of any process raised.
+        """
         state = state_of(self.student)
+        seed = 0 if generator is None else generator.initial_seed()
+        seen: list[Any] = []
+
+        def next_trajectory() -> None:
+            place = len(seen)
+            seen.append(state.trajectory)
+            self.trajectory = self.mine[place] if place < len(self.mine) else place
+            if generator is not None:  # odd: the generator keeps 32 bits, in which all places differ
+                generator.manual_seed((seed + self.trajectory * 0x9E3779B97F4A7C15) % 2**63)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if state.trajectory is None:
@@ -221,6 +266,8 @@ class ClosedLoop:
                     "The run that was given evaluates the student outside a trajectory. Sample inside "
                     "`with modiff.trajectory(student):`."
                 )
+            if not seen or state.trajectory is not seen[-1]:
+                next_trajectory()
             begin(state.trajectory.total, args, kwargs)
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -231,7 +278,9 @@ class ClosedLoop:
             self.student.register_forward_hook(after, with_kwargs=True),
         ]
         with removed(hooks):
-            self.run(self.student)
+            self.reducer.each(lambda: self.run(self.student))
+        if generator is not None:
+            generator.manual_seed(seed)
 
 
 @torch.no_grad()
@@ -252,7 +301,7 @@ def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor
     if isinstance(operator, ModulatedOperator):
         run = operator.state.trajectory
         assert run is not None
-        return run.caches[operator.name][call].a_hat if operator.modulation.error_compensation else x
+        return run.caches[operator.name][call].reconstruction() if operator.modulation.error_compensation else x
     from_float = x.to(torch.promote_types(x.dtype, torch.float32))
     return fake_quantize(from_float, operator.partition(x.ndim), operator.activation_spec)
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from modiff.calibration.adaround import adaround, reconstruct
 from modiff.calibration.capture import ClosedLoop, Run
 from modiff.calibration.gptq import gptq
 from modiff.calibration.migration import find_divisors, find_splits
-from modiff.calibration.moments import moment_bytes, no_data
+from modiff.calibration.moments import Moments, moment_bytes, no_data
 from modiff.calibration.progress import Progress, StageFolder
 from modiff.calibration.ranges import RangeCalibration, with_dynamic_ranges
+from modiff.calibration.reduction import Reducer
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import DATA_METHODS, METHODS, CalibrationSettings
-from modiff.calibration.structure import find_blocks, shared_copy
+from modiff.calibration.structure import Structure, find_blocks, shared_copy
 from modiff.calibration.tracing import Trace, fingerprint
 from modiff.calibration.tuning import record_outputs, tune
 from modiff.config import QuantConfig, QuantSpec
@@ -61,6 +63,7 @@ def calibrate(
     progress: Progress | None = None,
     folder: str | os.PathLike[str] | None = None,
     keep_teacher: bool = True,
+    reducer: Reducer | None = None,
 ) -> nn.Module:
     """Make a teacher the student whose weights, and ranges, are found from what its own trajectories show.
 
@@ -85,6 +88,9 @@ def calibrate(
         folder: Keeps each finished stage there, and continues from what it finds; also the place of samples that do not
             fit in memory. None: nothing is kept.
         keep_teacher: As for :func:`modiff.quantize`.
+        reducer: The processes that share the work, each with a run of its own trajectories, dealt in turn; every one
+            ends with the same bits. What is recorded does not depend on their number, sums of it do by their rounding.
+            ``folder`` is the first one's. None: this process alone.
 
     Returns:
         The teacher, now the student, ready for :func:`modiff.save`. After an error it is unchanged.
@@ -97,7 +103,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     _check_arguments(method, seed)
-    config, divisors = _prepare(teacher, config, run, settings)
+    config, divisors = _prepare(teacher, config, run, settings, reducer)
     reference = shared_copy(teacher)
     rewrite(reference, config, divisors)
     specs = calibrated_specs(reference, config)
@@ -113,7 +119,8 @@ def calibrate(
         if run is None:
             what = f"method {method!r}" if grids else "range 'calibrated'"
             raise ConfigError(f"{what} needs data. Give run, a function that samples with the student.")
-        job = _Job(student, ClosedLoop(student, reference, run), grids, specs, method, seed, settings)
+        loop = ClosedLoop(student, reference, run, reducer)
+        job = _Job(student, loop, grids, specs, method, seed, settings)
         key = {
             "teacher": fingerprint({slot.name: slot.tensor for slot in slots(teacher)}),
             "method": method,
@@ -126,7 +133,7 @@ def calibrate(
 
 
 def _prepare(
-    teacher: nn.Module, config: QuantConfig, run: Run | None, settings: CalibrationSettings
+    teacher: nn.Module, config: QuantConfig, run: Run | None, settings: CalibrationSettings, reducer: Reducer | None
 ) -> tuple[QuantConfig, dict[str, torch.Tensor] | None]:
     """Find splits, and the divisors of smoothed operators, where the settings ask for them."""
     if settings.smoothing is None and not settings.split_concatenations:
@@ -136,12 +143,12 @@ def _prepare(
     if run is None:
         raise ConfigError("smoothing and split_concatenations need data. Give run, which samples with the student.")
     if settings.split_concatenations and not config.splits:
-        config = dataclasses.replace(config, splits=find_splits(teacher, with_dynamic_ranges(config), run))
+        config = dataclasses.replace(config, splits=find_splits(teacher, with_dynamic_ranges(config), run, reducer))
     if settings.smoothing is None:
         return config, None
     whole = dataclasses.replace(with_dynamic_ranges(config), splits=(), smoothed=())
     student = convert(shared_copy(teacher), whole, keep_teacher=True)
-    divisors = find_divisors(ClosedLoop(student, shared_copy(teacher), run), settings.smoothing)
+    divisors = find_divisors(ClosedLoop(student, shared_copy(teacher), run, reducer), settings.smoothing)
     names = config.smoothed or tuple(name for name in divisors if name not in {split.name for split in config.splits})
     lost = [name for name in names if name not in divisors]
     if lost:
@@ -176,6 +183,7 @@ class _Job:
         self.method = method
         self.seed = seed
         self.settings = settings
+        self.reducer = loop.reducer
 
     def solve(
         self, key: dict[str, Any], folder: Path | None, progress: Progress | None
@@ -189,17 +197,17 @@ class _Job:
         done = len(stages) + tunes
         total = done + (self.settings.range_passes if self.specs else 0)
         ranges = RangeCalibration(self.loop, self.specs, trace, self.settings)
+        once = self.reducer.once
         kept = None if folder is None else StageFolder(folder, {**key, "run": trace.digest})
         weights: dict[str, PackedWeight] = {}
         for index, stage in enumerate(stages):
             specs = {name: _spec(operators(self.student)[name]) for name in stage.operators}
-            found = None if kept is None else kept.read(index, specs)
+            found = None if kept is None else once(partial(kept.read, index, specs))
             if found is None:
-                with _scratch(folder) as scratch:
-                    rounded = self._solve_stage(index, stage, trace, scratch)
-                found = {name: PackedWeight.pack(weight, specs[name]) for name, weight in rounded.items()}
+                with _scratch(folder, self.reducer.rank) as scratch:
+                    found = self._solve_stage(index, stage, trace, scratch)
                 if kept is not None:
-                    kept.write(index, found)
+                    once(partial(kept.write, index, found))
             for name, packed in found.items():
                 operator = operators(self.student)[name]
                 weights[name] = packed.to(operator.module.weight.device)
@@ -208,11 +216,11 @@ class _Job:
                 progress(index + 1, total, stage.block or ", ".join(stage.operators))
         if tunes:  # after the codes: it makes up for what they leave
             specs = {name: _spec(operators(self.student)[name]) for name in weights}
-            tuned = None if kept is None else kept.read(len(stages), specs)
+            tuned = None if kept is None else once(partial(kept.read, len(stages), specs))
             if tuned is None:
                 tuned = self._tune(len(stages), weights, trace, folder)
                 if kept is not None:
-                    kept.write(len(stages), tuned)
+                    once(partial(kept.write, len(stages), tuned))
             for name, packed in tuned.items():
                 weights[name] = packed.to(weights[name].codes.device)
                 operators(self.student)[name].use(weights[name])
@@ -220,12 +228,12 @@ class _Job:
                 progress(done, total, "scales and biases")
         passed: dict[str, CalibratedRange] = {}
         for index in range(done, total):  # after the weights: residuals depend on them
-            found_ranges = None if kept is None else kept.read_ranges(index, self.specs)
+            found_ranges = None if kept is None else once(partial(kept.read_ranges, index, list(self.specs)))
             if found_ranges is None:
-                with _scratch(folder) as scratch:
+                with _scratch(folder, self.reducer.rank) as scratch:
                     found_ranges = ranges.run_pass(scratch, self._generator(index), last=index == total - 1)
                 if kept is not None:
-                    kept.write_ranges(index, found_ranges)
+                    once(partial(kept.write_ranges, index, found_ranges))
             passed = found_ranges
             ranges.use(passed)
             if progress is not None:
@@ -236,38 +244,57 @@ class _Job:
         """One of its own for each stage: a calibration that goes on in the middle draws the same numbers."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
-    def _solve_stage(self, index: int, stage: Stage, trace: Trace, scratch: Path) -> dict[str, QuantizedWeight]:
-        generator = self._generator(index)
-        settings = self.settings
+    def _solve_stage(self, index: int, stage: Stage, trace: Trace, scratch: Path) -> dict[str, PackedWeight]:
+        """Weights of a stage, on the CPU: data from all processes, each weight found by one of them."""
+        generator, settings = self._generator(index), self.settings
         if stage.block is not None:
             with SampleStore(scratch, settings.memory, stage.block) as store:
                 structure = self.loop.samples(
                     stage.block, trace, settings.evaluations, settings.samples, store, generator
                 )
-                grids = {
-                    name.removeprefix(f"{stage.block}."): (self._weight(name), self.grids[name], self._spec(name))
-                    for name in stage.operators
-                }
-                block = self.loop.teacher.get_submodule(stage.block)
-                found = reconstruct(block, grids, store, structure, settings, generator)
-            return {f"{stage.block}.{name}": weight for name, weight in found.items()}
+                return self.reducer.once(lambda: self._solve_block(stage, store, structure, generator))
         moments = self.loop.moments(stage.operators, trace, settings.evaluations, settings.positions, generator)
-        found = {}
-        for name in stage.operators:
-            weight, grid, spec = self._weight(name), self.grids[name], self._spec(name)
-            if self.method == "gptq":
-                found[name] = gptq(weight, moments.pop(name).hessian, grid, spec, settings.damping, name)
-            else:
-                found[name] = adaround(weight, moments.pop(name), grid, spec, settings)
-        return found
+        mine = stage.operators[self.reducer.rank :: self.reducer.world_size]
+        found = self.reducer.each(lambda: {name: self._solve_operator(name, moments.pop(name)) for name in mine})
+        return {name: packed for part in self.reducer.gather(found) for name, packed in part.items()}
+
+    def _solve_block(
+        self, stage: Stage, store: SampleStore, structure: Structure, generator: torch.Generator
+    ) -> dict[str, PackedWeight]:
+        assert stage.block is not None
+        prefix = f"{stage.block}."
+        grids = {
+            name.removeprefix(prefix): (self._weight(name), self.grids[name], self._spec(name))
+            for name in stage.operators
+        }
+        block = self.loop.teacher.get_submodule(stage.block)
+        found = reconstruct(block, grids, store, structure, self.settings, generator)
+        return {prefix + name: self._packed(prefix + name, weight) for name, weight in found.items()}
+
+    def _solve_operator(self, name: str, moments: Moments) -> PackedWeight:
+        weight, grid, spec, settings = self._weight(name), self.grids[name], self._spec(name), self.settings
+        if self.method == "gptq":
+            return self._packed(name, gptq(weight, moments.hessian, grid, spec, settings.damping, name))
+        return self._packed(name, adaround(weight, moments, grid, spec, settings))
+
+    def _packed(self, name: str, weight: QuantizedWeight) -> PackedWeight:
+        return PackedWeight.pack(weight, self._spec(name)).to(torch.device("cpu"))
 
     def _tune(
         self, index: int, weights: Mapping[str, PackedWeight], trace: Trace, folder: Path | None
     ) -> dict[str, PackedWeight]:
-        generator, settings = self._generator(index), self.settings
-        with _scratch(folder) as scratch, SampleStore(scratch, settings.memory, "the denoiser") as store:
+        generator, settings, cpu = self._generator(index), self.settings, torch.device("cpu")
+        with (
+            _scratch(folder, self.reducer.rank) as scratch,
+            SampleStore(scratch, settings.memory, "the denoiser") as store,
+        ):
             recorded = record_outputs(self.loop, trace, settings.evaluations, settings.samples, store, generator)
-            return tune(self.loop, weights, store, recorded, settings, generator)
+
+            def tuned() -> dict[str, PackedWeight]:
+                found = tune(self.loop, weights, store, recorded, settings, generator)
+                return {name: packed.to(cpu) for name, packed in found.items()}
+
+            return self.reducer.once(tuned)
 
     def _weight(self, name: str) -> torch.Tensor:
         weight: torch.Tensor = operators(self.student)[name].module.weight
@@ -361,10 +388,10 @@ def _spec(operator: QuantizedOperator) -> Any:
 
 
 @contextmanager
-def _scratch(folder: Path | None) -> Iterator[Path]:
-    """A folder for samples that do not fit in memory."""
+def _scratch(folder: Path | None, rank: int) -> Iterator[Path]:
+    """A folder for samples that do not fit in memory, for each process its own."""
     if folder is not None:
-        yield folder / "samples"
+        yield folder / (f"samples-{rank}" if rank else "samples")
         return
     with tempfile.TemporaryDirectory(prefix="modiff-") as made:
         yield Path(made) / "samples"

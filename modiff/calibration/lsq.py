@@ -10,7 +10,8 @@ from torch import Tensor
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import CalibrationSettings
 from modiff.config import QuantSpec
-from modiff.layers.quantized import QuantizedOperator, compute_input
+from modiff.layers.precision import compute_input
+from modiff.layers.quantized import QuantizedOperator
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition
 

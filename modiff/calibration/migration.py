@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modiff.calibration.capture import ClosedLoop, Run, removed
+from modiff.calibration.reduction import Reducer
 from modiff.calibration.structure import shared_copy
 from modiff.config import QuantConfig, Split
 from modiff.conversion import convert, operators
@@ -45,7 +46,7 @@ class _Concatenations(TorchFunctionMode):
         return output
 
 
-def find_splits(teacher: nn.Module, config: QuantConfig, run: Run) -> tuple[Split, ...]:
+def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Reducer | None = None) -> tuple[Split, ...]:
     """Operators whose input is the very tensor that two others were joined to along channels, such as skip connections.
 
     Nothing is assumed about classes: the first evaluation is run, and every ``torch.cat`` in it is watched.
@@ -54,6 +55,7 @@ def find_splits(teacher: nn.Module, config: QuantConfig, run: Run) -> tuple[Spli
         teacher: The denoiser; left as it is.
         config: What is quantized; only such operators are split.
         run: As for :func:`modiff.calibration.calibrate`.
+        reducer: Likewise; every process that has a trajectory watches its first evaluation.
 
     Returns:
         What to set :attr:`QuantConfig.splits` to.
@@ -77,13 +79,23 @@ def find_splits(teacher: nn.Module, config: QuantConfig, run: Run) -> tuple[Spli
         raise _Done
 
     handles = [operator.register_forward_pre_hook(hook) for operator in operators(student).values()]
-    with removed(handles), mode:
-        try:
-            ClosedLoop(student, teacher, run).drive(lambda *_: None, end)
-        except _Done:
-            pass
-        else:
-            raise CalibrationError("The run that was given evaluated the student not once.")
+
+    def watched() -> bool:
+        with removed(handles), mode:
+            try:
+                ClosedLoop(student, teacher, run).drive(lambda *_: None, end)
+            except _Done:
+                return True
+        return False
+
+    reducer = reducer or Reducer()
+    found = reducer.gather((reducer.each(watched), seen))
+    if not any(evaluated for evaluated, _ in found):
+        raise CalibrationError("The run that was given evaluated the student not once.")
+    seen = {}
+    for _, part in found:
+        for name, places in part.items():
+            seen[name] = seen.get(name, set()) | places
     ones = {name: next(iter(places)) for name, places in seen.items() if len(places) == 1 and name in wanted}
     return tuple(Split(name, at) for name, at in ones.items() if at is not None)
 
@@ -121,8 +133,19 @@ def find_divisors(loop: ClosedLoop, strength: float) -> dict[str, Tensor]:
     with removed([operator.register_forward_pre_hook(hook(name)) for name, operator in chosen.items()]):
         loop.drive(lambda *_: None, lambda *_: None)
     divisors = {}
-    for name, x in largest.items():
+    for name, x in _largest_of_all(largest, loop.reducer).items():
         w = chosen[name].module.weight.detach().float().abs().amax(dim=0).clamp_min(TINY)
-        logs = strength * x.float().clamp_min(TINY).log() - (1 - strength) * w.log()
+        logs = strength * x.to(w).clamp_min(TINY).log() - (1 - strength) * w.log()
         divisors[name] = (logs - logs.mean()).exp()
     return divisors
+
+
+def _largest_of_all(largest: dict[str, Tensor], reducer: Reducer) -> dict[str, Tensor]:
+    """Element-wise maxima over all processes, of which one may lack an operator; the same names in the same order."""
+    if reducer.world_size == 1:
+        return largest
+    merged: dict[str, Tensor] = {}
+    for part in reducer.gather({name: x.cpu() for name, x in largest.items()}):
+        for name, x in part.items():
+            merged[name] = torch.maximum(merged[name], x) if name in merged else x
+    return merged

@@ -21,10 +21,11 @@ from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
 from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.quantized import QuantizedOperator, compute_input
+from modiff.layers.precision import compute_input
+from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.state import state_of
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of, check_buckets
-from modiff.quantizers.observers import AllReduce, MinMax, Observer, make_observer, observer_bytes
+from modiff.quantizers.observers import MinMax, Observer, make_observer, observer_bytes
 
 Ranges = dict[str, CalibratedRange]
 
@@ -56,20 +57,21 @@ class RangeCalibration:
         specs: The calibrated spec of each operator.
         trace: Of this run.
         settings: Observer, passes, memory.
-        all_reduce: Merges statistics over ranks; None: this process has seen all.
     """
 
     loop: ClosedLoop
     specs: Mapping[str, QuantSpec]
     trace: Trace
     settings: CalibrationSettings
-    all_reduce: AllReduce | None = None
 
     def __post_init__(self) -> None:
         chosen = self.trace.choose_steps(self.settings.range_evaluations)
         for name, spec in self.specs.items():
             if name not in self.trace.calls:
                 raise no_data(name)
+            operator = operators(self.loop.student)[name]
+            if isinstance(operator, ModulatedOperator):
+                operator.apart = True
             check_buckets(spec.timestep_buckets, self.trace.steps)
             filled = {bucket_of(i, spec.timestep_buckets, self.trace.steps) for i in chosen}
             if len(filled) < spec.timestep_buckets:
@@ -152,9 +154,9 @@ class RangeCalibration:
         self._watch(names, watch)
         ranges = {}
         for name in names:
-            if self.all_reduce is not None:
-                main[name].reduce(self.all_reduce)
-                fallback[name].reduce(self.all_reduce)
+            if self.loop.reducer.world_size > 1:
+                main[name].reduce(self.loop.reducer.all_reduce)
+                fallback[name].reduce(self.loop.reducer.all_reduce)
             low, high = fill(*main[name].range(self.specs[name]), *fallback[name].range(self.specs[name]))
             ranges[name] = CalibratedRange.from_range(low, high, self.specs[name], self.trace.steps)
         return ranges
@@ -166,6 +168,7 @@ class RangeCalibration:
         chosen = self.trace.choose_steps(settings.range_evaluations)
         stores = {n: SampleStore(scratch / str(i), settings.memory // len(names), n) for i, n in enumerate(names)}
         recorded = len(chosen) * len(self.trace.lengths)
+        keys: dict[str, list[int]] = {name: [] for name in names}
 
         def watch(name: str, index: int, x: Tensor, quantized: bool) -> None:
             if quantized:
@@ -174,21 +177,34 @@ class RangeCalibration:
                 places = torch.randperm(len(rows), generator=generator)[:share].sort().values.to(rows.device)
                 bucket = torch.full((len(places),), bucket_of(index, start[name].buckets, self.trace.steps))
                 stores[name].append({"x": rows[places], "bucket": bucket})
+                keys[name] += [self.loop.trajectory * self.trace.steps + index] * len(places)
+
+        def learn() -> Ranges:
+            return {
+                name: learn_steps(found[name], self.specs[name], start[name], stores[name], settings, generator).to(
+                    torch.device("cpu")
+                )
+                for name in names
+                if len(stores[name])
+            }
 
         try:
-            self._watch(names, watch)
-            return {
-                name: learn_steps(found[name], self.specs[name], start[name], stores[name], settings, generator)
-                if len(stores[name])
-                else start[name]
-                for name in names
-            }
+            self._watch(names, watch, generator)
+            for name in names:
+                stores[name].collect(keys[name], self.loop.reducer)
+            device = start[names[0]].scale.device
+            return start | {name: each.to(device) for name, each in self.loop.reducer.once(learn).items()}
         finally:
             for store in stores.values():
                 store.close()
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _watch(self, names: Sequence[str], watch: Callable[[str, int, Tensor, bool], None]) -> None:
+    def _watch(
+        self,
+        names: Sequence[str],
+        watch: Callable[[str, int, Tensor, bool], None],
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Run; ``watch(name, evaluation, x, quantized)`` gets what each operator quantizes.
 
         In the first evaluation of a modulated operator, which quantizes nothing, it gets the input and False.
@@ -219,7 +235,7 @@ class RangeCalibration:
             watch(operator.name, index, x, quantized)
 
         with removed([found[name].register_forward_pre_hook(hook) for name in names]):
-            self.loop.drive(begin, end)
+            self.loop.drive(begin, end, generator)
 
 
 def _range_of(operator: QuantizedOperator) -> CalibratedRange:

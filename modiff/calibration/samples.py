@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modiff.calibration.reduction import Reducer
 from modiff.errors import CalibrationError
 
 
@@ -36,6 +38,7 @@ class SampleStore:
         self._held: list[dict[str, Tensor]] = []
         self._held_bytes = 0
         self._shards: list[tuple[Path, int]] = []
+        self._order: Tensor | None = None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> SampleStore:
@@ -83,7 +86,7 @@ class SampleStore:
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
         """The rows at ``indices`` (int64 ``[n]``), in that order."""
         found: list[dict[str, Tensor]] = [{}] * len(indices)
-        order = indices.tolist()
+        order = (indices if self._order is None else self._order[indices]).tolist()
         start = 0
         for path, count in self._shards:
             wanted = [(i, row - start) for i, row in enumerate(order) if start <= row < start + count]
@@ -103,9 +106,39 @@ class SampleStore:
             raise IndexError(f"{order} are not all rows of a store of {len(self)}")
         return {key: torch.cat([row[key] for row in found]) for key in found[0]}
 
+    def collect(self, keys: Sequence[int], reducer: Reducer, at_once: int = 16) -> None:
+        """Bring the rows of all processes into the store of the first; nothing to do where there is only one.
+
+        Args:
+            keys: Of this process's rows: the first store is then read in the order of all keys.
+            reducer: The processes; each calls this.
+            at_once: Rows of each that travel together.
+
+        Raises:
+            CalibrationError: As for :meth:`append`, in all of them.
+        """
+        if reducer.world_size == 1:
+            return
+        own = len(self)
+        every, count = reducer.gather(list(keys)), max(reducer.gather(own))
+        found = list(keys)
+        for first in range(0, count, at_once):
+            places = torch.arange(first, min(first + at_once, own)) if first < own else None
+            parts = reducer.gather(None if places is None or reducer.rank == 0 else self.rows(places))
+            reducer.once(lambda parts=parts: self._take(parts))  # type: ignore[misc]
+            for part, others in zip(parts, every, strict=True):
+                found += others[first : first + at_once] if part is not None else []
+        if reducer.rank == 0:
+            self._order = torch.tensor(found).argsort(stable=True)
+
+    def _take(self, parts: Sequence[dict[str, Tensor] | None]) -> None:
+        for part in parts:
+            if part is not None:
+                self.append(part)
+
     def close(self) -> None:
         """Forget all samples and delete the folder."""
-        self._held, self._held_bytes, self._shards = [], 0, []
+        self._held, self._held_bytes, self._shards, self._order = [], 0, [], None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _spill(self) -> None:

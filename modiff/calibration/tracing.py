@@ -25,15 +25,22 @@ class Trace:
         calls: Calls of each operator in one evaluation.
         usable: Modules that can be run alone: called once in each evaluation, always in the same way, with tensors of
             the batch in and one tensor of the batch out.
-        digest: Hash of the inputs of the first evaluations: the noise, and with it the run.
+        digests: Hashes of the inputs of the trajectories' first evaluations: the noise, and with it the run.
+        mine: Places in ``lengths`` of the trajectories of this process.
     """
 
     lengths: list[int] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     usable: list[str] = field(default_factory=list)
-    digest: str = ""
+    digests: list[str] = field(default_factory=list)
     steps: int = 0
+    mine: list[int] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the run; the same however its trajectories are dealt to processes."""
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
     def choose(self, count: int | None) -> list[int]:
         """Which evaluations are recorded: ``count`` of the longest trajectory, evenly from its first to its last.
@@ -50,6 +57,40 @@ class Trace:
     def recorded(self, chosen: Sequence[int]) -> int:
         """How many evaluations of the whole run are among ``chosen``."""
         return sum(i < length for length in self.lengths for i in chosen)
+
+    def ordinal(self, chosen: Sequence[int], trajectory: int, index: int) -> int:
+        """How many recorded evaluations come before evaluation ``index`` of a trajectory.
+
+        >>> Trace(lengths=[20, 4]).ordinal([0, 6, 13], 1, 0)
+        3
+        """
+        before = sum(i < length for length in self.lengths[:trajectory] for i in chosen)
+        return before + sum(i < index for i in chosen)
+
+
+def merged(traces: Sequence[Trace], rank: int = 0) -> Trace:
+    """One trace of the whole run, from those of the processes that share it.
+
+    Trajectories are counted in turn: the first of each process, then the second of each.
+
+    Args:
+        traces: By rank.
+        rank: Of the process whose ``mine`` it gets.
+
+    >>> merged([Trace([5, 7], digests=["a", "c"]), Trace([6], digests=["b"])], rank=1)
+    Trace(lengths=[5, 6, 7], order=[], calls={}, usable=[], digests=['a', 'b', 'c'], steps=0, mine=[1])
+    """
+    order = sorted((i, r) for r, trace in enumerate(traces) for i in range(len(trace.lengths)))
+    ran = [trace for trace in traces if trace.lengths] or [Trace()]
+    return Trace(
+        lengths=[traces[r].lengths[i] for i, r in order],
+        order=ran[0].order,
+        calls=ran[0].calls,
+        usable=[name for name in ran[0].usable if all(name in trace.usable for trace in ran)],
+        digests=[traces[r].digests[i] for i, r in order],
+        steps=max(trace.steps for trace in ran),
+        mine=[place for place, (_, r) in enumerate(order) if r == rank],
+    )
 
 
 def _evenly(count: int | None, length: int) -> list[int]:

@@ -18,7 +18,8 @@ from modiff.calibration.tracing import Evaluation, Trace
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
 from modiff.layers.operators import OperatorAdapter
-from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
+from modiff.layers.precision import compute_input, output_dtype
+from modiff.layers.quantized import QuantizedOperator
 from modiff.quantizers.packing import PackedWeight
 
 PARTS = 4
@@ -52,26 +53,31 @@ def record_outputs(
 ) -> list[RecordedEvaluation]:
     """Run once; keep what the student was given, and what the teacher answers to that.
 
+    Afterwards the store of the first process holds the rows of all, in the order of trajectories.
+
     Args:
         loop: Student, teacher and run.
         trace: Of this run.
         evaluations: How many of a trajectory; None: all.
-        most: Samples, in all: drawn anew in each evaluation.
+        most: Samples, in all: drawn anew in each evaluation, where the batch holds its share.
         store: Gets the rows: ``input.0`` .. and ``target``.
-        generator: Draws them, on the CPU.
+        generator: Draws them, on the CPU; see :meth:`ClosedLoop.drive`.
 
     Raises:
         CalibrationError: The teacher's answer holds no tensor or is not finite, or the store is full.
     """
     chosen, evaluation = trace.choose(evaluations), Evaluation()
-    share = -(-most // trace.recorded(chosen))
-    found: list[RecordedEvaluation] = []
+    total = trace.recorded(chosen)
+    found: list[tuple[int, RecordedEvaluation]] = []
+    keys: list[int] = []
 
     def begin(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         evaluation.start(index, args, kwargs)
 
     def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if evaluation.index not in chosen or len(store) >= most:
+        key = trace.ordinal(chosen, loop.trajectory, evaluation.index)
+        share = most * (key + 1) // total - most * key // total
+        if evaluation.index not in chosen or share == 0:
             return
         with torch.no_grad():
             target = first_tensor(loop.teacher(*args, **kwargs))
@@ -79,15 +85,37 @@ def record_outputs(
             raise CalibrationError(f"NaN or Inf in the teacher's answer in {evaluation}. Check it in this dtype.")
         structure, tensors = Structure.of(args, kwargs)
         batch = len(target)
-        rows = torch.randperm(batch, generator=generator)[: min(share, most - len(store))].sort().values
-        by_row = {key: t for key, t in tensors.items() if t.ndim and len(t) == batch}
-        whole = {key: t.clone() for key, t in tensors.items() if key not in by_row}
-        first = len(store)
-        store.append({key: t[rows.to(t.device)] for key, t in {**by_row, "target": target}.items()})
-        found.append(RecordedEvaluation(structure, whole, first, len(rows)))
+        rows = torch.randperm(batch, generator=generator)[:share].sort().values
+        by_row = {name: t for name, t in tensors.items() if t.ndim and len(t) == batch}
+        whole = {name: t.clone() for name, t in tensors.items() if name not in by_row}
+        store.append({name: t[rows.to(t.device)] for name, t in {**by_row, "target": target}.items()})
+        found.append((key, RecordedEvaluation(structure, whole, 0, len(rows))))
+        keys.extend([key] * len(rows))
 
-    loop.drive(begin, end)
-    return found
+    loop.drive(begin, end, generator)
+    store.collect(keys, loop.reducer)
+    return _in_order(found, loop)
+
+
+def _in_order(found: list[tuple[int, RecordedEvaluation]], loop: ClosedLoop) -> list[RecordedEvaluation]:
+    """The evaluations of all processes, each with its place in the first one's store."""
+    device = next(loop.teacher.parameters()).device
+    if loop.reducer.world_size > 1:  # tensors travel on the CPU
+        sent = [
+            (key, replace(e, whole={n: t.cpu() for n, t in e.whole.items()}), {n: t.is_cpu for n, t in e.whole.items()})
+            for key, e in found
+        ]
+        found = [
+            (key, replace(e, whole={n: t if on_cpu[n] else t.to(device) for n, t in e.whole.items()}))
+            for part in loop.reducer.gather(sent)
+            for key, e, on_cpu in part
+        ]
+    ordered: list[RecordedEvaluation] = []
+    first = 0
+    for _, e in sorted(found, key=lambda item: item[0]):
+        ordered.append(replace(e, first=first))
+        first += e.count
+    return ordered
 
 
 def first_tensor(output: Any) -> Tensor:

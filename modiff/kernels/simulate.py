@@ -9,53 +9,57 @@ from modiff.quantizers.affine import scale_from_range
 from modiff.quantizers.granularity import Partition
 
 
-def fake_quantize_(
-    x: Tensor, partition: Partition, spec: QuantSpec, clip: float | None = None
+def encode_(
+    x: Tensor,
+    partition: Partition,
+    spec: QuantSpec,
+    clip: float | None = None,
+    fixed: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Replace ``x`` by ``Q(x)`` (equations 4 and 5) with a dynamic range, in place.
+    """Replace ``x`` by its codes less their zero point (equation 4), in place.
 
-    The same values as :func:`modiff.quantizers.affine.fake_quantize`, in as few passes over memory as eager mode has.
+    The same codes as :func:`modiff.quantizers.affine.quantize`, in as few passes over memory as eager mode has.
 
     Args:
         x: Float32 or float64, any memory layout; overwritten.
         partition: Which elements share a scale.
         spec: The quantizer.
         clip: Overrides ``spec.clip``.
+        fixed: Calibrated scale and zero point, broadcasting against ``x``; None: from the range of ``x``.
 
     Returns:
-        Smallest and largest values found, for the detection of NaN and Inf without another pass.
+        The scale, broadcasting against ``x``; a scalar that is NaN or Inf where ``x`` held either.
     """
     clip = spec.clip if clip is None else clip
-    low, high = partition.range(x)
-    scale, zero_point = scale_from_range(low, high, spec, clip)
-    scale = partition.expand(scale, x.shape)
+    if fixed is None:
+        low, high = partition.range(x)
+        probe = (high - low).sum()
+        scale, zero_point = scale_from_range(low, high, spec, clip)
+        scale = partition.expand(scale, x.shape)
+        zero_point = None if zero_point is None else partition.expand(zero_point, x.shape)
+    else:
+        probe = x.sum()  # clamping would hide an Inf
+        scale, zero_point = fixed
     x.div_(scale).round_()
     if zero_point is not None:
-        zero_point = partition.expand(zero_point, x.shape)
         x.add_(zero_point).clamp_(*spec.code_range).sub_(zero_point)
-    elif clip < 1:  # at the full range no value can round beyond the last code
+    elif clip < 1 or fixed is not None:  # at the full range no value can round beyond the last code
         x.clamp_(*spec.code_range)
-    x.mul_(scale)
-    return low, high
+    return scale, probe
 
 
-def fake_quantize_fixed_(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Replace ``x`` by ``Q(x)`` (equations 4 and 5) with a calibrated scale, in place; codes are clamped.
-
-    Args:
-        x: Float32 or float64, any memory layout; overwritten.
-        scale: Broadcasts against ``x``.
-        zero_point: Likewise; None for symmetric quantizers.
-        spec: The quantizer.
+def fake_quantize_(
+    x: Tensor,
+    partition: Partition,
+    spec: QuantSpec,
+    clip: float | None = None,
+    fixed: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """Replace ``x`` by ``Q(x)`` (equations 4 and 5), in place; see :func:`encode_`.
 
     Returns:
-        A scalar that is NaN or Inf where ``x`` held either: clamping would hide an Inf.
+        A scalar that is NaN or Inf where ``x`` held either.
     """
-    probe = x.sum()
-    x.div_(scale).round_()
-    if zero_point is None:
-        x.clamp_(*spec.code_range)
-    else:
-        x.add_(zero_point).clamp_(*spec.code_range).sub_(zero_point)
+    scale, probe = encode_(x, partition, spec, clip, fixed)
     x.mul_(scale)
     return probe

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from modiff.errors import ConfigError, TrajectoryError
+from modiff.kernels.stages import int16_step, to_steps
 
 OUTPUT = "(output)"  # stands for the student's own output among the names of operators
 DEFAULT = ""  # the context of calls that name none
@@ -67,21 +69,71 @@ class OperatorCache:
     """What one call site of a modulated operator keeps between evaluations.
 
     Args:
-        a_hat: Reconstruction â of the input (without error compensation: the last input itself); shape of the input.
+        a_hat: Reconstruction â of the input (without error compensation: the last input itself); shape of the input;
+            float, or int16 in units of ``step``.
         o_hat: Output ô = A(â) + bias; shape of the output, dtype ``state_dtype``.
         source: The input that ``a_hat`` equals exactly; None where it is only near.
+        step: What a unit of an integer ``a_hat`` is worth, 0-dim; None where it is a float.
+        leader: The cache of another operator that reads the same tensor under the same quantizer, and keeps â for both.
+        codes: Of a leader, in the current evaluation, for those that follow: its input, codes and their scale.
+        followers: How many follow.
+        traced: Like ``codes``, inside a compiled region.
     """
 
     a_hat: Tensor
     o_hat: Tensor
     source: InputIdentity | None = None
+    step: Tensor | None = None
+    leader: OperatorCache | None = None
+    codes: tuple[InputIdentity | None, Tensor, Tensor] | None = None
+    followers: int = 0
+    traced: tuple[Tensor, Tensor] | None = None
+
+    def reconstruction(self) -> Tensor:
+        """â as a float."""
+        return self.a_hat if self.step is None else self.a_hat.to(self.step.dtype) * self.step
+
+    def hold(self, a: Tensor) -> None:
+        """``â = a`` (equation 8), to the nearest step where â is an integer."""
+        if self.step is None:
+            self.a_hat.copy_(a)
+        else:
+            self.step.copy_(int16_step(a))
+            self.a_hat.copy_(to_steps(a, self.step))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of â and ô; â counts where it is kept."""
+        kept = (self.o_hat,) if self.leader is not None else (self.a_hat, self.o_hat)
+        return sum(t.numel() * t.element_size() for t in kept)
 
     def keep_last_half(self) -> None:
         """Keep the last half of the rows: ``ô = A(â) + bias`` holds row by row."""
         rows = self.a_hat.shape[0] // 2
         self.o_hat = self.o_hat[self.o_hat.shape[0] // 2 :].clone()
-        self.a_hat = self.a_hat[rows:].clone()
+        self.a_hat = self.a_hat[rows:].clone() if self.leader is None else self.leader.a_hat
         self.source = None
+
+
+@dataclass
+class Region:
+    """What an operator inside a compiled region may read: set outside of it, before each evaluation.
+
+    Args:
+        caches: Of its calls, in their order; empty for plain quantization.
+        constant: Which of the calls have a fixed input.
+        fixed: Calibrated scale and zero point of this evaluation.
+        offset: The unsigned code that stands for 0; None: floating point.
+        shape: Of an input that ran eagerly; None before the first.
+        call: Calls so far in this evaluation.
+    """
+
+    caches: list[OperatorCache] = field(default_factory=list)
+    constant: tuple[bool, ...] = ()
+    fixed: tuple[Tensor, Tensor | None] | None = None
+    offset: int | None = None
+    shape: torch.Size | None = None
+    call: int = 0
 
 
 @dataclass
@@ -95,6 +147,7 @@ class Context:
         caches: By operator, one for each call site.
         calls: Calls of each operator in the first evaluation.
         unchanged: Calls of each operator that were not computed, because the input was the last one's.
+        shapes: Shape and dtype of each tensor among the denoiser's arguments in the first evaluation.
         outputs: What modules between a fixed input and operators returned for it, by module.
     """
 
@@ -104,6 +157,7 @@ class Context:
     caches: dict[str, list[OperatorCache]] = field(default_factory=dict, repr=False)
     calls: dict[str, int] | None = field(default=None, repr=False)
     unchanged: dict[str, int] = field(default_factory=dict, repr=False)
+    shapes: tuple[object, ...] = field(default=(), repr=False)
     outputs: dict[str, KeptOutput | None] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
@@ -155,8 +209,8 @@ class Trajectory:
     @property
     def state_bytes(self) -> int:
         """Bytes held for â and ô by all operators in all contexts, for the whole batch."""
-        caches = [c for context in self.contexts.values() for sites in context.caches.values() for c in sites]
-        return sum(t.numel() * t.element_size() for cache in caches for t in (cache.a_hat, cache.o_hat))
+        sites = (sites for context in self.contexts.values() for sites in context.caches.values())
+        return sum(cache.num_bytes for caches in sites for cache in caches)
 
     @property
     def constant(self) -> frozenset[str]:
@@ -242,6 +296,18 @@ class Trajectory:
         return self.contexts.setdefault(name, Context(name))
 
 
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors among the arguments of a call."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from tensors_of(member)
+    elif isinstance(value, (tuple, list)):
+        for member in value:
+            yield from tensors_of(member)
+
+
 def first_flag(flags: list[tuple[list[str], Tensor]]) -> tuple[str, int] | None:
     """First name whose flag is set, and its index in the list.
 
@@ -258,3 +324,9 @@ def first_flag(flags: list[tuple[list[str], Tensor]]) -> tuple[str, int] | None:
     index = bad.index(True)
     names, flag = flags[index]
     return names[int(flag.int().argmax())], index
+
+
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialized dense memory in the shape and layout of ``x``, usable in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty_like(x, dtype=dtype)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from modiff.config import Modulation
-from modiff.kernels.simulate import fake_quantize_
-from modiff.layers.caches import InputIdentity, OperatorCache
-from modiff.layers.quantized import QuantizedOperator, compute_input, output_dtype
-from modiff.layers.state import dense_like
+from modiff.errors import TrajectoryError
+from modiff.kernels.stages import advance, encode, int16_step
+from modiff.layers import execution
+from modiff.layers.caches import InputIdentity, OperatorCache, dense_like
+from modiff.layers.precision import compute_input, output_dtype
+from modiff.layers.quantized import QuantizedOperator
 
 
 class ModulatedOperator(QuantizedOperator):
@@ -26,9 +28,12 @@ class ModulatedOperator(QuantizedOperator):
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
+        self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """One evaluation: warm up, refresh, or advance by the quantized difference."""
+        if torch.compiler.is_compiling():
+            return self.traced(x)
         self.check(x)
         self.require_range()
         out_dtype = output_dtype(x)
@@ -39,14 +44,14 @@ class ModulatedOperator(QuantizedOperator):
             cache.source = None
         a = compute_input(x)
         if cache is None:
-            cache = self.allocate(a)
+            cache = self.allocate(a, x)
             refines = self.modulation.warmup == "refine"
             output = self.refine(a, cache) if refines else self.full(a, cache)
             exact = not refines
         elif self.refreshes():
             output, exact = self.full(a, cache), True
         else:
-            output, exact = self.advance(a, cache), not self.modulation.error_compensation
+            output, exact = self.advance(a, x, cache), not self.modulation.error_compensation
         if exact:
             cache.source = InputIdentity.of(x)
         return output.to(out_dtype)
@@ -64,7 +69,8 @@ class ModulatedOperator(QuantizedOperator):
     def quantizer_input(self, x: Tensor) -> Tensor | None:
         """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing.
 
-        That is the residual ``a - â``; None in warm-ups, refreshes, and where the input is unchanged.
+        That is the residual ``a - â``; None in warm-ups, refreshes, and where the input is unchanged. Operators that
+        share â advance it in the first one's call: ask only those that are set ``apart``.
         """
         run = self.state.trajectory
         if run is None or run.current.total == 0 or self.refreshes():
@@ -72,50 +78,126 @@ class ModulatedOperator(QuantizedOperator):
         cache = self.state.peek_cache(self.name)
         if cache is None or cache.a_hat.shape != x.shape or (cache.source is not None and cache.source.matches(x)):
             return None
-        return compute_input(x) - cache.a_hat
+        return compute_input(x) - cache.reconstruction()
 
-    def allocate(self, a: Tensor) -> OperatorCache:
+    def allocate(self, a: Tensor, x: Tensor) -> OperatorCache:
         """Memory for this call's state; ô is allocated when its shape is known."""
-        cache = OperatorCache(dense_like(a, a.dtype), torch.empty(0))
+        leader = self.state.find_leader(self, x) if self.shares else None
+        if leader is not None:
+            cache = OperatorCache(leader.a_hat, torch.empty(0), step=leader.step, leader=leader)
+            leader.followers += 1
+        elif self.modulation.reconstruction_dtype == "int16":
+            with torch.inference_mode(False):
+                step = torch.ones((), dtype=a.dtype, device=a.device)
+            cache = OperatorCache(dense_like(a, torch.int16), torch.empty(0), step=step)
+        else:
+            cache = OperatorCache(dense_like(a, a.dtype), torch.empty(0))
         self.state.keep_cache(self.name, cache)
         return cache
 
+    @property
+    def shares(self) -> bool:
+        """Whether others may share â: it must be a function of the input and the quantizer alone."""
+        return self.modulation.warmup == "full" and self.calibrated is None and not self.apart
+
+    def shares_with(self, other: ModulatedOperator) -> bool:
+        """Whether the same inputs give both the same â and codes, evaluation after evaluation."""
+        mine = (self.activation_spec, self.modulation, self.adapter, self.shares, self.backend)
+        theirs = (other.activation_spec, other.modulation, other.adapter, other.shares, other.backend)
+        device = self.module.weight.device
+        return mine == theirs and self.choice(device).backend == other.choice(device).backend
+
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""
-        cache.a_hat.copy_(a)
+        self.code_offset(a)
+        if cache.leader is None:
+            cache.hold(a)
         self.state.note(self.name, a.sum(), quantized=False)
-        return self.put(self.product(a, with_bias=True), cache)
+        held = a if cache.step is None else cache.reconstruction()  # ô is made of what is kept (trap 9)
+        output = self.product(held, with_bias=True)
+        if self.region.offset is not None and output.ndim == 4 and self.adapter.kind == "conv":
+            output = output.contiguous(memory_format=torch.channels_last)  # as integer products are
+        return self.put(output, cache)
 
     def refine(self, a: Tensor, cache: OperatorCache) -> Tensor:
-        """Integer warm-up: â_1 = Q(a), then each round adds Q(a - â) with a scale of its own; never clipped."""
-        assert self.activation_spec is not None
-        output: Tensor | None = None
+        """Integer warm-up: from â = 0, each round adds Q(a - â) with a scale of its own; never clipped."""
+        if cache.step is not None:
+            cache.step.copy_(int16_step(a))
+        cache.a_hat.zero_()
+        offset, output = self.code_offset(a), None
         for _ in range(self.modulation.warmup_rounds):
-            residual = self.state.scratch(cache.a_hat)
+            codes, scale, probe = execution.encode(self, a, cache, offset, clip=1.0)
+            product = execution.multiply(self, codes, offset)
+            product = product if offset is None else product.mul_(execution.output_scale(scale, product))
             if output is None:
-                residual.copy_(a)
+                self.state.note(self.name, probe, quantized=True)
+                output = self.add_bias(product)
             else:
-                torch.sub(a, cache.a_hat, out=residual)
-            low, high = fake_quantize_(residual, self.partition(a.ndim), self.activation_spec, clip=1.0)
-            if output is None:
-                self.state.note(self.name, (high - low).sum(), quantized=True)
-                cache.a_hat.copy_(residual)
-                output = self.product(residual, with_bias=True)
-            else:
-                cache.a_hat.add_(residual)
-                output = output.add_(self.product(residual, with_bias=False))
+                output = output.add_(product)
         assert output is not None
         return self.put(output, cache)
 
-    def advance(self, a: Tensor, cache: OperatorCache) -> Tensor:
+    def advance(self, a: Tensor, x: Tensor, cache: OperatorCache) -> Tensor:
         """Equations (13) and (14): â += Q(a - â), ô += A(Q(a - â))."""
-        residual = torch.sub(a, cache.a_hat, out=self.state.scratch(cache.a_hat))
-        self.state.note(self.name, self.quantize_(residual), quantized=True)
-        if self.modulation.error_compensation:
-            cache.a_hat.add_(residual)
+        offset = self.code_offset(a)
+        codes, scale, probe = self.advance_codes(a, x, cache, offset)
+        self.state.note(self.name, probe, quantized=True)
+        product = execution.multiply(self, codes, offset)
+        return execution.accumulate(self, product, cache.o_hat, None if offset is None else scale)
+
+    def advance_codes(
+        self, a: Tensor, x: Tensor, cache: OperatorCache, offset: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Equation (13), by the first of those operators that share â; the others get its codes."""
+        if cache.leader is not None:
+            source, codes, scale = cache.leader.codes or (None, a, a)
+            if source is None or not source.matches(x):
+                raise TrajectoryError(
+                    f"Operator {self.name!r} read the same tensor as another one in the first evaluation, and so "
+                    "shares its state, but does not in this one. Give it a quantizer of its own by a rule, such as "
+                    f"Rule({self.name!r}, modulation=Modulation(warmup='refine'))."
+                )
+            return codes, scale, scale.sum()
+        fixed, compensates = self.calibrated_scale(a), self.modulation.error_compensation
+        codes, scale, probe = execution.encode(self, a, cache, offset, fixed, compensates=compensates)
+        if cache.followers:
+            cache.codes = (InputIdentity.of(x), codes.clone(), scale)
+            self.state.lead(cache)
+        return codes, scale, probe
+
+    def traced(self, x: Tensor) -> Tensor:
+        """Equations (13) and (14) while ``torch.compile`` traces; see :meth:`QuantizedOperator.traced`."""
+        self.check(x)
+        region, call = self.region, self.region.call
+        region.call = call + 1
+        cache = region.caches[call]
+        a = compute_input(x)
+        if region.constant[call]:
+            return cache.o_hat.to(a.dtype, copy=True).to(output_dtype(x))
+        if cache.leader is not None and cache.leader.traced is not None:
+            codes, scale = cache.leader.traced
         else:
-            cache.a_hat.copy_(a)
-        return self.put(self.product(residual, with_bias=False).add_(cache.o_hat), cache)
+            codes, scale = self.traced_codes(a, cache)
+        product = execution.multiply(self, codes, region.offset)
+        if region.offset is not None:
+            product = product * execution.output_scale(scale, product)
+        output = product + cache.o_hat.to(product.dtype)
+        cache.o_hat.copy_(output)
+        return output.to(output_dtype(x), copy=True)
+
+    def traced_codes(self, a: Tensor, cache: OperatorCache) -> tuple[Tensor, Tensor]:
+        """Equation (13) while ``torch.compile`` traces."""
+        region, compensates = self.region, self.modulation.error_compensation
+        limits = self.limits(a, None, region.fixed is not None)
+        partition, fixed, offset = self.partition(a.ndim), region.fixed, region.offset
+        codes, scale, _ = encode(
+            a, cache.a_hat, cache.step, limits, partition, fixed, compensates, offset, advances=not compensates
+        )
+        if compensates:
+            advance(cache.a_hat, codes, scale, cache.step, offset)
+        if cache.followers:
+            cache.traced = (codes, scale)
+        return codes, scale
 
     def put(self, output: Tensor, cache: OperatorCache) -> Tensor:
         """Keep ô in its dtype. The caller gets a tensor of its own, which it may overwrite."""

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from modiff.config import QuantSpec
 from modiff.errors import CalibrationError, ConfigError, TrajectoryError
-from modiff.kernels.simulate import fake_quantize_, fake_quantize_fixed_
+from modiff.kernels.select import Choice, IntegerProduct, choose
+from modiff.kernels.stages import Limits, encode
+from modiff.layers import execution
+from modiff.layers.caches import Region
 from modiff.layers.operators import OperatorAdapter
+from modiff.layers.precision import compute_input, memory_format, output_dtype
 from modiff.layers.state import ModulationState
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition
@@ -33,6 +37,7 @@ class QuantizedOperator(nn.Module):
         activation: Activation spec or None. ``clip`` holds in every call: without state there is no first evaluation.
         state: Shared by all operators of the student.
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
+        backend: ``simulate``, or ``auto``: integer products where they are exact.
 
     Raises:
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
@@ -47,6 +52,7 @@ class QuantizedOperator(nn.Module):
         activation: QuantSpec | None,
         state: ModulationState,
         packed: PackedWeight | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.module: Any = module
@@ -58,6 +64,11 @@ class QuantizedOperator(nn.Module):
         self.dropped = False
         self.packed = packed
         self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
+        self.backend = backend
+        self.integer: IntegerProduct | None = None
+        self.region = Region()
+        self._choices: dict[tuple[torch.device, torch.dtype], bool] = {}
+        self._limits: dict[tuple[Any, ...], Limits] = {}
         self._partitions: dict[int, Partition] = {}
         # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
         self._quantized_weight: Tensor | None = None
@@ -94,7 +105,7 @@ class QuantizedOperator(nn.Module):
 
     def use(self, packed: PackedWeight) -> None:
         """Put another quantized weight of the same spec and shape in place."""
-        self.packed, self._quantized_weight = packed, None
+        self.packed, self._quantized_weight, self.integer = packed, None, None
         self.quantized_weight()
 
     def use_range(self, found: CalibratedRange | None) -> None:
@@ -168,14 +179,39 @@ class QuantizedOperator(nn.Module):
         assert scale is not None
         return scale, zero_point
 
-    def quantize_(self, x: Tensor) -> Tensor:
-        """Replace ``x`` by ``Q(x)`` in place; returns a scalar that is NaN or Inf where it held either."""
+    def limits(self, like: Tensor, clip: float | None, fixed: bool) -> Limits:
+        """The quantizer's numbers as tensors, kept: see :class:`modiff.kernels.stages.Limits`."""
         assert self.activation_spec is not None
-        fixed = self.calibrated_scale(x)
-        if fixed is not None:
-            return fake_quantize_fixed_(x, *fixed, self.activation_spec)
-        low, high = fake_quantize_(x, self.partition(x.ndim), self.activation_spec)
-        return (high - low).sum()
+        key = (clip, fixed, like.dtype, like.device)
+        if key not in self._limits:
+            with torch.inference_mode(False):
+                self._limits[key] = Limits.of(self.activation_spec, like, clip, fixed)
+        return self._limits[key]
+
+    def choice(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+        """Which execution the operator gets for inputs on a device, and why."""
+        if self.backend == "simulate":
+            return Choice("simulate")
+        return choose(self.module, self.weight_spec, self.activation_spec, device, dtype)
+
+    def code_offset(self, a: Tensor) -> int | None:
+        """The unsigned code that stands for 0 where the product of ``a`` runs in integers; None where it does not."""
+        key = (a.device, a.dtype)
+        if key not in self._choices:
+            self._choices[key] = self.choice(*key).backend == "onednn"
+        self.region.shape, self.region.offset = a.shape, None
+        # A graph that makes these would be made anew afterwards.
+        self.limits(a, None, self.calibrated is not None)
+        self.partition(a.ndim)
+        if not self._choices[key]:
+            return None
+        if self.integer is None:
+            assert self.packed is not None
+            assert self.activation_spec is not None
+            self.integer = IntegerProduct(self.module, self.packed, self.activation_spec)
+        self.integer.prepare()
+        self.region.offset = self.integer.offset
+        return self.region.offset
 
     def quantized_weight(self) -> Tensor:
         """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
@@ -239,15 +275,44 @@ class QuantizedOperator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input (equations 4 and 5) and apply the operator."""
+        if torch.compiler.is_compiling():
+            return self.traced(x)
         self.check(x)
         out_dtype = output_dtype(x)
         a = compute_input(x)
         if self.activation_spec is None:
             self.state.note(self.name, a.sum(), quantized=None)
-        else:
-            a = a.clone() if a is x else a
-            self.state.note(self.name, self.quantize_(a), quantized=True)
-        return self.product(a, with_bias=True).to(out_dtype)
+            return self.product(a, with_bias=True).to(out_dtype)
+        offset = self.code_offset(a)
+        codes, scale, probe = execution.encode(self, a, None, offset, self.calibrated_scale(a))
+        self.state.note(self.name, probe, quantized=True)
+        if offset is None:
+            return self.product(codes, with_bias=True).to(out_dtype)
+        output = execution.multiply(self, codes, offset)
+        return self.add_bias(output.mul_(execution.output_scale(scale, output))).to(out_dtype)
+
+    def traced(self, x: Tensor) -> Tensor:
+        """The same while ``torch.compile`` traces: no bookkeeping, which :mod:`modiff.layers.regions` does outside."""
+        self.check(x)
+        a = compute_input(x)
+        if self.activation_spec is None:
+            return self.product(a, with_bias=True).to(output_dtype(x))
+        offset = self.region.offset
+        limits = self.limits(a, None, self.region.fixed is not None)
+        codes, scale, _ = encode(a, None, None, limits, self.partition(a.ndim), self.region.fixed, True, offset)
+        if offset is None:
+            return self.product(codes, with_bias=True).to(output_dtype(x))
+        output = execution.multiply(self, codes, offset)
+        return self.add_bias(output * execution.output_scale(scale, output)).to(output_dtype(x))
+
+    def add_bias(self, output: Tensor) -> Tensor:
+        """Add the bias in place, once (equation 9)."""
+        if self.bias is None:
+            return output
+        bias = self.bias.detach().to(output.dtype)
+        return output.add_(
+            bias if self.adapter.kind == "linear" else bias.view(-1, *[1] * len(self.module.kernel_size))
+        )
 
     def quantizer_input(self, x: Tensor) -> Tensor | None:
         """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing."""
@@ -291,6 +356,7 @@ class QuantizedOperator(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)
         super()._apply(fn, recurse)
+        self.integer, self._choices, self._limits, self.region = None, {}, {}, Region()
         if self.calibrated is not None:
             self.calibrated = self.calibrated.to(fn(torch.empty(1, device=self.calibrated.scale.device)).device)
         if self.packed is not None:
@@ -324,23 +390,3 @@ class QuantizedOperator(nn.Module):
     def extra_repr(self) -> str:
         """Bits of both sides."""
         return f"weight={self.weight_spec}, activation={self.activation_spec}"
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout of a convolution's weight: contiguous, or channels last."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(tensor.ndim, torch.contiguous_format)
-    return last if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() else torch.contiguous_format
-
-
-def output_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the original would answer; autocast leaves float64 alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def compute_input(x: Tensor) -> Tensor:
-    """The input in the dtype of differences and scales: float32, or float64 when it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

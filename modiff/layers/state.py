@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.layers.caches import OUTPUT, Context, KeptOutput, OperatorCache, Trajectory, first_flag
+from modiff.layers.caches import (
+    OUTPUT,
+    Context,
+    InputIdentity,
+    KeptOutput,
+    OperatorCache,
+    Trajectory,
+    first_flag,
+    tensors_of,
+)
+
+if TYPE_CHECKING:
+    from modiff.layers.execution import CompiledStages
+    from modiff.layers.modulated import ModulatedOperator
+    from modiff.layers.regions import Regions
 
 __all__ = ["OUTPUT", "Context", "ModulationState", "OperatorCache", "Trajectory", "state_of", "trajectory"]
 
@@ -31,7 +45,11 @@ class ModulationState:
         self._quantized = [0, 0]
         self._probes: list[tuple[str, Tensor]] = []
         self._changes: list[tuple[str, Tensor]] = []
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._leaders: list[tuple[ModulatedOperator, InputIdentity, int]] = []
+        self._leading: list[OperatorCache] = []
+        self.stages: CompiledStages | None = None
+        self.regions: Regions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copying or pickling is allowed between trajectories only."""
@@ -78,14 +96,19 @@ class ModulationState:
             self.trajectory.close()
             self.last = self.trajectory
         self.trajectory = None
+        if self.regions is not None:
+            self.regions.release()
         self._scratch = {}
         self._probes = []
         self._changes = []
+        self._drop_codes()
 
-    def begin_evaluation(self, *_: Any) -> None:
+    def begin_evaluation(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the root module."""
         run = self.trajectory
         if run is None:
+            if self.regions is not None:
+                self.regions.prepare(self, [*tensors_of((args, kwargs))])
             return
         if run.in_evaluation:
             raise TrajectoryError(
@@ -97,6 +120,8 @@ class ModulationState:
         self._quantized = [0, 0]
         self._probes = []
         self._changes = []
+        if self.regions is not None:
+            self.regions.prepare(self, [*tensors_of((args, kwargs))])
 
     def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook of the root module.
@@ -108,6 +133,8 @@ class ModulationState:
         if run is None:
             return
         here = run.current
+        if self.regions is not None:
+            self.regions.finish(self, self._calls, self._quantized)
         if here.calls is None:
             here.calls = self._calls
         elif self._calls != here.calls:
@@ -118,10 +145,11 @@ class ModulationState:
                 "Exclude it with Rule(..., skip=True)."
             )
         run.in_evaluation = False
+        self._drop_codes()
         here.total += 1
         done, all_ = self._quantized
         here.quantized += int(all_ > 0 and done == all_)
-        result = _first_tensor(output)
+        result = next(tensors_of(output), None)
         if result is not None:
             # What is wrong in an inner operator shows at the next one; only the last one needs this.
             self._probes.append((OUTPUT, result.sum(dtype=torch.promote_types(result.dtype, torch.float32))))
@@ -129,6 +157,11 @@ class ModulationState:
             if found:
                 device = found[0][1].device
                 kept.append(([name for name, _ in found], torch.stack([probe.to(device) for _, probe in found])))
+
+    def _drop_codes(self) -> None:
+        for cache in self._leading:
+            cache.codes = None
+        self._leaders, self._leading = [], []
 
     def next_cache(self, name: str, x: Tensor, batched: bool) -> OperatorCache | None:
         """The cache of this call of operator ``name``; None in the first evaluation of the current context.
@@ -160,12 +193,13 @@ class ModulationState:
                 "Exclude it with Rule(..., skip=True)."
             )
         cache = caches[call]
-        if cache.a_hat.shape != x.shape:
-            rows, *rest = cache.a_hat.shape
+        shape = cache.a_hat.shape
+        if shape != x.shape:
+            rows, *rest = shape
             if not (run.guidance_may_end and batched and [2 * x.shape[0], *x.shape[1:]] == [rows, *rest]):
                 raise TrajectoryError(
                     f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {here.total}{here}, but "
-                    f"had {list(cache.a_hat.shape)} in the first one. Keep the batch through a trajectory; open a new "
+                    f"had {list(shape)} in the first one. Keep the batch through a trajectory; open a new "
                     "one for another batch. Where guidance in one batch switches off, so that its last half remains: "
                     "modiff.trajectory(student, guidance_may_end=True)."
                 )
@@ -183,6 +217,31 @@ class ModulationState:
         assert self.trajectory is not None
         self.trajectory.current.caches.setdefault(name, []).append(cache)
 
+    def find_leader(self, operator: ModulatedOperator, x: Tensor) -> OperatorCache | None:
+        """In the first evaluation: the cache of an operator that read this very tensor under the same quantizer.
+
+        Without one, the operator may lead others.
+        """
+        identity = InputIdentity.of(x)
+        if identity is None:
+            return None
+        for other, source, site in self._leaders:
+            if source.matches(x) and operator.shares_with(other):
+                return self._cache_of(other.name, site)
+        assert self.trajectory is not None
+        site = len(self.trajectory.current.caches.get(operator.name, []))
+        self._leaders.append((operator, identity, site))
+        return None
+
+    def _cache_of(self, name: str, site: int) -> OperatorCache | None:
+        assert self.trajectory is not None
+        caches = self.trajectory.current.caches.get(name, [])
+        return caches[site] if site < len(caches) else None
+
+    def lead(self, cache: OperatorCache) -> None:
+        """Have a leader's codes dropped at the end of the evaluation."""
+        self._leading.append(cache)
+
     def note_unchanged(self, name: str, x: Tensor, cache: OperatorCache, quantized: bool) -> None:
         """Record a call that was not computed, because its input ``x`` is the one that ``cache`` was made from.
 
@@ -192,7 +251,7 @@ class ModulationState:
         assert self.trajectory is not None
         skipped = self.trajectory.current.unchanged
         skipped[name] = skipped.get(name, 0) + 1
-        self._changes.append((name, torch.ne(x, cache.a_hat).any()))
+        self._changes.append((name, torch.ne(x, cache.reconstruction()).any()))
         self._quantized[0] += int(quantized)
         self._quantized[1] += 1
 
@@ -218,7 +277,9 @@ class ModulationState:
         device, like the input in :meth:`note_unchanged`.
         """
         run = self.trajectory
-        if run is None or not run.in_evaluation or len(args) != 1 or not isinstance(output, Tensor):
+        if torch.compiler.is_compiling() or run is None or not run.in_evaluation:
+            return None
+        if len(args) != 1 or not isinstance(output, Tensor):
             return None
         kept = run.current.outputs.get(name)
         if kept is not None and kept.output.shape == output.shape and kept.holds(args[0]):
@@ -227,16 +288,22 @@ class ModulationState:
         run.current.outputs[name] = KeptOutput.of(args[0], output)
         return None
 
-    def scratch(self, like: Tensor) -> Tensor:
-        """Uninitialized memory in the shape, strides and dtype of a dense tensor, shared by all operators.
+    def scratch(self, like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> Tensor:
+        """Uninitialized memory in the shape and strides of a dense tensor, shared by all operators.
 
         It is valid until the next call; fresh memory for each residual would cost a page fault per 4 KiB.
+
+        Args:
+            like: The tensor.
+            dtype: Of the memory; None: the tensor's.
+            index: Two of the same dtype are told apart by it.
         """
-        key = (like.device, like.dtype)
+        dtype = dtype or like.dtype
+        key = (like.device, dtype, index)
         buffer = self._scratch.get(key)
         if buffer is None or buffer.numel() < like.numel():
             with torch.inference_mode(False):
-                buffer = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+                buffer = torch.empty(like.numel(), dtype=dtype, device=like.device)
             self._scratch[key] = buffer
         return buffer.as_strided(like.shape, like.stride())
 
@@ -330,17 +397,3 @@ def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
             "count (through .data, numpy or a kernel of your own), and was taken for unchanged: the images of this "
             "trajectory are wrong. Write to the tensor itself (copy_), or give a new tensor in each evaluation."
         )
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    """The first tensor of what a denoiser returned: itself, or a member of a tuple, list or mapping."""
-    if isinstance(output, Tensor):
-        return output
-    members = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((member for member in members if isinstance(member, Tensor)), None)
-
-
-def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialized dense memory in the shape and layout of ``x``, usable in and out of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty_like(x, dtype=dtype)

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 
 from modiff.conversion import describe
-from modiff.errors import ConfigError
+from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.base import plain_error
 from modiff.lit.bench_arms import COMPILED, EAGER, Bench
 from modiff.lit.bench_report import backends, bench_plot, markdown, sentences, terminal_table
@@ -51,6 +51,12 @@ def make_parser() -> ArgumentParser:
         default="both",
         help="Teacher and students as they are, through torch.compile and modiff.compile, or both.",
     )
+    parser.add_argument(
+        "--compile_mode",
+        type=Literal["auto", "stages", "blocks", "whole"],
+        default="auto",
+        help="What modiff.compile compiles of the students; the teacher is compiled as a whole.",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="Turns of each denoiser.")
     parser.add_argument("--evaluations", type=int, default=3, help="Timed evaluations in a turn.")
     parser.add_argument("--channels_last", type=bool, default=True, help="Weights and x in channels-last layout.")
@@ -69,7 +75,8 @@ def bench(args: Sequence[str]) -> int:
     clis = {name: _cli(path, options, forwarded) for name, path in zip(names, options.recipes, strict=True)}
     check_shared(clis)
     settings = {
-        key: options[key] for key in ("batch_sizes", "compile", "rounds", "evaluations", "channels_last", "threads")
+        key: options[key]
+        for key in ("batch_sizes", "compile", "compile_mode", "rounds", "evaluations", "channels_last", "threads")
     }
     identity = {"command": "bench", "recipes": {n: cli.identity() for n, cli in clis.items()}, "settings": settings}
     run = RunDirectory(Path(options.output), identity, options.overwrite)
@@ -173,6 +180,11 @@ def build(clis: dict[str, StudentCLI], device: torch.device, channels_last: bool
             module.loaded.denoiser.to(device=device, memory_format=layout)
         module.loaded = first.loaded
         module.configure_model()
+        if not module.calibrated:
+            raise CalibrationError(
+                f"{name} is calibrated by its recipe, which modiff bench does not do. Pack it first: modiff quantize "
+                "--config RECIPE --output DIR; then give --ckpt DIR. Or add --model.calibration null."
+            )
         modules[name] = module.to(device)
     return modules
 
@@ -182,7 +194,8 @@ def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Tra
     device = trainer.strategy.root_device
     results: list[Any] = []
     with fresh_compiler_cache() if COMPILED in modes else nullcontext():
-        arms = Bench(modules, modes, device, trainer.precision_plugin.forward_context, options.channels_last)
+        context = trainer.precision_plugin.forward_context
+        arms = Bench(modules, modes, device, context, options.channels_last, options.compile_mode)
         for size in options.batch_sizes:
             rank_zero(print, f"batch {size}: {options.rounds} rounds of {', '.join(a.key for a in arms.timed)}")
             results += arms.measure(size, options.rounds, options.evaluations)

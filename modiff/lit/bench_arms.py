@@ -11,16 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff.conversion import describe
+from modiff.compiling import compile
+from modiff.conversion import describe, operators
 from modiff.cost import weight_bytes
 from modiff.errors import ConfigError
 from modiff.layers.operators import find_adapter
-from modiff.layers.state import trajectory
+from modiff.layers.state import state_of, trajectory
 from modiff.lit.student import LitStudent
 from modiff.lit.timing import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
 
 TEACHER = "teacher"
 EAGER, COMPILED = "eager", "compiled"
+CLOCKED = "medians of clocks around every operator and its product, scaled to the evaluation without clocks"
+REMAINS = (
+    "compiled, so that no clock can stand within: products as eager clocks say; the teacher's rest is what remains of "
+    "its evaluation, a student's rest is the teacher's, its modulation what remains"
+)
 WARM = 2  # evaluations before the clock starts: a compiled student makes a graph for the first and one for later ones
 
 
@@ -47,6 +53,19 @@ class Arm:
         """Its name among all arms."""
         return f"{self.mode}/{self.name}"
 
+    @property
+    def calls_operators(self) -> bool:
+        """Whether its operators are called one by one, also where their stages are compiled: clocks can stand there."""
+        if self.mode == EAGER:
+            return True
+        return self.student is not None and state_of(self.student).regions is None
+
+    @property
+    def limit(self) -> int | None:
+        """Evaluations of a trajectory at most: of those that its ranges were calibrated for; None: any."""
+        found = [] if self.student is None else operators(self.student).values()
+        return min((o.calibrated.length for o in found if o.calibrated is not None), default=None)
+
     def bind(self, indices: Tensor) -> Call:
         """``denoiser(x, t)`` with the conditions of samples ``indices``."""
         return self.owner.bind(self.module, indices)  # type: ignore[arg-type]
@@ -54,6 +73,49 @@ class Arm:
     def trajectory(self) -> Any:
         """The context in which it runs: a new trajectory of a student, nothing for a teacher."""
         return nullcontext() if self.student is None else trajectory(self.student)
+
+
+class Warm:
+    """An open trajectory of an arm beyond its first evaluations; a new one where the next turn would not fit.
+
+    Args:
+        arm: The arm.
+        call: It, bound to its conditions.
+        inputs: Of its evaluations.
+        evaluations: Of a turn.
+
+    Raises:
+        ConfigError: A turn does not fit into trajectories of the length that the student was calibrated for.
+    """
+
+    def __init__(self, arm: Arm, call: Call, inputs: Inputs, evaluations: int) -> None:
+        self.arm, self.call, self.inputs, self.limit = arm, call, inputs, arm.limit
+        self.used, self.stack = 0, ExitStack()
+        if self.limit is not None and WARM + evaluations > self.limit:
+            raise ConfigError(
+                f"{arm.name} is calibrated for trajectories of {self.limit} evaluations; {WARM} warm-ups and a turn of "
+                f"{evaluations} are more. Give fewer --evaluations, or calibrate with more steps."
+            )
+
+    def __enter__(self) -> Warm:
+        self._open()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stack.close()
+
+    def ready(self, evaluations: int) -> None:
+        """Have a trajectory with room for that many more."""
+        if self.limit is not None and self.used + evaluations > self.limit:
+            self.stack.close()
+            self._open()
+        self.used += evaluations
+
+    def _open(self) -> None:
+        self.stack.enter_context(self.arm.trajectory())
+        for k in range(WARM):
+            self.call(*self.inputs.at(k))
+        self.used = WARM
 
 
 @dataclass
@@ -66,6 +128,7 @@ class Bench:
         device: Where everything runs.
         context: Makes the context of an evaluation, such as autocast.
         channels_last: The layout of x.
+        compile_mode: As for :func:`modiff.compile`.
         tell: Called with a line about what goes on.
     """
 
@@ -74,6 +137,7 @@ class Bench:
     device: torch.device
     context: Callable[[], Any] = nullcontext
     channels_last: bool = False
+    compile_mode: str = "auto"
     tell: Callable[[str], None] = print
     arms: list[Arm] = field(default_factory=list)
 
@@ -88,7 +152,7 @@ class Bench:
             for name, module in self.modules.items():
                 student = module.make_student() if compiled else module.student
                 assert student is not None
-                called = compile_student(student) if compiled else student
+                called = compile_student(student, self.compile_mode) if compiled else student
                 self.arms.append(Arm(name, mode, called, module, student))
 
     @property
@@ -97,7 +161,7 @@ class Bench:
         return [arm for arm in self.arms if arm.mode in self.modes]
 
     def operators(self, arm: Arm) -> dict[str, nn.Module]:
-        """The linear operators of an eager arm, those in full precision included."""
+        """The linear operators of an arm that calls them, those in full precision included."""
         names = [row.name for row in describe(self.arms[1].student) if row.type]  # type: ignore[arg-type]
         root = arm.owner.teacher if arm.student is None else arm.student
         assert root is not None
@@ -131,11 +195,12 @@ class Bench:
             teacher = arms.pop(TEACHER)
             del teacher["ratio"]
             entries.append({"batch_size": batch_size, "mode": mode, TEACHER: teacher, "students": arms})
-        for name in self.modules:
-            for entry in entries:
+        for entry in entries:
+            for name in self.modules:
+                seen = found.get(f"{entry['mode']}/{name}") or found[f"{EAGER}/{name}"]
                 entry["students"][name]["operators"] = [
                     {"name": n, "products_s": t.product, "modulation_s": t.forward - t.product}
-                    for n, t in found[name].operators.items()
+                    for n, t in seen.operators.items()
                 ]
         return entries
 
@@ -170,7 +235,7 @@ class Bench:
         if arm.mode == COMPILED:
             self.tell(f"  {arm.name}: compiled in {warm:.1f} s, the first calls included")
         first = run(1)
-        peak, how = peak_memory(lambda: run(WARM + 1), self.device)
+        peak, how = peak_memory(lambda: run(min(WARM + 1, arm.limit or WARM + 1)), self.device)
         with arm.trajectory() as opened:
             call(*inputs.at(0))
             state = 0 if opened is None else opened.state_bytes
@@ -189,64 +254,61 @@ class Bench:
         """Seconds of evaluations within open trajectories, the arms in turns."""
         calls = {arm.key: arm.bind(indices) for arm in self.timed}
         with ExitStack() as stack:
-            for arm in self.timed:
-                stack.enter_context(arm.trajectory())
-                for k in range(WARM):
-                    calls[arm.key](*inputs.at(k))
-            return interleave(calls, inputs, rounds, evaluations, self.device, WARM)
+            runs = {a.key: stack.enter_context(Warm(a, calls[a.key], inputs, evaluations)) for a in self.timed}
+            ready = lambda name: runs[name].ready(evaluations)  # noqa: E731
+            return interleave(calls, inputs, rounds, evaluations, self.device, WARM, ready)
 
     def stages(self, indices: Tensor, inputs: Inputs, rounds: int) -> dict[str, Stages]:
-        """Evaluations of each eager arm by stage, medians; the arms in turns."""
-        eager = [arm for arm in self.arms if arm.mode == EAGER]
-        calls, operators = {a.name: a.bind(indices) for a in eager}, {a.name: self.operators(a) for a in eager}
-        found: dict[str, list[Stages]] = {arm.name: [] for arm in eager}
+        """Evaluations by stage of each arm that clocks can stand in, medians; the arms in turns."""
+        clocked = [arm for arm in self.arms if arm.calls_operators]
+        calls, modules = {a.key: a.bind(indices) for a in clocked}, {a.key: self.operators(a) for a in clocked}
+        found: dict[str, list[Stages]] = {arm.key: [] for arm in clocked}
         with ExitStack() as stack:
-            for arm in eager:
-                stack.enter_context(arm.trajectory())
-                for k in range(WARM):
-                    calls[arm.name](*inputs.at(k))
+            runs = {a.key: stack.enter_context(Warm(a, calls[a.key], inputs, 1)) for a in clocked}
             for turn in range(rounds):
                 x, t = inputs.at(WARM + turn)
                 for name, call in calls.items():
-                    found[name].append(stages(operators[name], lambda call=call: call(x, t), self.device))  # type: ignore[misc] # noqa: B023
+                    runs[name].ready(1)
+                    found[name].append(stages(modules[name], lambda call=call: call(x, t), self.device))  # type: ignore[misc] # noqa: B023
         return {name: Stages.median(values) for name, values in found.items()}
 
 
-def compile_student(student: nn.Module) -> Callable[..., Any]:
+def compile_student(student: nn.Module, mode: str) -> nn.Module:
     """The compiled student."""
-    import modiff
-
-    return modiff.compile(student) if hasattr(modiff, "compile") else student
+    return compile(student, mode)  # type: ignore[arg-type]
 
 
 def staged(mode: str, turns: Mapping[str, list[list[float]]], found: Mapping[str, Stages]) -> dict[str, dict[str, Any]]:
     """Seconds by stage of each arm of one mode.
 
-    Clocks cannot stand within compiled code. There the products are those of the eager arm (the same kernels), the
-    teacher's rest is what remains of its evaluation, a student's rest is the teacher's, and its modulation is what then
-    remains. A small negative figure is the noise of that subtraction.
+    Clocks cannot stand within compiled code. Where a denoiser, or its blocks, are compiled, the products are those of
+    the eager arm (the same kernels), the teacher's rest is what remains of its evaluation, a student's rest is the
+    teacher's, and its modulation is what then remains. A small negative figure is the noise of that subtraction.
+
+    Args:
+        mode: Of the arms.
+        turns: Seconds of their evaluations, without clocks.
+        found: Stages by mode and name, of the arms that clocks could stand in.
     """
     medians = {name: spread(flat(values))["median"] for name, values in turns.items()}
-    if mode == EAGER:
-        how = "clocks around every operator and its product, medians; scaled to the evaluation without clocks"
-        scale = {name: medians[name] / found[name].whole for name in turns}
-        return {
-            name: _stage(found[name].products, found[name].modulation, found[name].rest, scale[name], how)
-            for name in turns
-        }
-    how = "products: clocks in eager mode; rest: the compiled teacher without its products; modulation: what remains"
-    rest = medians[TEACHER] - found[TEACHER].products
+    products = found[f"{EAGER}/{TEACHER}"].products
+    rest = medians[TEACHER] - products
     result = {}
     for name in turns:
-        products = found[name].products
-        modulation = 0.0 if name == TEACHER else medians[name] - products - rest
-        result[name] = _stage(products, modulation, rest, 1.0, how)
+        seen = found.get(f"{mode}/{name}")
+        if seen is not None:
+            scale = medians[name] / seen.whole
+            result[name] = _stage(seen.products * scale, seen.modulation * scale, seen.rest * scale, CLOCKED)
+        elif name == TEACHER:
+            result[name] = _stage(products, 0.0, rest, REMAINS)
+        else:
+            own = found[f"{EAGER}/{name}"].products
+            result[name] = _stage(own, medians[name] - own - rest, rest, REMAINS)
     return result
 
 
-def _stage(products: float, modulation: float, rest: float, scale: float, how: str) -> dict[str, Any]:
-    values = {"products_s": products, "modulation_s": modulation, "rest_s": rest}
-    return {**{key: value * scale for key, value in values.items()}, "how": how}
+def _stage(products: float, modulation: float, rest: float, how: str) -> dict[str, Any]:
+    return {"products_s": products, "modulation_s": modulation, "rest_s": rest, "how": how}
 
 
 def summary(turns: list[list[float]], teacher: list[list[float]]) -> dict[str, Any]:

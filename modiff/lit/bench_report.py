@@ -44,11 +44,12 @@ def backends(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Backend of each operator and why, as :func:`modiff.describe` says."""
     found = []
     for row in rows:
-        backend = getattr(row, "backend", None) or "simulate"
-        why = getattr(row, "reason", None) or "the only backend of this release"
-        skipped = row.skipped is not None
+        backend, _, why = row.backend.partition(" (")
         entry = {"name": row.name, "type": row.type}
-        found.append({**entry, "backend": "full precision" if skipped else backend, "why": row.skipped or why})
+        if row.skipped is not None:
+            found.append({**entry, "backend": "full precision", "why": row.skipped})
+        else:
+            found.append({**entry, "backend": backend, "why": why.removesuffix(")")})
     return found
 
 
@@ -126,12 +127,15 @@ def markdown(content: Mapping[str, Any]) -> str:
         "Medians and quartiles over all timed evaluations; the speed is the ratio teacher / student within each round, "
         "in which every denoiser has its turn. A first evaluation runs in full precision unless the warm-up is "
         "`refine`. The time to compile ends with the second evaluation, the first calls included, and starts without a "
-        "cache. Peak memory is that of three evaluations of a new trajectory, the student's state included "
+        "cache; compiled stages serve all students of the process, so that only the first one waits for them. Peak "
+        "memory is that of three evaluations of a new trajectory, the student's state included "
         f"({content['results'][0]['teacher']['peak_memory_is']}).",
         "",
     ]
-    for how in dict.fromkeys(entry["teacher"]["stages"]["how"] for entry in content["results"]):
-        lines += [f"Stages: {how}.", ""]
+    lines += ["Stages:", ""]
+    for how, names in _stage_notes(content["results"]).items():
+        lines.append(f"- {markdown_cell(', '.join(names))}: {how}.")
+    lines.append("")
     lines += ["## Backends", ""]
     for name, facts in content["students"].items():
         counts = Counter((b["backend"], b["why"]) for b in facts["backends"])
@@ -142,6 +146,15 @@ def markdown(content: Mapping[str, Any]) -> str:
         lines += [f"Nothing was compiled: {markdown_cell(content['compiler_problem'])}.", ""]
     facts = [(k, "not known" if v is None else str(v)) for k, v in {**settings, **source}.items()]
     return "\n".join([*lines, *_table([("setting", "value"), *facts], left=(0, 1))]) + "\n"
+
+
+def _stage_notes(results: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in results:
+        for name, arm in (("teacher", entry["teacher"]), *entry["students"].items()):
+            names, label = found.setdefault(arm["stages"]["how"], []), f"{entry['mode']} {name}"
+            names += [label] if label not in names else []
+    return found
 
 
 def _table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

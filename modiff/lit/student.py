@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from modiff.calibration.tracing import fingerprint
 from modiff.checkpoint import load
+from modiff.compiling import compile as compile_student
 from modiff.config import QuantConfig
 from modiff.conversion import operators, quantize
 from modiff.errors import CalibrationError, ConfigError
@@ -51,6 +52,8 @@ class LitStudent(LightningModule):
         clip: CLIP model of the CLIP score, a name in the hub's cache or a folder; None:
             ``openai/clip-vit-base-patch16`` where it is there. It needs prompts and ``modiff[clip]``.
         calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
+        compile: Draw with the student compiled (:func:`modiff.compile`), never the teacher; where there is no compiler,
+            one line says so. ``modiff bench`` compiles both, and compares them.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -69,6 +72,7 @@ class LitStudent(LightningModule):
         guidance: float | None = None,
         clip: str | None = None,
         calibration: CalibrationConfig | None = None,
+        compile: bool = False,  # noqa: A002 (its name in recipes)
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -91,6 +95,7 @@ class LitStudent(LightningModule):
         self.guidance = teacher.entry.guidance if guidance is None else guidance
         self.calibration = calibration
         self.calibrated = calibration is None
+        self.use_compile = compile
         self.conditions: Conditions = lambda indices: None
         self.seed = 0
         self.ckpt: str | None = None
@@ -119,13 +124,26 @@ class LitStudent(LightningModule):
             self._refuse_foreign(self.ckpt)
             self.calibrated = True
         self.student = self.make_student()
-        if not self.calibrated and self.calibration is not None and self.calibration.method != "nearest":
-            if all(operator.weight_spec is None for operator in operators(self.student).values()):
+        self._refuse_useless_calibration()
+
+    def _refuse_useless_calibration(self) -> None:
+        """A calibration with nothing to find, and ranges that nothing finds."""
+        if self.ckpt is not None or self.student is None:
+            return
+        found = operators(self.student).values()
+        if self.calibration is None:
+            if any(op.activation_spec is not None and op.activation_spec.range == "calibrated" for op in found):
                 raise CalibrationError(
-                    f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
-                    "quantizes none. Give model.config.weight, or set model.calibration to null."
+                    "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method "
+                    "nearest, which finds ranges only, or give a checkpoint that has them: --ckpt."
                 )
-            _ = self.teacher_hash  # before the Trainer changes dtypes
+            return
+        if self.calibration.method != "nearest" and all(op.weight_spec is None for op in found):
+            raise CalibrationError(
+                f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
+                "quantizes none. Give model.config.weight, or set model.calibration to null."
+            )
+        _ = self.teacher_hash  # before the Trainer changes dtypes
 
     def make_student(self) -> nn.Module:
         """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
@@ -165,6 +183,13 @@ class LitStudent(LightningModule):
         """Take the student that a calibration found."""
         self.student = student
         self.calibrated = True
+
+    def on_test_start(self) -> None:
+        """Compile, where asked for: after callbacks have calibrated, on the device, outside of trajectories."""
+        if self.use_compile and self.student is not None:
+            compile_student(self.student)
+
+    on_predict_start = on_test_start
 
     def _refuse_guidance(self) -> None:
         assert self.loaded is not None

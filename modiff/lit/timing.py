@@ -61,7 +61,13 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Call], inputs: Inputs, rounds: int, evaluations: int, device: torch.device, first: int
+    calls: Mapping[str, Call],
+    inputs: Inputs,
+    rounds: int,
+    evaluations: int,
+    device: torch.device,
+    first: int,
+    ready: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[list[float]]]:
     """Time calls in turns, so that drift of the machine hits all alike.
 
@@ -72,6 +78,7 @@ def interleave(
         evaluations: Consecutive evaluations of a turn, each timed.
         device: Where they run.
         first: Index of the first evaluation.
+        ready: Called before each turn, off the clock.
 
     Returns:
         Seconds by name, round and evaluation.
@@ -79,6 +86,7 @@ def interleave(
     found: dict[str, list[list[float]]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
+            ready(name)
             times = []
             for i in range(evaluations):
                 x, t = inputs.at(first + turn * evaluations + i)
@@ -198,21 +206,39 @@ def _clocks(
 
         return timed
 
-    handles, wrapped = [], []
+    handles: list[Any] = []
+    wrapped: list[tuple[Any, Any]] = []
     try:
         for name, module in operators.items():
             quantized = isinstance(module, QuantizedOperator)
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after(name, quantized)))
             if quantized:
+                wrapped.append((module, getattr(module, "integer", None)))
                 module.product = clocked(name, module.product)  # type: ignore[method-assign,operator]
-                wrapped.append(module)
+                if wrapped[-1][1] is not None:
+                    module.integer = _Clocked(wrapped[-1][1], clocked(name, wrapped[-1][1]))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in wrapped:
+        for module, integer in wrapped:
             del module.product
+            if integer is not None:
+                module.integer = integer
+
+
+class _Clocked:
+    """An integer product under a clock: its attributes are those of the original."""
+
+    def __init__(self, original: Any, call: Callable[..., Tensor]) -> None:
+        self.original, self.call = original, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> tuple[float, str]:

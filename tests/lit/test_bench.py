@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 
 import modiff as library
+from modiff.config import QuantSpec
 from modiff.errors import ConfigError
+from modiff.kernels.select import IntegerProduct
 from modiff.lit import bench, timing
-from modiff.lit.bench_arms import COMPILED, EAGER, TEACHER, staged, summary
+from modiff.lit.bench_arms import COMPILED, EAGER, TEACHER, Arm, Warm, staged, summary
 from modiff.lit.bench_report import sentence
 from modiff.lit.timing import Inputs, Stages, interleave, peak_memory, stages
+from modiff.quantizers.calibrated import CalibratedRange
 from tests.small_models import config, denoiser, noise
 
 CPU = torch.device("cpu")
@@ -83,6 +87,9 @@ def test_json_holds_every_arm_with_times_stages_memory_and_where_it_comes_from(b
     names = [operator["name"] for operator in entry["students"]["plain"]["operators"]]
     assert names == [backend["name"] for backend in content["students"]["plain"]["backends"]]
     assert "conv_in" in names
+    for facts in content["students"].values():
+        assert {b["backend"] for b in facts["backends"]} <= {"onednn", "simulate"}
+        assert all((b["backend"] == "onednn") == (b["why"] == "") for b in facts["backends"])
 
 
 def test_markdown_says_what_was_run_in_sentences_and_tables(benched) -> None:
@@ -116,6 +123,31 @@ def test_packed_student_is_benched(recipe, modiff, tmp_path) -> None:
     assert content["results"][0]["students"]["tiny"]["state_mib"] > 0
 
 
+def test_student_with_calibrated_ranges_starts_again_where_its_trajectory_would_be_too_long() -> None:
+    length, calls = 5, []
+    student = library.quantize(denoiser(), calibrated_config())
+    operators = [student.conv_in, student.time, student.conv_out]
+    for operator in operators:
+        found = CalibratedRange.from_range(torch.tensor([[-3.0]]), torch.tensor([[3.0]]), QuantSpec(8), length)
+        operator.use_range(found)
+    arm = Arm("student", EAGER, student, None, student)
+    args = noise(1)[0]
+    inputs = Inputs(torch.zeros(1), torch.ones(1), 20)
+    call = lambda x, t: (calls.append(int(t)), student(*args))  # noqa: E731
+    assert arm.limit == length
+    with torch.no_grad(), Warm(arm, call, inputs, 2) as run:
+        interleave({"a": call}, inputs, 4, 2, CPU, 2, lambda name: run.ready(2))
+    assert student.conv_in.state.last.total == 4
+    assert len(calls) == 4 * (2 + 2)  # two turns of two do not fit into one trajectory of five
+    with pytest.raises(ConfigError, match=r"student is calibrated for trajectories of 5 evaluations; 2 warm-ups and a"):
+        Warm(arm, call, inputs, 4)
+
+
+def calibrated_config() -> library.QuantConfig:
+    spec = QuantSpec(8, "tensor", range="calibrated")
+    return library.QuantConfig(QuantSpec(8, "channel"), spec, library.Modulation())
+
+
 def test_both_modes_take_turns_in_one_round(recipe, modiff, tmp_path, monkeypatch) -> None:
     """Compiling is replaced by nothing: the test is about who runs when."""
     order: list[str] = []
@@ -128,7 +160,7 @@ def test_both_modes_take_turns_in_one_round(recipe, modiff, tmp_path, monkeypatc
 
     monkeypatch.setattr("modiff.lit.bench_arms.interleave", spied)
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
-    monkeypatch.setattr("modiff.lit.bench_arms.compile_student", lambda module: compiled.append(module) or module)
+    monkeypatch.setattr("modiff.lit.bench_arms.compile_student", lambda module, mode: compiled.append(module) or module)
     monkeypatch.setattr(bench, "compiler_problem", lambda device: None)
     options = ("--compile", "both", "--rounds", "2", "--evaluations", "1", "--batch_sizes", "1", "2")
     status, _, err = modiff("bench", recipe, *options, "--output", tmp_path / "out")
@@ -191,6 +223,14 @@ def test_one_checkpoint_and_two_recipes_are_refused(recipes) -> None:
         bench.parse([*map(str, recipes), "--ckpt", "out"])
 
 
+def test_recipe_that_calibrates_is_refused_without_its_checkpoint(recipe, modiff, tmp_path) -> None:
+    options = ("--model.calibration.method", "gptq", "--output", tmp_path / "out")
+    status, _, err = modiff("bench", recipe, *QUICK, *options)
+    assert status == 1
+    assert "tiny is calibrated by its recipe, which modiff bench does not do. Pack it first: modiff quantize" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -224,7 +264,8 @@ def test_calls_take_turns_on_the_same_inputs() -> None:
     assert [len(times["a"]), len(times["b"][0])] == [3, 2]
 
 
-def test_clocks_tell_products_from_what_is_around_them(monkeypatch) -> None:
+@pytest.mark.parametrize("backend", ["simulate", "onednn"])
+def test_clocks_tell_products_from_what_is_around_them(monkeypatch, backend) -> None:
     """A counter stands for the clock: a product takes 100, and each look at the clock 1."""
     now = [0.0]
 
@@ -233,10 +274,11 @@ def test_clocks_tell_products_from_what_is_around_them(monkeypatch) -> None:
         return now[0]
 
     monkeypatch.setattr(timing.time, "perf_counter", tick)
-    model = library.quantize(denoiser(), config("w8a4-modiff"))
-    plain = type(model.conv_in).product
+    model = library.quantize(denoiser(), dataclasses.replace(config("w8a4-modiff"), backend=backend))
+    owner, method = (type(model.conv_in), "product") if backend == "simulate" else (IntegerProduct, "__call__")
+    plain = getattr(owner, method)
     spent = lambda self, *a, **k: (now.__setitem__(0, now[0] + 100), plain(self, *a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(type(model.conv_in), "product", spent)
+    monkeypatch.setattr(owner, method, spent)
     operators = {name: getattr(model, name) for name in ("conv_in", "time", "conv_out")}
     with library.trajectory(model):
         for args in noise(2):
@@ -245,6 +287,7 @@ def test_clocks_tell_products_from_what_is_around_them(monkeypatch) -> None:
     assert [times.forward for times in found.operators.values()] == [103, 103, 103]
     assert (found.products, found.modulation, found.rest) == (303, 6, found.whole - 309)
     assert "product" not in vars(model.conv_in)
+    assert backend == "simulate" or type(model.conv_in.integer) is IntegerProduct
     assert not model.conv_in._forward_hooks
     full = stages({"norm": model.norm}, lambda: model.norm(torch.randn(1, 8, 2, 2)), CPU)
     assert (full.products, full.modulation, full.whole) == (1, 0, 3)
@@ -252,17 +295,20 @@ def test_clocks_tell_products_from_what_is_around_them(monkeypatch) -> None:
 
 def test_stages_of_compiled_arms_are_what_remains() -> None:
     turns = {TEACHER: [[10.0, 10.0]], "student": [[12.0, 12.0]]}
-    found = {TEACHER: made(20.0, 6.0, 0.0), "student": made(30.0, 4.0, 9.0)}
+    found = {"eager/teacher": made(20.0, 6.0, 0.0), "eager/student": made(30.0, 4.0, 9.0)}
+
+    def figures(arm):
+        return tuple(arm[key] for key in ("products_s", "modulation_s", "rest_s"))
+
     compiled = staged(COMPILED, turns, found)
-    assert {k: v for k, v in compiled[TEACHER].items() if k != "how"} == {
-        "products_s": 6.0,
-        "modulation_s": 0.0,
-        "rest_s": 4.0,
-    }
-    assert (compiled["student"]["products_s"], compiled["student"]["modulation_s"]) == (4.0, 4.0)
+    assert figures(compiled[TEACHER]) == (6.0, 0.0, 4.0)
+    assert figures(compiled["student"]) == (4.0, 4.0, 4.0)
     eager = staged(EAGER, turns, found)
-    assert eager[TEACHER]["products_s"] == 3.0
-    assert sum(eager["student"][key] for key in ("products_s", "modulation_s", "rest_s")) == pytest.approx(12.0)
+    assert figures(eager[TEACHER]) == (3.0, 0.0, 7.0)
+    assert figures(eager["student"]) == pytest.approx((1.6, 3.6, 6.8))
+    stages_only = staged(COMPILED, turns, {**found, "compiled/student": made(24.0, 4.0, 6.0)})
+    assert figures(stages_only["student"]) == (2.0, 3.0, 7.0)
+    assert stages_only["student"]["how"] == eager["student"]["how"] != compiled["student"]["how"]
 
 
 def made(whole: float, products: float, modulation: float) -> Stages:

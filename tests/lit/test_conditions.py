@@ -87,7 +87,7 @@ def test_data_set_that_is_not_here_fails_fast(monkeypatch) -> None:
 
 def draw(name: str, labels: list[int] | None, guidance: float | None = None) -> torch.Tensor:
     module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff", steps=2, guidance=guidance)
-    module._tell = lambda step, who: None  # type: ignore[method-assign]
+    module.tell = lambda step, who: None  # type: ignore[method-assign]
     module.conditions = SampleDataModule(labels=labels).conditions
     module.configure_model()
     with modiff.trajectory(module.student):
@@ -153,7 +153,7 @@ def test_recipes_of_other_conditions_are_not_compared(recipe_of_classes, tmp_pat
 def test_text_teacher_takes_its_prompts_by_index() -> None:
     asked: list[tuple[list[str], bool]] = []
     module = LitStudent(TeacherSpec("sd-v1-4", tiny=True), steps=2)
-    module._tell = lambda step, who: None  # type: ignore[method-assign]
+    module.tell = lambda step, who: None  # type: ignore[method-assign]
     module.conditions = lambda indices: [PROMPTS[i] for i in indices]
     module.configure_model()
 
@@ -235,3 +235,18 @@ def test_image_size_that_does_not_fit_the_model() -> None:
     with pytest.raises(ConfigError, match=r"image_size is 30, but this model draws multiples of 4 pixels\. .* 32"):
         load_teacher(TeacherSpec("ldm-church", tiny=True, image_size=30))
     assert load_teacher(TeacherSpec("ldm-church", tiny=True, image_size=32)).image_shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("column", "given"), [("captions", None), ("prompt", None), ("what", "what")])
+def test_prompts_of_a_hugging_face_data_set(column, given, tmp_path, monkeypatch) -> None:
+    """A data set's folder, read by the datasets library: captions as COCO's (several of an image) or one prompt."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: 1 / 0)
+    values = [[text, "again"] for text in PROMPTS] if column == "captions" else PROMPTS
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({column: values}), tmp_path / "set" / "train-0.parquet")
+    data = PromptDataModule(str(tmp_path / "set"), num_images=4, column=given)
+    assert data.conditions([0, 1, 2, 3]) == [*PROMPTS, PROMPTS[0]]
+    with pytest.raises(ConfigError, match="split 'validation' of a data set of that name is neither on the hub"):
+        PromptDataModule(str(tmp_path / "set"), split="validation", column=given)

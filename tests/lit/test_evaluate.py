@@ -365,6 +365,25 @@ def test_packed_student_shares_what_is_not_quantized_and_leaves_the_teacher_alon
     assert loaded.student.conv_in.module.weight is loaded.teacher.conv_in.weight
 
 
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_compile_compiles_the_student_once_before_anything_is_drawn(
+    recipe, modiff, tmp_path, monkeypatch, command
+) -> None:
+    happened: list[str] = []
+    draw = LitStudent.draw
+    monkeypatch.setattr("modiff.lit.student.compile_student", lambda student: happened.append(type(student).__name__))
+    monkeypatch.setattr(LitStudent, "draw", lambda self, who, i: (happened.append(who), draw(self, who, i))[1])
+    quick = ("--num_images", "4", "--output", tmp_path / "out")
+    quick += ("--timing_rounds", "0", "--error_images", "0") if command == "evaluate" else ()
+    status, _, err = modiff(command, "--config", recipe, "--model.compile", "true", *quick)
+    assert status == 0, err
+    assert happened == ["UNet2DModel", *(["teacher"] if command == "evaluate" else []), "student"]
+    happened.clear()
+    status, _, err = modiff(command, "--config", recipe, *quick, "--overwrite", "true")
+    assert status == 0, err
+    assert "UNet2DModel" not in happened
+
+
 def test_dtype_of_what_is_not_quantized_is_an_option(recipe, modiff, tmp_path) -> None:
     for name, options in (("as_is", ()), ("half", ("--remainder_dtype", "float16"))):
         status, _, err = modiff("quantize", "--config", recipe, *options, "--output", tmp_path / name)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pipelines
 import pytest
 import torch
+from pipelines import build, draw
 from torch import Tensor
 
 import modiff
@@ -52,7 +54,7 @@ def module_of(name: str, folder: Path, **options: Any) -> LitStudent:
     size = {"flux-schnell": 16, "flux-dev": 16, "sana": 32}.get(name)  # FLUX has none of its own, SanaPipeline a least
     spec = TeacherSpec(name, str(folder), image_size=size)
     module = LitStudent(spec, config=quiet, steps=STEPS, **options)
-    module._tell = lambda step, who: None  # type: ignore[method-assign]  # there is no trainer to tell
+    module.tell = lambda step, who: None  # type: ignore[method-assign]  # there is no trainer to tell
     module.configure_model()
     module.loaded.encode = None  # random embeddings in place of the text encoders, which a tiny pipeline lacks
     return module
@@ -75,6 +77,52 @@ def test_full_precision_student_draws_the_teachers_images_twice(name, tmp_path, 
     assert not torch.equal(teacher[0], teacher[1])
     assert modiff.restore(module.student) is not None
     assert torch.equal(module.draw("student", INDICES)[0], teacher)
+
+
+SAVED = {
+    "ddpm-cifar10": pipelines.ddpm,
+    "ldm-celebahq": pipelines.ldm,
+    "sd-v1-4": pipelines.stable_diffusion,
+    "sdxl": pipelines.stable_diffusion_xl,
+    "dit-xl-2-256": pipelines.dit,
+    "pixart-sigma": pipelines.pixart_sigma,
+    "sd3": pipelines.stable_diffusion_3,
+    "flux-schnell": pipelines.flux,
+    "sana": pipelines.sana,
+}
+
+
+def test_every_pipeline_class_of_the_zoo_is_saved_below() -> None:
+    assert {type(build(builder)[0]).__name__ for builder in SAVED.values()} == {e.pipeline for e in ZOO.values()}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_pipeline_is_loaded_quantized_sampled_twice_and_restored(name, tmp_path, no_text_encoders) -> None:
+    """As diffusers' ``save_pretrained`` writes it; the zoo's modules then draw in another pipe of the class."""
+    saved, arguments = build(SAVED[name])
+    expected = draw(saved, arguments)
+    saved.save_pretrained(tmp_path)
+    module = module_of(name, tmp_path)
+    teacher, _ = module.draw("teacher", INDICES)
+    for _ in range(2):
+        with modiff.trajectory(module.student):
+            assert torch.equal(module.draw("student", INDICES)[0], teacher)
+
+    pipe, _ = build(SAVED[name], seed=1)
+    part = next(part for part in ("unet", "transformer") if part in pipe.components)
+    decoder = next((part for part in ("vae", "vqvae") if part in pipe.components), None)
+    pipe.register_modules(**{part: module.loaded.denoiser}, **({decoder: module.decoder} if decoder else {}))
+    assert torch.equal(draw(pipe, arguments), expected)
+    modiff.quantize_pipeline(pipe, modiff.QuantConfig(modulation=modiff.Modulation()))
+    assert torch.equal(draw(pipe, arguments), expected)
+    modiff.restore_pipeline(pipe)
+    modiff.quantize_pipeline(pipe, "w8a6-modiff")
+    images = draw(pipe, arguments)
+    assert torch.equal(draw(pipe, arguments), images)
+    assert not torch.equal(images, expected)
+    modiff.restore_pipeline(pipe)
+    assert torch.equal(draw(pipe, arguments), expected)
+    assert torch.equal(module.draw("teacher", INDICES)[0], teacher)
 
 
 def images_of(pipeline: Any, module: LitStudent, call: Callable[[Any], Any]) -> Tensor:
@@ -166,3 +214,23 @@ def test_text_to_image_without_transformers_names_the_extra(tmp_path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'modiff\[text\]'"):
         load_teacher(TeacherSpec("sd-v1-4", str(save_parts(tmp_path, "sd-v1-4"))))
+
+
+@pytest.mark.parametrize("name", ["sd-v1-4", "sdxl", "pixart-sigma", "sana"])
+def test_keys_and_values_of_the_prompt_are_constant_in_a_teacher_of_the_zoo(name) -> None:
+    module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff", steps=STEPS)
+    module.tell = lambda step, who: None  # type: ignore[method-assign]
+    module.configure_model()
+    args, kwargs = module.inputs(module.noise(INDICES), INDICES)
+    before = modiff.cost(module.student, *args, evaluations=STEPS, **kwargs)
+    with modiff.trajectory(module.student):
+        module.draw("student", INDICES)
+    keys = {n for n, _ in module.student.named_modules() if n.endswith((".attn2.to_k", ".attn2.to_v"))}
+    assert keys <= {row.name for row in modiff.describe(module.student) if row.constant}
+    after = modiff.cost(module.student, *args, evaluations=STEPS, **kwargs)
+    rows = {row.name: row for row in before.operators}
+    for row in after.operators:
+        if row.name in keys:  # computed in the warm-up of 32 bits, in none of the two evaluations of 4 bits after it
+            assert row.constant
+            assert row.bops == pytest.approx(rows[row.name].bops * 32 / (32 + (STEPS - 1) * 4))
+    assert after.gbops_per_evaluation < before.gbops_per_evaluation

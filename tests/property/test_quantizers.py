@@ -63,10 +63,9 @@ def test_in_place_kernel_equals_the_definition_exactly(x, spec):
     expected = fake_quantize(x, partition, spec)
     low, high = partition.range(x.clone())
     y = x.clone()
-    found_low, found_high = fake_quantize_(y, partition, spec)
+    probe = fake_quantize_(y, partition, spec)
     assert torch.equal(y, expected)
-    assert torch.equal(found_low, low)
-    assert torch.equal(found_high, high)
+    assert torch.equal(probe, (high - low).sum())
 
 
 @given(tensors(min_dims=2), specs())
@@ -195,21 +194,18 @@ def test_last_group_may_be_short():
 def test_empty_batches_pass_through(granularity):
     spec = QuantSpec(4, granularity, group_size=2 if granularity == "group" else None)
     x = torch.empty(0, 6)
-    low, high = fake_quantize_(x, partition_of(x, spec), spec)
+    assert torch.isfinite(fake_quantize_(x, partition_of(x, spec), spec))
     assert x.shape == (0, 6)
-    assert torch.isfinite(low).all()
-    assert torch.isfinite(high).all()
 
 
 @pytest.mark.parametrize("granularity", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_nan_and_inf_show_in_the_range_that_is_returned(granularity, bad, symmetric):
+def test_nan_and_inf_show_in_the_probe_that_is_returned(granularity, bad, symmetric):
     spec = QuantSpec(4, granularity, symmetric, group_size=2 if granularity == "group" else None)
     x = torch.randn(3, 5, 4)
     x[1, 2, 3] = bad
-    low, high = fake_quantize_(x, partition_of(x, spec), spec)
-    assert not torch.isfinite((high - low).sum())
+    assert not torch.isfinite(fake_quantize_(x, partition_of(x, spec), spec))
 
 
 def test_codes_and_values_of_a_worked_example():

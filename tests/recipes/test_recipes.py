@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,59 @@ def test_recipe_is_built_by_train(path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in DRAWN if p.parent.name == "mnist" and "no_compensation" not in p.stem], **IDS
+    "path", [p for p in DRAWN if p.parent.name == "mnist" and re.fullmatch("w.a._(ptq|modiff)", p.stem)], **IDS
 )
 def test_preset_is_the_one_in_the_name(path) -> None:
     assert build(path).model.config == QuantConfig.preset(path.stem.replace("_", "-"))
+
+
+@pytest.mark.parametrize("bits", ["w4a8", "w4a4", "w4a3"])
+def test_calibrated_recipes_are_what_they_are_called(bits) -> None:
+    found = {
+        kind: build(FOLDER / "mnist" / f"{bits}_{kind}.yaml").model
+        for kind in ("qdiffusion", "qdiffusion_modiff", "gptq_modiff")
+    }
+    modulated = QuantConfig.preset(f"{bits}-modiff")
+    assert found["qdiffusion_modiff"].config == found["gptq_modiff"].config == modulated
+    plain, preset = found["qdiffusion"].config, QuantConfig.preset(f"{bits}-ptq")
+    assert plain.modulation is None
+    assert (plain.weight, plain.rules) == (preset.weight, preset.rules)
+    assert (plain.activation.bits, plain.activation.symmetric) == (preset.activation.bits, preset.activation.symmetric)
+    assert (plain.activation.range, plain.activation.granularity) == ("calibrated", "tensor")
+    assert {kind: model.calibration.method for kind, model in found.items()} == {
+        "qdiffusion": "brecq",
+        "qdiffusion_modiff": "brecq",
+        "gptq_modiff": "gptq",
+    }
+    assert len({(model.calibration.num_images, model.calibration.seed) for model in found.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["qdiffusion", "gptq_modiff", pytest.param("qdiffusion_modiff", marks=pytest.mark.slow)]
+)
+def test_calibrated_recipe_runs_on_a_tiny_teacher(kind, tiny_teacher, tmp_path, monkeypatch, capsys) -> None:
+    from modiff.lit.cli import main
+
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
+    options = [
+        "--model.teacher.path",
+        tiny_teacher,
+        "--model.steps",
+        "3",
+        "--num_images",
+        "2",
+        "--data.batch_size",
+        "2",
+    ]
+    options += ["--timing_rounds", "0", "--error_images", "0", "--wandb", "disabled"]
+    options += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    few = {"num_images": 4, "images_per_batch": 2, "samples": 4, "iterations": 2, "tuning_iterations": 2, "bins": 64}
+    few |= {"evaluations": 2, "positions": 60}
+    options += [part for name, value in few.items() for part in (f"--model.calibration.{name}", value)]
+    recipe, out = FOLDER / "mnist" / f"w4a4_{kind}.yaml", tmp_path / "out"
+    assert main(["evaluate", "--config", str(recipe), *map(str, options), "--output", str(out)]) == 0
+    assert "once; kept in" in capsys.readouterr().out
+    assert (out / "metrics.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "dit_s"])

@@ -125,7 +125,7 @@ def test_rule_refuses_a_broken_regular_expression():
         ({"modulation": QuantSpec()}, "modulation is QuantSpec("),
         ({"rules": "*"}, "rules is '*'; give a list of Rule."),
         ({"rules": ["*"]}, "rules is ('*',); give a list of Rule."),
-        ({"backend": "cuda"}, "backend is 'cuda'; allowed are auto, simulate."),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed are auto, simulate, onednn."),
         (
             {"weight": QuantSpec(granularity="token")},
             "weight granularity is 'token'; allowed are tensor, channel, group.",
@@ -203,7 +203,8 @@ def test_from_dict_is_the_inverse_of_asdict():
     [
         (
             {"weigth": None},
-            "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, backend.",
+            "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, splits, smoothed, "
+            "backend.",
         ),
         (
             {"activation": {"bit": 4}},

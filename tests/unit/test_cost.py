@@ -1,5 +1,7 @@
 """Cost against numbers worked out by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from small_models import Attention, config, denoiser, noise, student, tiny_unet
@@ -108,7 +110,12 @@ def test_tied_weights_are_counted_once():
     assert weight_bytes(model) == 2 * (16 + 4)
 
 
-@pytest.mark.parametrize("modulation", [{}, {"state_dtype": "float16"}, {"warmup": "refine"}])
+INT16 = {"reconstruction_dtype": "int16"}
+
+
+@pytest.mark.parametrize(
+    "modulation", [{}, {"state_dtype": "float16"}, {"warmup": "refine"}, INT16, {"state_dtype": "float16", **INT16}]
+)
 def test_state_is_what_is_allocated(modulation):
     model = student(**modulation)
     predicted = modiff.cost(model, *ARGS).state_mib_per_image
@@ -118,13 +125,16 @@ def test_state_is_what_is_allocated(modulation):
         storages = [t.untyped_storage().nbytes() for c in counts.caches.values() for t in (c[0].a_hat, c[0].o_hat)]
     assert predicted == sum(storages) / 5 / 2**20
     a_hat, o_hat = 192 + 4 + 512, 512 + 8 + 192
-    assert predicted == (4 * a_hat + (2 if "state_dtype" in modulation else 4) * o_hat) / 2**20
+    sizes = (2 if "reconstruction_dtype" in modulation else 4, 2 if "state_dtype" in modulation else 4)
+    assert predicted == (sizes[0] * a_hat + sizes[1] * o_hat) / 2**20
 
 
 def test_rows_and_the_rest_sum_to_the_totals_and_to_the_file(tmp_path):
     """The file: 8 bytes, a header of which they say the length, and the tensors."""
     for name, preset in (("whole", "w8a4-modiff"), ("packed", "w3a6-modiff")):
         model = modiff.quantize(tiny_unet(), config(preset))
+        packed = model.conv_in.packed
+        model.conv_in.use(dataclasses.replace(packed, shift=torch.zeros(8)))  # as a calibration leaves it
         cost = modiff.cost(model, torch.randn(2, 1, 8, 8), torch.tensor(10))
         stored = sum(row.weight_bytes for row in cost.operators) + cost.other_weight_bytes
         assert stored == pytest.approx(cost.weight_mib * 2**20)

@@ -8,6 +8,7 @@ from torch import nn
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.errors import TrajectoryError
+from modiff.kernels.select import IntegerProduct
 from modiff.layers.operators import LinearAdapter
 
 
@@ -50,7 +51,14 @@ def products(monkeypatch):
         counts[module.in_features] += 1
         return apply(self, module, x, weight, bias)
 
+    call = IntegerProduct.__call__
+
+    def counting_integers(self, codes):
+        counts[self.module.in_features] += 1
+        return call(self, codes)
+
     monkeypatch.setattr(LinearAdapter, "apply", counting)
+    monkeypatch.setattr(IntegerProduct, "__call__", counting_integers)
     return counts
 
 

@@ -9,10 +9,13 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration.migration import find_splits
+from modiff.calibration.capture import ClosedLoop
+from modiff.calibration.migration import find_divisors, find_splits
+from modiff.calibration.reduction import Reducer
 from modiff.config import QuantConfig, QuantSpec, Rule, Split
 from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
+from modiff.kernels import onednn
 from modiff.layers.rewrites import SplitOperator, rewrite, undo
 
 SETTINGS = CalibrationSettings(
@@ -228,6 +231,31 @@ def test_fields_are_checked_and_read_from_dictionaries():
         CalibrationSettings(split_concatenations=1)
 
 
+@pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN operators")
+@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a7-ptq"])
+def test_halves_and_divided_inputs_run_in_integers_like_all_others(preset):
+    found, divisors = {}, {"time": torch.tensor([0.5, 1.0, 2.0, 4.0])}
+    for backend in ("onednn", "simulate"):
+        asked = dataclasses.replace(split_config(preset), smoothed=("time",), backend=backend)
+        student = convert(skips(), asked, True, divisors=divisors)
+        assert {operator.backend for operator in operators(student).values()} == {backend}
+        assert {row.backend for row in modiff.describe(student)} == {backend}
+        found[backend] = outputs(student, noise(4))
+        products = {name for name, operator in operators(student).items() if operator.integer is not None}
+        assert products == (set(operators(student)) if backend == "onednn" else set())
+    assert {"shortcut.first", "shortcut.second", "time.inner"} < set(operators(student))
+    assert (found["onednn"] - found["simulate"]).norm() < 0.02 * found["simulate"].norm()
+
+
+def test_a_backend_that_is_refused_leaves_the_model_as_it_was():
+    teacher = skips()
+    asked = dataclasses.replace(split_config(), activation=QuantSpec(4, "channel"), backend="onednn")
+    with pytest.raises(ConfigError, match="backend 'onednn' cannot run operator"):
+        modiff.quantize(teacher, asked)
+    assert type(teacher.shortcut) is nn.Conv2d
+    assert type(teacher.mix) is nn.Linear
+
+
 # --- both: save, load, restore ----------------------------------------------------------------------------------------
 
 
@@ -301,6 +329,39 @@ def test_smoothing_lowers_the_error_where_channels_are_outliers(preset):
         student = calibrate(outliers(), config(preset), sampler(tokens()), "nearest", settings=settings)
         errors.append((outputs(student, tokens(seed=5)) - reference).square().mean().item())
     assert errors[1] < 0.5 * errors[0]
+
+
+class Two(Reducer):
+    """The second of two processes, whose run is dealt nothing: what the first one found is all there is."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, others):
+        self.others = iter(others)
+
+    def gather(self, value):
+        return [next(self.others), value]
+
+
+def test_processes_share_splits_and_the_largest_inputs():
+    alone = find_splits(skips(), config(), sampler(noise(3)))
+    seen = {"shortcut": {8}, "mix": {8}, "conv_in": {None}}
+    assert set(find_splits(skips(), config(), lambda student: None, Two([(True, seen)]))) == set(alone)
+    with pytest.raises(CalibrationError, match="evaluated the student not once"):
+        find_splits(skips(), config(), lambda student: None, Two([(False, {})]))
+
+    def divisors(inputs, reducer=None):
+        model = outliers()
+        loop = ClosedLoop(convert(shared(model), config("w8a4-ptq"), True), model, sampler(inputs), reducer)
+        return find_divisors(loop, 0.5)
+
+    larger = {"first": torch.zeros(16), "second": torch.zeros(24)}
+    larger["first"][5] = 1e4
+    one, both = divisors(tokens()), divisors(tokens(), Two([larger]))
+    assert torch.equal(one["second"], both["second"])
+    assert (both["first"] / one["first"]).argmax() == 5
+    nothing = divisors([], Two([larger]))
+    assert set(nothing) == set(larger)
 
 
 def test_smoothing_without_a_calibration_is_refused():

@@ -122,6 +122,37 @@ class TestEverySampler:
         assert torch.equal(sample(unet, make_scheduler(name), noise, 5, step_noise=drawn.__getitem__), x)
 
 
+# Solvers that evaluate twice per step, singlestep orders, a step of noise, and a scheduler by its class path.
+VARIANTS = {
+    "Heun by class path": ("diffusers.HeunDiscreteScheduler", {}, {}, 9),
+    "DDIM with eta": ("ddim", {}, {"eta": 0.7}, 5),
+    "quadratic DDIM with eta": ("ddim_quadratic", {}, {"eta": 1.0}, 5),
+    "third order, singlestep": ("diffusers.DPMSolverSinglestepScheduler", {"solver_order": 3}, {}, 5),
+    "UniPC of third order": ("unipc", {"solver_order": 3}, {}, 5),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "extra", "evaluations"), VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_samplers_are_counted_and_exact(unet, noise, name, arguments, extra, evaluations):
+    def images_of(denoiser):
+        return sample(denoiser, make_scheduler(name, None, **arguments), noise, 5, step_noise=step_noise, **extra)
+
+    expected = images_of(unet)
+    assert expected.isfinite().all()
+    for config, quantized in ((modiff.QuantConfig(), 0), (modiff.QuantConfig.preset("w32a8-modiff"), evaluations - 1)):
+        student = modiff.quantize(unet, config)
+        try:
+            found = []
+            for _ in range(2):  # the second trajectory warms up again
+                with modiff.trajectory(student) as run:
+                    found.append(images_of(student))
+                assert (run.total, run.quantized) == (evaluations, quantized)
+        finally:
+            modiff.restore(student)
+        assert torch.equal(*found)
+        assert torch.equal(found[0], expected) == (quantized == 0)
+
+
 def uniform_alphas(scheduler: DDIMScheduler) -> np.ndarray:
     return np.cumprod(1 - np.linspace(1e-4, 0.02, scheduler.config.num_train_timesteps))
 

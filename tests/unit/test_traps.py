@@ -95,9 +95,9 @@ def test_trap_3_refreshes_are_asked_for_and_counted():
 def test_trap_3_built_in_hidden_refresh_that_is_counted_as_quantized(monkeypatch):
     advance, note = ModulatedOperator.advance, ModulationState.note
 
-    def refreshing(self, a, cache):
+    def refreshing(self, a, x, cache):
         if self.state.trajectory.total % 10:
-            return advance(self, a, cache)
+            return advance(self, a, x, cache)
         monkeypatch.setattr(ModulationState, "note", lambda s, name, probe, quantized: note(s, name, probe, True))
         output = self.full(a, cache)
         monkeypatch.setattr(ModulationState, "note", note)

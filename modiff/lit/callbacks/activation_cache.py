@@ -55,7 +55,7 @@ class ActivationCache(Callback):
         if pl_module.student is None or pl_module.stored(batch) is not None:
             return
         if self.check_memory and not self._checked:
-            self._refuse_overflow(pl_module, len(batch["index"]))
+            self.state_mib_per_image = refuse_overflow(pl_module, len(batch["index"]))
             self._checked = True
         self._run = self._stack.enter_context(trajectory(pl_module.student))
 
@@ -87,17 +87,31 @@ class ActivationCache(Callback):
         self._stack.close()
         self.teardown()
 
-    def _refuse_overflow(self, module: LitStudent, batch_size: int) -> None:
-        index = torch.zeros(1, dtype=torch.long)
-        args, kwargs = module.inputs(module.noise(index), index)
-        self.state_mib_per_image = cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
-        each = self.state_mib_per_image
-        needed, free = each * batch_size, free_mib(module.device)
-        if needed > free:
-            fits = min(int(0.8 * free / each) or int(free / each), batch_size - 1)
-            fix = f"use batch {fits} (--data.batch_size {fits})" if fits else "not even one image fits; free memory"
-            sizes = f"needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB"
-            raise ConfigError(f"The state of a batch of {batch_size} {sizes}: {fix}.")
+
+def refuse_overflow(module: LitStudent, batch_size: int, option: str = "--data.batch_size") -> float:
+    """Compare the size of a batch's state with the free memory.
+
+    Args:
+        module: With its student, or the configuration of one that is still to be calibrated.
+        batch_size: Images drawn together.
+        option: Where it is set.
+
+    Returns:
+        MiB of one image.
+
+    Raises:
+        ConfigError: The state does not fit; the message names a batch size that does.
+    """
+    index = torch.zeros(1, dtype=torch.long)
+    args, kwargs = module.inputs(module.noise(index), index)
+    each = cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
+    needed, free = each * batch_size, free_mib(module.device)
+    if needed > free:
+        fits = min(int(0.8 * free / each) or int(free / each), batch_size - 1)
+        fix = f"use batch {fits} ({option} {fits})" if fits else "not even one image fits; free memory"
+        sizes = f"needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB"
+        raise ConfigError(f"The state of a batch of {batch_size} {sizes}: {fix}.")
+    return each
 
 
 def free_mib(device: torch.device) -> float:

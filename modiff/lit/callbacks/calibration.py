@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,16 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from modiff.calibration import calibrate
+from modiff.calibration.ranges import with_dynamic_ranges
+from modiff.calibration.reduction import Reducer, TorchReducer
 from modiff.checkpoint import load, save
+from modiff.conversion import quantize
 from modiff.errors import CalibrationError, CheckpointError
 from modiff.layers.state import trajectory
 from modiff.lit.calibration import NOISE_STREAM, CalibrationConfig, cache_folder, calibration_key, locked
+from modiff.lit.callbacks.activation_cache import refuse_overflow
+from modiff.lit.callbacks.progress import duration
+from modiff.lit.running import rank_zero
 from modiff.lit.student import LitStudent
 from modiff.teachers.noise import indexed_noise
 
@@ -41,28 +49,32 @@ class Calibration(Callback):
         self._start = 0.0
 
     def on_test_start(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Calibrate, or read what an earlier calibration found."""
+        """Calibrate, or read what an earlier calibration found; every rank ends with the same bits."""
         if pl_module.calibrated or pl_module.student is None:
             return
+        reducer = TorchReducer() if trainer.world_size > 1 else Reducer()
         folder = (self.cache or cache_folder()) / "calibrations" / calibration_key(calibration_parts(pl_module))
-        with locked(folder):
-            finished = folder / "student"
-            if finished.exists():
-                pl_module.use_calibrated(read_student(finished, pl_module))
-                print(f"Calibration read from {finished}.")
-                return
-            self._calibrate(trainer, pl_module, folder)
+        finished = folder / "student"
+        with ExitStack() as stack:
+            reducer.once(lambda: _enter(stack, folder))
+            if reducer.once(finished.exists):
+                pl_module.use_calibrated(reducer.each(lambda: read_student(finished, pl_module, reducer)))
+                rank_zero(print, f"Calibration read from {finished}.")
+            else:
+                self._calibrate(trainer, pl_module, folder, reducer)
 
     on_predict_start = on_test_start
 
-    def _calibrate(self, trainer: Trainer, module: LitStudent, folder: Path) -> None:
-        found = module.calibration
+    def _calibrate(self, trainer: Trainer, module: LitStudent, folder: Path, reducer: Reducer) -> None:
+        found, stages = module.calibration, folder / "stages"
         assert found is not None
         assert module.config is not None
-        stages = folder / "stages"
+        module.student = quantize(module.shared_copy(), with_dynamic_ranges(module.config))
+        refuse_overflow(module, found.images_per_batch, "--model.calibration.images_per_batch")
         self._start, self._done_before = time.monotonic(), len(list(stages.glob("stage-*")))
         before = f" {self._done_before} stages were done before." if self._done_before else ""
-        print(f"Calibrating by {found.method} on {found.num_images} images, once; kept in {folder}.{before}")
+        text = f"Calibrating by {found.method} on {found.num_images} images, once; kept in {folder}.{before}"
+        rank_zero(print, text)
 
         def progress(done: int, total: int, what: str) -> None:
             tell(trainer, done, total, what, self._seconds_left(done, total))
@@ -70,20 +82,17 @@ class Calibration(Callback):
         student = calibrate(
             module.shared_copy(),
             module.config,
-            lambda student: draw(module, found, student),
+            lambda student: draw(module, found, student, reducer.rank, reducer.world_size),
             found.method,
             found.seed,
             settings=found.settings,
             progress=progress,
             folder=stages,
+            reducer=reducer,
         )
+        reducer.once(lambda: _keep(student, folder, module))
         module.use_calibrated(student)
-        try:
-            save(student, folder / "student", teacher=module.spec.title, origin=module.origin())
-        except CheckpointError as error:
-            raise CalibrationError(f"The finished calibration cannot be kept: {error}") from error
-        shutil.rmtree(stages, ignore_errors=True)
-        print(f"Calibrated in {time.monotonic() - self._start:.0f} s.")
+        rank_zero(print, f"Calibrated in {duration(time.monotonic() - self._start)}.")
 
     def _seconds_left(self, done: int, total: int) -> float | None:
         """From the mean of the stages that this process has done; None while there is none."""
@@ -92,35 +101,69 @@ class Calibration(Callback):
 
 
 def tell(trainer: Trainer, done: int, total: int, what: str, seconds_left: float | None) -> None:
-    """Tell the callbacks how far the calibration is."""
+    """Tell the callbacks how far the calibration is; of many operators the first is named."""
+    first, *more = what.split(", ")
+    what = f"{first} and {len(more)} more" if len(more) > 1 else what
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         hook = getattr(callback, "on_calibration_progress", None)
         if hook is not None:
             hook(done, total, what, seconds_left)
 
 
-def read_student(folder: Path, module: LitStudent) -> nn.Module:
-    """A finished calibration.
+def read_student(folder: Path, module: LitStudent, reducer: Reducer) -> nn.Module:
+    """A finished calibration; ranks that do not see the folder get its files from the first.
 
     Raises:
         CalibrationError: It is damaged.
     """
+    with tempfile.TemporaryDirectory(prefix="modiff-") as made:
+        source = folder
+        if not all(reducer.gather(folder.exists())):
+            files = reducer.once(lambda: {file.name: file.read_bytes() for file in folder.iterdir()})
+            if not folder.exists():
+                source = Path(made)
+                for name, content in files.items():
+                    (source / name).write_bytes(content)
+        try:
+            return load(source, module.shared_copy())
+        except CheckpointError as error:
+            raise CalibrationError(
+                f"The calibration in {folder} cannot be used: {error} Or delete {folder}."
+            ) from error
+
+
+def _enter(stack: ExitStack, folder: Path) -> None:
     try:
-        return load(folder, module.shared_copy())
+        stack.enter_context(locked(folder))
+    except OSError as error:
+        raise CalibrationError(
+            f"The cache of calibrations {folder} cannot be written: {error.strerror}. Set MODIFF_CACHE to another "
+            "folder."
+        ) from error
+
+
+def _keep(student: nn.Module, folder: Path, module: LitStudent) -> None:
+    try:
+        save(student, folder / "student", teacher=module.spec.title, origin=module.origin())
     except CheckpointError as error:
-        raise CalibrationError(f"The calibration in {folder} cannot be used: {error} Or delete {folder}.") from error
+        raise CalibrationError(f"The finished calibration cannot be kept: {error}") from error
+    shutil.rmtree(folder / "stages", ignore_errors=True)
 
 
-def draw(module: LitStudent, found: CalibrationConfig, student: nn.Module) -> None:
-    """Draw the calibration's images with a student: a trajectory for each batch; the images are thrown away."""
+def draw(module: LitStudent, found: CalibrationConfig, student: nn.Module, rank: int = 0, world_size: int = 1) -> None:
+    """Draw a rank's share of the calibration's images with a student; they are thrown away.
+
+    A trajectory for each batch; batches are dealt to ranks in turn, and do not depend on their number.
+    """
 
     def noise(indices: Tensor, stream: int) -> Tensor:
         rows = indexed_noise(found.seed, indices.tolist(), module.sample_shape, stream + NOISE_STREAM)
         return rows.to(module.device)
 
-    for indices in torch.arange(found.num_images).split(found.images_per_batch):
+    for indices in torch.arange(found.num_images).split(found.images_per_batch)[rank::world_size]:
         with trajectory(student):
-            module.trace(module.bind(student, indices), indices, lambda i, *_: module.tell(i + 1, "calibration"), noise)
+            bound = module.bind(student, indices)
+            module.trace(bound, indices, lambda i, *_: module.tell(i + 1, "calibration"), noise)
 
 
 def calibration_parts(module: LitStudent) -> dict[str, Any]:

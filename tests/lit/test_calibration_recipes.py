@@ -43,6 +43,7 @@ CALIBRATION = """
     iterations: 4
     tuning_iterations: 3
 """
+RANGES = "{bits: 4, granularity: tensor, range: calibrated}"
 FAST = ("--timing_rounds", "0", "--error_images", "0")
 
 
@@ -153,6 +154,10 @@ def test_help_lists_every_field(capsys) -> None:
         (["--model.calibration.method.name", "x"], "model.calibration has no field 'name' to override"),
         (["--model.calibration", "true"], "model.calibration: True is no calibration; give null, or a mapping"),
         (["--model.calibration.seed"], "--model.calibration.seed is given without a value"),
+        (
+            ["--model.calibration", "null", "--model.config.activation", RANGES],
+            "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method nearest",
+        ),
         (["--model.config.weight", "null"], "'gptq', which finds weights, but the recipe quantizes none"),
     ],
 )
@@ -297,6 +302,15 @@ def test_progress_says_how_far_and_how_long(capsys, monkeypatch) -> None:
     assert task.description == "calibration, about 6 s left"
 
 
+def test_of_many_operators_the_first_is_named() -> None:
+    told: list[str] = []
+    watcher = type("Watcher", (), {"on_calibration_progress": lambda _, done, total, what, left: told.append(what)})
+    trainer = type("Trainer", (), {"callbacks": [watcher(), object()]})
+    for what in ("ranges, pass 1", "conv_in, mid.conv1, mid.conv2", "conv_out"):
+        callback_module.tell(trainer, 1, 2, what, None)
+    assert told == ["ranges, pass 1", "conv_in and 2 more", "conv_out"]
+
+
 def test_time_left_is_of_the_stages_done_here(monkeypatch) -> None:
     callback = Calibration()
     callback._start, callback._done_before = 100.0, 2
@@ -310,6 +324,32 @@ def test_time_left_is_of_the_stages_done_here(monkeypatch) -> None:
 
 def stages(cache: Path) -> int:
     return len(list(cache.glob("calibrations/*/stages/stage-*/config.json")))
+
+
+@pytest.mark.slow
+def test_two_ranks_pack_the_student_of_one(calibrated, tmp_path) -> None:
+    """BRECQ's samples and the extremes of ranges do not depend on the number of ranks, so neither do the bits."""
+    options = ["--model.calibration.method", "brecq", "--model.calibration.images_per_batch", "2"]
+    options += ["--model.config.activation", RANGES]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    for name, extra in (("one", []), ("two", two)):
+        command = [sys.executable, "-m", "modiff.lit.cli", "quantize", "--config", str(calibrated), *options, *extra]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["MODIFF_CACHE"] = str(tmp_path / f"cache-{name}")
+        command += ["--output", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=220, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Calibrating by brecq") == 1
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
+
+
+def test_ranks_share_the_images_in_turn(tiny_teacher, monkeypatch) -> None:
+    module = module_of(tiny_teacher, num_images=5, images_per_batch=2)
+    seen: list[list[int]] = []
+    monkeypatch.setattr(LitStudent, "trace", lambda self, bound, indices, *_: seen.append(indices.tolist()))
+    for rank in range(2):
+        callback_module.draw(module, module.calibration, module.student, rank, 2)
+    assert seen == [[0, 1], [4], [2, 3]]
 
 
 def test_ctrl_c_then_the_same_command_goes_on(calibrated, modiff, tmp_path, monkeypatch, cache) -> None:
@@ -429,6 +469,22 @@ def test_damaged_cache_is_refused_and_named(calibrated, modiff, tmp_path, cache)
     assert f"The calibration in {kept / 'student'} cannot be used" in err
     assert f"Or delete {kept / 'student'}." in err
     assert not (tmp_path / "two").exists()
+
+
+def test_more_buckets_than_steps(calibrated, modiff, tmp_path) -> None:
+    options = ("--model.config.activation", RANGES.replace("}", ", timestep_buckets: 9}"))
+    status, _, err = modiff("quantize", "--config", calibrated, *options, "--output", tmp_path / "out")
+    assert status == 1
+    assert "timestep_buckets is 9, but a trajectory has 4 evaluations only. Use at most 4." in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cache_that_cannot_be_written(calibrated, modiff, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "file"))
+    status, _, err = modiff("quantize", "--config", calibrated, "--output", tmp_path / "out")
+    assert status == 1
+    assert "cannot be written: Not a directory. Set MODIFF_CACHE to another folder" in err
 
 
 def test_output_that_holds_something_is_refused_before_the_calibration(calibrated, modiff, calls, tmp_path) -> None:

@@ -1,0 +1,210 @@
+"""Integer products on the CPU by oneDNN, through PyTorch's own operators: u8 activations, s8 weights, s32 sums.
+
+The products sit behind custom operators of ours, so that ``torch.compile`` sees one opaque call: inductor's lowering of
+PyTorch's own asserts that a packed weight is a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OFFSETS = {True: 64, False: 128}
+"""The unsigned code that stands for 0, by whether the signed codes fit 7 bits."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as oneDNN wants it.
+
+    Args:
+        weight: Blocked codes; opaque.
+        scale: float32 ``[out]``.
+        zero: int32 ``[out]``, all 0.
+        geometry: Of a convolution: kernel, stride, padding and dilation, two numbers each, and groups; None: Linear.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    geometry: tuple[list[int], list[int], list[int], list[int], int] | None
+
+
+_PACKED: dict[int, Packed] = {}
+_HANDLES = itertools.count()
+
+
+class Handle:
+    """Owns an entry of the table of packed weights; gone with its owner.
+
+    The custom operators take a number: a graph can hold that, but not an opaque tensor.
+    """
+
+    def __init__(self) -> None:
+        self.number = next(_HANDLES)
+        weakref.finalize(self, _PACKED.pop, self.number, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return Handle()
+
+    def __reduce__(self) -> tuple[type[Handle], tuple[()]]:
+        return Handle, ()
+
+    @property
+    def packed(self) -> Packed | None:
+        """What it stands for; None until :meth:`put`."""
+        return _PACKED.get(self.number)
+
+    def put(self, packed: Packed) -> None:
+        """Set what it stands for."""
+        _PACKED[self.number] = packed
+
+
+def pack_linear(codes: Tensor, scale: Tensor) -> Packed:
+    """Pack the weight of a Linear.
+
+    Args:
+        codes: int8 ``[out, in]``, the zero point taken off.
+        scale: float32 ``[out]``.
+    """
+    weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+    return Packed(weight, scale, torch.zeros(len(scale), dtype=torch.int32), None)
+
+
+def pack_conv(
+    codes: Tensor, scale: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, offset: int
+) -> Packed:
+    """Pack the weight of a Conv2d.
+
+    Args:
+        codes: int8 ``[out, in / groups, height, width]``, the zero point taken off.
+        scale: float32 ``[out]``.
+        stride: Two numbers, like padding and dilation.
+        padding: Of zeros, the same at both ends of a dim.
+        dilation: Likewise.
+        groups: Of the convolution.
+        offset: The unsigned code that stands for 0 in the activations.
+    """
+    codes = codes.contiguous()
+    weight = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, offset, stride, padding, dilation, groups, None)
+    geometry = (list(codes.shape[2:]), stride, padding, dilation, groups)
+    return Packed(weight, scale, torch.zeros(len(scale), dtype=torch.int32), geometry)
+
+
+def _int8_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
+    """``scale * sum (codes - offset) weight_codes``.
+
+    Args:
+        codes: uint8 ``[..., in]``, contiguous.
+        handle: Number of a :class:`Handle`.
+        out_features: Of the operator.
+        offset: The code that stands for 0.
+
+    Returns:
+        float32 ``[..., out]``: integer sums, each times the scale of its weight.
+    """
+    packed = _PACKED[handle]
+    output: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, offset, packed.weight, packed.scale, packed.zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return output
+
+
+def _fake_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
+    return torch.empty(*codes.shape[:-1], out_features, dtype=torch.float32, device=codes.device)
+
+
+def _int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
+    """The convolution of ``codes - offset`` with the weight's codes, times the weight's scales.
+
+    Args:
+        codes: uint8 ``[B, C, H, W]``, channels last.
+        handle: Number of a :class:`Handle`.
+        out_channels: Of the operator.
+        offset: The code that stands for 0; so do the padded borders.
+
+    Returns:
+        float32 ``[B, out, H', W']``, channels last.
+    """
+    packed = _PACKED[handle]
+    assert packed.geometry is not None
+    _, stride, padding, dilation, groups = packed.geometry
+    output: Tensor = torch.ops.onednn.qconv2d_pointwise(
+        codes,
+        1.0,
+        offset,
+        packed.weight,
+        packed.scale,
+        packed.zero,
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return output.contiguous(memory_format=torch.channels_last)
+
+
+def _fake_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
+    packed = _PACKED[handle]
+    assert packed.geometry is not None
+    kernel, stride, padding, dilation, _ = packed.geometry
+    size = [
+        (codes.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
+    ]
+    output = torch.empty(codes.shape[0], out_channels, *size, dtype=torch.float32, device=codes.device)
+    return output.contiguous(memory_format=torch.channels_last)
+
+
+# Defined piece by piece: torch.library.custom_op wraps each call in Python code for gradients, ten times as slow.
+_LIBRARY = torch.library.Library("modiff", "FRAGMENT")
+for _name, _out, _run, _fake in (
+    ("int8_linear", "out_features", _int8_linear, _fake_linear),
+    ("int8_conv2d", "out_channels", _int8_conv2d, _fake_conv2d),
+):
+    _LIBRARY.define(f"{_name}(Tensor codes, int handle, int {_out}, int offset) -> Tensor")
+    _LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"modiff::{_name}", _fake, lib=_LIBRARY)
+int8_linear = torch.ops.modiff.int8_linear.default
+int8_conv2d = torch.ops.modiff.int8_conv2d.default
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this PyTorch has the operators, on a CPU that oneDNN knows."""
+    try:
+        pack_linear(torch.ones(8, 8, dtype=torch.int8), torch.ones(8))
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+@functools.cache
+def exact_8bit() -> bool:
+    """Whether products of 8-bit codes are exact here: without VNNI, sums of two saturate at 16 bits (trap 11).
+
+    Found by trying: the largest codes, whose pairs overflow 16 bits, against 64-bit integers.
+    """
+    if not available():
+        return False
+    codes = torch.full((4, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    handle = Handle()
+    handle.put(pack_linear(weight, torch.ones(16)))
+    linear = torch.equal(int8_linear(codes, handle.number, 16, 0), torch.full((4, 16), 255.0 * 127 * 64))
+    codes = codes.reshape(4, 64, 1, 1).expand(4, 64, 4, 4).contiguous(memory_format=torch.channels_last)
+    handle.put(pack_conv(weight.reshape(16, 64, 1, 1), torch.ones(16), [1, 1], [0, 0], [1, 1], 1, 0))
+    conv = torch.equal(int8_conv2d(codes, handle.number, 16, 0), torch.full((4, 16, 4, 4), 255.0 * 127 * 64))
+    return linear and conv
