@@ -55,7 +55,8 @@ class ActivationCache(Callback):
         if pl_module.student is None or pl_module.stored(batch) is not None:
             return
         if self.check_memory and not self._checked:
-            self.state_mib_per_image = refuse_overflow(pl_module, len(batch["index"]))
+            self.state_mib_per_image = state_of_one_image(pl_module)
+            refuse_overflow(self.state_mib_per_image, len(batch["index"]), pl_module.device)
             self._checked = True
         self._run = self._stack.enter_context(trajectory(pl_module.student))
 
@@ -88,30 +89,35 @@ class ActivationCache(Callback):
         self.teardown()
 
 
-def refuse_overflow(module: LitStudent, batch_size: int, option: str = "--data.batch_size") -> float:
-    """Compare the size of a batch's state with the free memory.
+def state_of_one_image(module: LitStudent) -> float:
+    """MiB that the state of one image takes.
 
     Args:
         module: With its student, or the configuration of one that is still to be calibrated.
-        batch_size: Images drawn together.
-        option: Where it is set.
+    """
+    index = torch.zeros(1, dtype=torch.long)
+    args, kwargs = module.inputs(module.noise(index), index)
+    return cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
 
-    Returns:
-        MiB of one image.
+
+def refuse_overflow(each: float, batch_size: int, device: torch.device, option: str = "--data.batch_size") -> None:
+    """Compare the size of a batch's state with the free memory.
+
+    Args:
+        each: MiB of one image.
+        batch_size: Images drawn together.
+        device: Where they are drawn.
+        option: Where the batch size is set.
 
     Raises:
         ConfigError: The state does not fit; the message names a batch size that does.
     """
-    index = torch.zeros(1, dtype=torch.long)
-    args, kwargs = module.inputs(module.noise(index), index)
-    each = cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
-    needed, free = each * batch_size, free_mib(module.device)
+    needed, free = each * batch_size, free_mib(device)
     if needed > free:
         fits = min(int(0.8 * free / each) or int(free / each), batch_size - 1)
         fix = f"use batch {fits} ({option} {fits})" if fits else "not even one image fits; free memory"
         sizes = f"needs {needed / 1024:.2f} GiB, free {free / 1024:.2f} GiB"
         raise ConfigError(f"The state of a batch of {batch_size} {sizes}: {fix}.")
-    return each
 
 
 def free_mib(device: torch.device) -> float:

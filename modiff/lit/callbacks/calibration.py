@@ -22,7 +22,7 @@ from modiff.conversion import quantize
 from modiff.errors import CalibrationError, CheckpointError
 from modiff.layers.state import trajectory
 from modiff.lit.calibration import NOISE_STREAM, CalibrationConfig, cache_folder, calibration_key, locked
-from modiff.lit.callbacks.activation_cache import refuse_overflow
+from modiff.lit.callbacks.activation_cache import refuse_overflow, state_of_one_image
 from modiff.lit.callbacks.progress import duration
 from modiff.lit.running import rank_zero
 from modiff.lit.student import LitStudent
@@ -70,7 +70,8 @@ class Calibration(Callback):
         assert found is not None
         assert module.config is not None
         module.student = quantize(module.shared_copy(), with_dynamic_ranges(module.config))
-        refuse_overflow(module, found.images_per_batch, "--model.calibration.images_per_batch")
+        option = "--model.calibration.images_per_batch"
+        refuse_overflow(state_of_one_image(module), found.images_per_batch, module.device, option)
         self._start, self._done_before = time.monotonic(), len(list(stages.glob("stage-*")))
         before = f" {self._done_before} stages were done before." if self._done_before else ""
         text = f"Calibrating by {found.method} on {found.num_images} images, once; kept in {folder}.{before}"
