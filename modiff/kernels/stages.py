@@ -91,7 +91,7 @@ def encode(
     codes = (residual / scale).round()
     if zero_point is not None:
         codes = torch.minimum((codes + zero_point).clamp(min=0), limits.top) - zero_point
-    elif limits.clips:
+    elif limits.clips or step is not None:  # a scale that was rounded down leaves codes outside
         codes = torch.maximum(torch.minimum(codes, limits.top), -limits.top)
     if a_hat is not None and step is not None:
         codes = _within_int16(a_hat.to(a.dtype), codes, scale / step)
@@ -151,7 +151,7 @@ def _whole_steps(scale: Tensor, step: Tensor | None, limits: Limits) -> Tensor:
     """
     if step is None:
         return scale
-    return torch.minimum((scale / step).ceil().clamp(min=1), (2 * INT16_TOP / limits.top).ceil()) * step
+    return torch.minimum((scale / step).round().clamp(min=1), (2 * INT16_TOP / limits.top).ceil()) * step
 
 
 def _fixed_scale(
