@@ -145,7 +145,7 @@ def _scale(low: Tensor, high: Tensor, step: Tensor | None, limits: Limits) -> tu
 
 
 def _whole_steps(scale: Tensor, step: Tensor | None, limits: Limits) -> Tensor:
-    """The next scale that is a whole multiple of the step: codes then change an integer â exactly.
+    """The nearest scale that is a whole multiple of the step: codes then change an integer â exactly.
 
     The largest spans all that an integer â can hold.
     """
