@@ -184,23 +184,25 @@ def tune(
     kept = [i for i, unit in enumerate(units) if unit > 0]
     if not kept or not settings.tuning_iterations:
         return dict(weights)
-    variables = [v for operator in tunable.values() for v in operator.start()]
-    optimizer = torch.optim.Adam(variables, lr=settings.tuning_rate)
+    for operator in tunable.values():
+        operator.start()
+    optimizer = torch.optim.Adam([v for o in tunable.values() for v in (o.gain, o.shift)], lr=settings.tuning_rate)
     steps = settings.tuning_iterations
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     parts = _parts([recorded[i].count for i in kept], -(-settings.batch_size // PARTS), generator)
     for _ in range(steps):
-        optimizer.zero_grad()
+        applied = [v for operator in tunable.values() for v in operator.apply_variables()]
         for _ in range(PARTS):
             which, rows = next(parts)
             with torch.enable_grad():
                 loss = error(recorded[kept[which]], rows) / units[kept[which]] / PARTS
-            gradients = torch.autograd.grad(loss, variables, allow_unused=True)
-            for v, gradient in zip(variables, gradients, strict=True):
-                if gradient is not None:
-                    v.grad = gradient if v.grad is None else v.grad + gradient
+            loss.backward(inputs=applied)
+        for operator in tunable.values():
+            operator.pull_gradients()
         optimizer.step()
         falling.step()
+    for operator in tunable.values():
+        operator.apply_variables()
     after = errors()
     better = math.fsum(after[i] / units[i] for i in kept) < len(kept)
     return {name: tunable[name].packed() if better else weight for name, weight in weights.items()}
@@ -215,9 +217,16 @@ class _Tunable(nn.Module):
         self.adapter = adapter
         self.weight_before = weight
         self.values = weight.unpack().dequantize()
-        self.gain: Tensor | None = None
-        self.shift: Tensor | None = None
-        self.power, self.count = 0.0, 0
+        bias = torch.zeros(weight.shape[0], dtype=self.values.dtype, device=self.values.device)
+        for known in (module.bias, weight.shift):
+            if known is not None:
+                bias += known.detach()  # type: ignore[operator]
+        self.bias_before = bias
+        out = 1 if weight.spec.granularity == "tensor" else weight.shape[0]
+        self.gain, self.shift = bias.new_zeros(out), torch.zeros_like(bias)
+        self.factor: Tensor | None = None
+        self.offset = bias
+        self.power, self.count, self.unit = 0.0, 0, 1.0
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the original (``in_channels``, ``weight``, ...)."""
@@ -228,18 +237,25 @@ class _Tunable(nn.Module):
                 raise
             return getattr(super().__getattr__("module"), name)
 
-    def start(self) -> list[Tensor]:
-        """Variables, from what the operator's outputs were until now: the factor 1 and the shift 0."""
-        out = 1 if self.weight_before.spec.granularity == "tensor" else self.weight_before.shape[0]
-        device = self.values.device
-        self.gain = torch.zeros(out, device=device, requires_grad=True)
-        self.shift = torch.zeros(self.weight_before.shape[0], device=device, requires_grad=True)
-        return [self.gain, self.shift]
+    def start(self) -> None:
+        """Begin with the factor 1 and the shift 0, in units of what the operator's outputs were until now."""
+        self.unit = math.sqrt(self.power / max(self.count, 1)) or 1.0
 
-    @property
-    def unit(self) -> float:
-        """Root mean square of the outputs before tuning: a step of the shift means the same for every operator."""
-        return math.sqrt(self.power / max(self.count, 1)) or 1.0
+    def apply_variables(self) -> tuple[Tensor, Tensor]:
+        """Factor and offset of each output channel, as the variables are now; leaves that collect gradients.
+
+        They are made once for a gradient step: as parts of every part's graph they would cost as much as its products.
+        """
+        self.factor = self.gain.exp().requires_grad_()
+        self.offset = (self.bias_before + self.unit * self.shift).requires_grad_()
+        return self.factor, self.offset
+
+    def pull_gradients(self) -> None:
+        """Gradients of the variables, from those of factor and offset; none where no output depends on them."""
+        factor, offset = self.factor, self.offset
+        assert factor is not None
+        self.gain.grad = None if factor.grad is None else factor.grad * factor.detach()
+        self.shift.grad = None if offset.grad is None else offset.grad * self.unit
 
     def forward(self, x: Tensor) -> Tensor:
         """``exp(gain) A(x) + bias + unit shift``."""
@@ -248,24 +264,19 @@ class _Tunable(nn.Module):
         dim = -1 if self.adapter.kind == "linear" else output.ndim - len(self.module.kernel_size) - 1  # type: ignore[arg-type]
         shape = [1] * output.ndim
         shape[dim] = -1
-        if self.gain is None or self.shift is None:
+        offset = self.offset.to(a.dtype).reshape(shape)
+        if self.factor is None:
             self.power += float(output.float().square().sum())
             self.count += output.numel()
+            output = output + offset
         else:
-            output = output * self.gain.exp().to(a.dtype).reshape(shape)
-            output = output + (self.unit * self.shift).to(a.dtype).reshape(shape)
-        for bias in (self.module.bias, self.weight_before.shift):
-            if bias is not None:
-                output = output + bias.detach().to(a.dtype).reshape(shape)  # type: ignore[operator]
+            output = torch.addcmul(offset, output, self.factor.to(a.dtype).reshape(shape))
         return output.to(output_dtype(x))
 
     def packed(self) -> PackedWeight:
         """The weight with what was learned."""
-        assert self.gain is not None
-        assert self.shift is not None
         before = self.weight_before
-        gain, shift = self.gain.detach().exp().to(before.scale.dtype), self.unit * self.shift.detach()
-        shift = shift.to(before.scale.dtype)
+        gain, shift = self.gain.exp().to(before.scale.dtype), (self.unit * self.shift).to(before.scale.dtype)
         scale = before.scale * gain.reshape(-1, *[1] * (before.scale.ndim - 1))
         return replace(before, scale=scale, shift=shift if before.shift is None else before.shift + shift)
 
