@@ -75,7 +75,7 @@ class ClosedLoop:
 
         def called(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if not torch.isfinite(args[0]).all():
+                if args[0].numel() and not torch.isfinite(torch.stack(args[0].detach().aminmax())).all():
                     raise CalibrationError(
                         f"NaN or Inf in the input of operator {name!r} in {evaluation}. Check the teacher in this "
                         "dtype, or keep the operator in full precision by a rule."

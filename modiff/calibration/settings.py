@@ -35,7 +35,7 @@ class CalibrationSettings:
         warmup: Share of the steps before the penalty begins.
         beta: First and last β of the penalty, annealed by a cosine.
         tuning_iterations: Gradient steps in which scales and biases of all operators are tuned on the denoiser's
-            output, after the codes are found; 0: not at all. It holds the activations of ``batch_size / 4`` samples of
+            output, after the codes are found; 0: not at all. It holds the activations of ``batch_size`` samples of
             the whole denoiser, and its quantized weights in float32.
         tuning_rate: Of Adam in these steps: relative changes of scales; falls to 0 by a cosine.
         smoothing: α of SmoothQuant, 0 to 1: before anything else, outliers of input channels are moved into the weights
@@ -62,7 +62,7 @@ class CalibrationSettings:
     memory_mib: int = 512
     samples: int = 256
     positions: int = 8192
-    stage_size: int = 16
+    stage_size: int = 24
     norm: float = 2.4
     damping: float = 0.01
     iterations: int = 300
@@ -71,7 +71,7 @@ class CalibrationSettings:
     regularization: float = 10.0
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
-    tuning_iterations: int = 200
+    tuning_iterations: int = 150
     tuning_rate: float = 0.003
     smoothing: float | None = None
     split_concatenations: bool = False

@@ -22,9 +22,6 @@ from modiff.layers.precision import compute_input, output_dtype
 from modiff.layers.quantized import QuantizedOperator
 from modiff.quantizers.packing import PackedWeight
 
-PARTS = 4
-"""Evaluations from which the samples of one gradient step are drawn."""
-
 
 @dataclass(frozen=True)
 class RecordedEvaluation:
@@ -189,14 +186,13 @@ def tune(
     optimizer = torch.optim.Adam([v for o in tunable.values() for v in (o.gain, o.shift)], lr=settings.tuning_rate)
     steps = settings.tuning_iterations
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    parts = _parts([recorded[i].count for i in kept], -(-settings.batch_size // PARTS), generator)
+    batches = _batches([recorded[i].count for i in kept], settings.batch_size, generator)
     for _ in range(steps):
         applied = [v for operator in tunable.values() for v in operator.apply_variables()]
-        for _ in range(PARTS):
-            which, rows = next(parts)
-            with torch.enable_grad():
-                loss = error(recorded[kept[which]], rows) / units[kept[which]] / PARTS
-            loss.backward(inputs=applied)
+        which, rows = next(batches)
+        with torch.enable_grad():
+            loss = error(recorded[kept[which]], rows) / units[kept[which]]
+        loss.backward(inputs=applied)
         for operator in tunable.values():
             operator.pull_gradients()
         optimizer.step()
@@ -244,7 +240,7 @@ class _Tunable(nn.Module):
     def apply_variables(self) -> tuple[Tensor, Tensor]:
         """Factor and offset of each output channel, as the variables are now; leaves that collect gradients.
 
-        They are made once for a gradient step: as parts of every part's graph they would cost as much as its products.
+        Leaves, not functions of the variables: small graphs on top of each operator would cost as much as its product.
         """
         self.factor = self.gain.exp().requires_grad_()
         self.offset = (self.bias_before + self.unit * self.shift).requires_grad_()
@@ -298,7 +294,7 @@ def _twin(
     return twin, tunable
 
 
-def _parts(counts: list[int], size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+def _batches(counts: list[int], size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Pairs of an evaluation and some of its rows, shuffled, without end."""
     while True:
         rounds = [
