@@ -110,8 +110,12 @@ class Modulation:
         state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
             needs ``refresh_every``.
         reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
-            ``int16`` keeps whole steps, of a power of two that the first evaluation decides; scales are then rounded
-            to whole multiples of the step, so that â stays exact. At 8 bits it costs about .7 dB (benchmarks/state.md).
+            ``int16`` keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to
+            four times their range; scales are rounded to whole multiples of the step, so that â changes exactly.
+
+    Both stay in float32 where a sample's input is one vector (time embeddings); â also where the input, and ô where the
+    output, has at most a sixteenth of the other's channels (the image, at the denoiser's ends). That takes few bytes,
+    and what is lost there shows in every pixel (benchmarks/state.md).
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.

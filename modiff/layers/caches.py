@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.kernels.stages import int16_step, to_steps
+from modiff.kernels.stages import Int16Grid
 
 OUTPUT = "(output)"  # stands for the student's own output among the names of operators
 DEFAULT = ""  # the context of calls that name none
@@ -70,10 +70,10 @@ class OperatorCache:
 
     Args:
         a_hat: Reconstruction â of the input (without error compensation: the last input itself); shape of the input;
-            float, or int16 in units of ``step``.
+            float, or int16 numbers of ``grid``.
         o_hat: Output ô = A(â) + bias; shape of the output, dtype ``state_dtype``.
         source: The input that ``a_hat`` equals exactly; None where it is only near.
-        step: What a unit of an integer ``a_hat`` is worth, 0-dim; None where it is a float.
+        grid: What the numbers of an integer ``a_hat`` are worth; None where it is a float.
         leader: The cache of another operator that reads the same tensor under the same quantizer, and keeps â for both.
         codes: Of a leader, in the current evaluation, for those that follow: its input, codes and their scale.
         followers: How many follow.
@@ -83,7 +83,7 @@ class OperatorCache:
     a_hat: Tensor
     o_hat: Tensor
     source: InputIdentity | None = None
-    step: Tensor | None = None
+    grid: Int16Grid | None = None
     leader: OperatorCache | None = None
     codes: tuple[InputIdentity | None, Tensor, Tensor] | None = None
     followers: int = 0
@@ -91,15 +91,23 @@ class OperatorCache:
 
     def reconstruction(self) -> Tensor:
         """â as a float."""
-        return self.a_hat if self.step is None else self.a_hat.to(self.step.dtype) * self.step
+        return self.a_hat if self.grid is None else self.grid.decode(self.a_hat)
 
     def hold(self, a: Tensor) -> None:
         """``â = a`` (equation 8), to the nearest step where â is an integer."""
-        if self.step is None:
+        if self.grid is None:
             self.a_hat.copy_(a)
         else:
-            self.step.copy_(int16_step(a))
-            self.a_hat.copy_(to_steps(a, self.step))
+            self.grid.fit(a)
+            self.a_hat.copy_(self.grid.encode(a))
+
+    def clear(self, a: Tensor) -> None:
+        """``â = 0``, which every grid holds, ready to approach ``a``."""
+        if self.grid is None:
+            self.a_hat.zero_()
+        else:
+            self.grid.fit(a)
+            self.a_hat.copy_(-self.grid.center)
 
     @property
     def num_bytes(self) -> int:

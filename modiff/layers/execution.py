@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modiff.kernels import stages
 from modiff.kernels.simulate import encode_
-from modiff.kernels.stages import Limits
+from modiff.kernels.stages import Int16Grid, Limits
 from modiff.layers.caches import OperatorCache
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def encode_into(
     out: Tensor,
     a: Tensor,
     a_hat: Tensor | None,
-    step: Tensor | None,
+    grid: Int16Grid | None,
     limits: Limits,
     fixed: Fixed | None,
     compensates: bool,
     offset: int | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`modiff.kernels.stages.encode` of rows, with the codes or values written to ``out``; all are matrices."""
-    codes, scale, probe = stages.encode(a, a_hat, step, limits, None, fixed, compensates, offset)
+    codes, scale, probe = stages.encode(a, a_hat, grid, limits, None, fixed, compensates, offset)
     out.copy_(codes)
     return scale, probe
 
@@ -85,9 +85,9 @@ def encode(
             return found
     spec, partition = operator.activation_spec, operator.partition(a.ndim)
     assert spec is not None
-    if cache is not None and cache.step is not None:
+    if cache is not None and cache.grid is not None:
         limits = operator.limits(a, clip, fixed is not None)
-        return stages.encode(a, cache.a_hat, cache.step, limits, partition, fixed, compensates, offset)
+        return stages.encode(a, cache.a_hat, cache.grid, limits, partition, fixed, compensates, offset)
     held = a if cache is None else cache.a_hat
     residual = operator.state.scratch(held)
     if cache is None:
@@ -172,7 +172,7 @@ def _encode_compiled(
     partition = operator.partition(a.ndim)
     if a.numel() == 0 or partition.group_dim is not None or partition.keep != tuple(range(len(partition.keep))):
         return None
-    a_hat, step = (None, None) if cache is None else (cache.a_hat, cache.step)
+    a_hat, grid = (None, None) if cache is None else (cache.a_hat, cache.grid)
     if a_hat is not None and a.stride() != a_hat.stride():
         a = operator.state.scratch(a_hat, a.dtype).copy_(a)
     out = operator.state.scratch(a, a.dtype if offset is None else torch.uint8, 1)
@@ -184,10 +184,10 @@ def _encode_compiled(
     limits = operator.limits(a, clip, fixed is not None)
     flat = None if fixed is None else tuple(None if t is None else t.reshape(rows, 1) for t in fixed)
     held = None if a_hat is None else views[2]
-    if step is not None:  # compiled code does not vectorize int16 on the CPU; PyTorch's copies do
+    if grid is not None:  # compiled code does not vectorize int16 on the CPU; PyTorch's copies do
         assert held is not None
         held = operator.state.scratch(held, a.dtype, 2).copy_(held)
-    scale, probe = compiled.encode_into(views[0], views[1], held, step, limits, flat, compensates, offset)
-    if step is not None:
+    scale, probe = compiled.encode_into(views[0], views[1], held, grid, limits, flat, compensates, offset)
+    if grid is not None:
         views[2].copy_(held)  # type: ignore[union-attr, arg-type]
     return out, scale.reshape(kept), probe

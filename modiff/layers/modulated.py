@@ -9,11 +9,14 @@ from torch import Tensor
 
 from modiff.config import Modulation
 from modiff.errors import TrajectoryError
-from modiff.kernels.stages import advance, encode, int16_step
+from modiff.kernels.stages import Int16Grid, advance, encode
 from modiff.layers import execution
 from modiff.layers.caches import InputIdentity, OperatorCache, dense_like
 from modiff.layers.precision import compute_input, output_dtype
 from modiff.layers.quantized import QuantizedOperator
+
+VECTOR = 4096
+"""Most channels of a vector whose state stays in float32: 16 KiB."""
 
 
 class ModulatedOperator(QuantizedOperator):
@@ -84,16 +87,42 @@ class ModulatedOperator(QuantizedOperator):
         """Memory for this call's state; ô is allocated when its shape is known."""
         leader = self.state.find_leader(self, x) if self.shares else None
         if leader is not None:
-            cache = OperatorCache(leader.a_hat, torch.empty(0), step=leader.step, leader=leader)
+            cache = OperatorCache(leader.a_hat, torch.empty(0), grid=leader.grid, leader=leader)
             leader.followers += 1
-        elif self.modulation.reconstruction_dtype == "int16":
+        elif self.modulation.reconstruction_dtype == "int16" and not (self.reads_vector(a) or self.widens):
             with torch.inference_mode(False):
-                step = torch.ones((), dtype=a.dtype, device=a.device)
-            cache = OperatorCache(dense_like(a, torch.int16), torch.empty(0), step=step)
+                grid = Int16Grid.like(a)
+            cache = OperatorCache(dense_like(a, torch.int16), torch.empty(0), grid=grid)
         else:
             cache = OperatorCache(dense_like(a, a.dtype), torch.empty(0))
         self.state.keep_cache(self.name, cache)
         return cache
+
+    def reads_vector(self, a: Tensor) -> bool:
+        """Whether each sample is one vector, of at most :data:`VECTOR` channels (a time embedding).
+
+        Its state stays in float32: it takes few bytes, and its errors are the same at every place of an image, so they
+        add up in the mean where those of pixels cancel out (benchmarks/state.md).
+        """
+        linear = self.adapter.kind == "linear"
+        places, channels = (a.shape[1:-1], a.shape[-1]) if linear else (a.shape[2:], a.shape[1])
+        batched = self.adapter.is_batched(self.module, a.ndim)
+        return batched and a.ndim > 1 and places.numel() == 1 and channels <= VECTOR
+
+    @property
+    def widens(self) -> bool:
+        """Whether the output has at least 16 times the input's channels: the input may be the image itself."""
+        return 16 * self.channels[0] <= self.channels[1]
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the output has at most a sixteenth of the input's channels: it may be the denoiser's."""
+        return self.channels[0] >= 16 * self.channels[1]
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of input and output."""
+        return self.weight_shape[1] * int(getattr(self.module, "groups", 1)), self.weight_shape[0]
 
     @property
     def shares(self) -> bool:
@@ -113,7 +142,7 @@ class ModulatedOperator(QuantizedOperator):
         if cache.leader is None:
             cache.hold(a)
         self.state.note(self.name, a.sum(), quantized=False)
-        held = a if cache.step is None else cache.reconstruction()  # ô is made of what is kept (trap 9)
+        held = a if cache.grid is None else cache.reconstruction()  # ô is made of what is kept (trap 9)
         output = self.product(held, with_bias=True)
         if self.region.offset is not None and output.ndim == 4 and self.adapter.kind == "conv":
             output = output.contiguous(memory_format=torch.channels_last)  # as integer products are
@@ -121,9 +150,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def refine(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Integer warm-up: from â = 0, each round adds Q(a - â) with a scale of its own; never clipped."""
-        if cache.step is not None:
-            cache.step.copy_(int16_step(a))
-        cache.a_hat.zero_()
+        cache.clear(a)
         offset, output = self.code_offset(a), None
         for _ in range(self.modulation.warmup_rounds):
             codes, scale, probe = execution.encode(self, a, cache, offset, clip=1.0)
@@ -191,10 +218,10 @@ class ModulatedOperator(QuantizedOperator):
         limits = self.limits(a, None, region.fixed is not None)
         partition, fixed, offset = self.partition(a.ndim), region.fixed, region.offset
         codes, scale, _ = encode(
-            a, cache.a_hat, cache.step, limits, partition, fixed, compensates, offset, advances=not compensates
+            a, cache.a_hat, cache.grid, limits, partition, fixed, compensates, offset, advances=not compensates
         )
         if compensates:
-            advance(cache.a_hat, codes, scale, cache.step, offset)
+            advance(cache.a_hat, codes, scale, None if cache.grid is None else cache.grid.step, offset)
         if cache.followers:
             cache.traced = (codes, scale)
         return codes, scale
@@ -202,7 +229,7 @@ class ModulatedOperator(QuantizedOperator):
     def put(self, output: Tensor, cache: OperatorCache) -> Tensor:
         """Keep ô in its dtype. The caller gets a tensor of its own, which it may overwrite."""
         if cache.o_hat.shape != output.shape:
-            dtype = self.modulation.state_dtype
+            dtype = None if self.reads_vector(cache.a_hat) or self.narrows else self.modulation.state_dtype
             cache.o_hat = dense_like(output, output.dtype if dtype is None else getattr(torch, dtype))
         cache.o_hat.copy_(output)
         return output

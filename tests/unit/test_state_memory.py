@@ -48,43 +48,97 @@ def test_half_of_the_bytes():
         with modiff.trajectory(model) as counts:
             model(*noise(1)[0])
             model(*noise(2)[1])
-            sizes.append(counts.state_bytes)
-            kept = {(c.a_hat.dtype, c.o_hat.dtype) for c in states(counts).values()}
+            vectors = states(counts).pop("time").num_bytes
+            sizes.append(counts.state_bytes - vectors)
+            kept = {(c.a_hat.dtype, c.o_hat.dtype) for name, c in states(counts).items() if name != "time"}
     assert kept == {(torch.int16, torch.float16)}
     assert sizes[1] == sizes[0] / 2
 
 
-def test_reconstructions_are_whole_steps_and_scales_whole_multiples():
+class Mixed(nn.Module):
+    """Operators on a vector for each sample, on an image of few channels, on one of many, on tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector, self.tokens = nn.Linear(32, 8), nn.Linear(8, 8)
+        self.first, self.inner, self.grouped = nn.Conv2d(2, 32, 3), nn.Conv2d(32, 8, 3), nn.Conv2d(32, 32, 1, groups=16)
+        self.pixel = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, vector):
+        x = self.grouped(self.first(x))
+        tokens = self.inner(x).flatten(2).mT
+        return (
+            self.tokens(tokens)
+            + self.vector(vector)[:, None]
+            + self.pixel(vector[:, :8, None, None]).flatten(1)[:, None]
+        )
+
+
+def test_vectors_and_inputs_of_few_channels_stay_in_float32():
+    model = modiff.quantize(Mixed(), config("w8a6-modiff", **DIET))
+    with modiff.trajectory(model) as counts:
+        model(torch.randn(2, 2, 6, 6), torch.randn(2, 32))
+        found = {name: (c.a_hat.dtype, c.o_hat.dtype) for name, c in states(counts).items()}
+    small = {name: (torch.int16, torch.float16) for name in ("inner", "grouped", "tokens")}
+    vectors = {name: (torch.float32, torch.float32) for name in ("vector", "pixel")}
+    assert found == {**small, **vectors, "first": (torch.float32, torch.float16)}
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_reconstructions_are_whole_steps_and_scales_whole_multiples(one_sided):
     torch.manual_seed(0)
-    a, step = torch.randn(2, 8), None
-    step = stages.int16_step(a)
-    assert step == 2.0 ** round(math.log2(step))
-    a_hat = stages.to_steps(a, step)
-    assert a_hat.abs().max() > 2**12  # fine enough
+    a = nn.functional.silu(6 * torch.randn(2, 64)) if one_sided else torch.randn(2, 64)
+    grid = stages.Int16Grid.like(a)
+    grid.fit(a)
+    a_hat = grid.encode(a)
+    assert (grid.decode(a_hat) - a).abs().max() <= 0.51 * grid.step
+    assert (a.max() - a.min()).item() == pytest.approx(2**14 * grid.step.item(), rel=1e-3)  # a quarter of all numbers
     before = a_hat.clone()
     limits = stages.Limits.of(modiff.QuantSpec(4, "sample"), a)
-    codes, scale, _ = stages.encode(a + 0.1 * torch.randn(2, 8), a_hat, step, limits, None, offset=64)
-    multiple = scale / step
-    assert torch.equal(multiple, multiple.round())
+    codes, scale, _ = stages.encode(a + 0.1 * torch.randn(2, 64), a_hat, grid, limits, None, offset=64)
+    multiple = (scale / grid.step).round()
+    torch.testing.assert_close(multiple * grid.step, scale, rtol=1e-6, atol=0)
     assert torch.equal(a_hat.float(), before.float() + (codes.float() - 64) * multiple)
 
 
-def test_inputs_that_outgrow_int16_are_held_at_its_end_and_fed_back():
+def test_the_grid_holds_zero_and_what_inputs_may_grow_to():
+    for a in (torch.tensor([-0.25, 8.0]), torch.tensor([3.0, 4.0]), torch.tensor([-5.0, -4.0]), torch.zeros(3)):
+        grid = stages.Int16Grid.like(a)
+        grid.fit(a)
+        assert torch.equal(grid.decode(grid.encode(torch.zeros(2))), torch.zeros(2))
+        grown = stages.INT16_GROWTH * 0.999 * a
+        assert torch.equal(grid.clip(grown), grown)
+        assert (grid.decode(grid.encode(grown)) - grown).abs().max() <= 0.51 * grid.step
+
+
+def test_inputs_that_outgrow_int16_are_clipped_and_followed_back():
     torch.manual_seed(0)
     model = modiff.quantize(
         nn.Sequential(nn.Linear(4, 3, bias=False)), config("w8a6-modiff", reconstruction_dtype="int16")
     )
-    start = torch.tensor([[1.0, -1.0, 0.5, 0.25]])
-    xs = [start, *[start * 100] * 4, *[start] * 40]
+    start = torch.tensor([[[1.0, -1.0, 0.5, 0.25]]]).repeat(1, 2, 1)
+    far = torch.tensor([[[100.0, -100.0, 0.5, 0.25]]]).repeat(1, 2, 1)
     with modiff.trajectory(model) as counts:
-        for i, x in enumerate(xs):
+        for x in (start, far, far, far):
             model(x.clone())
-            cache = counts.caches["0"][0]
-            if i == 4:
-                assert cache.a_hat.abs().max() <= stages.INT16_TOP
-                assert cache.a_hat[0, 0] > 30000  # held near the end, not wrapped
-                assert cache.a_hat[0, 1] < -30000
-        assert (cache.reconstruction() - start).abs().max() < 0.01  # and back again
+        cache = counts.caches["0"][0]
+        assert cache.a_hat[0, 0, 0] > 30000  # held near the end, not wrapped
+        assert cache.a_hat[0, 0, 1] < -30000
+        assert (cache.reconstruction() - start)[..., 2:].abs().max() < 0.01  # what fits does not pay for what does not
+        for _ in range(8):
+            model(start.clone())
+        assert (cache.reconstruction() - start).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_clipped_is_still_found_not_finite(value):
+    model = modiff.quantize(nn.Sequential(nn.Linear(4, 3)), config("w8a6-modiff", reconstruction_dtype="int16"))
+    x = torch.ones(1, 2, 4)
+    with pytest.raises(TrajectoryError, match="'0'"), modiff.trajectory(model):  # noqa: PT012
+        model(x)
+        x = x.clone()
+        x[0, 1, 2] = value
+        model(x)
 
 
 def test_outputs_stay_close_to_those_of_full_states():
