@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modiff.calibration.capture import ClosedLoop, Run, removed
+from modiff.calibration.capture import ClosedLoop, Run
 from modiff.calibration.reduction import Reducer
 from modiff.calibration.structure import shared_copy
+from modiff.calibration.tracing import removed
 from modiff.config import QuantConfig, Split
 from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError

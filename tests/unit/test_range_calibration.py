@@ -181,9 +181,10 @@ def test_how_images_are_batched_does_not_matter(kind):
 def test_merged_over_ranks_the_ranges_are_those_of_all_trajectories():
     """Each rank has its own trajectories, and the reduced statistics; the sums and extremes are of both."""
     fields = {"buckets": 3, "granularity": "channel"}
+    made = denoiser()  # once: threads that draw weights from the one global generator would mix them up
 
     def job(run, reducer=None):
-        teacher, each = denoiser(), config(**fields)
+        teacher, each = copy.deepcopy(made), config(**fields)
         student = convert(shared_copy(teacher), with_dynamic_ranges(each), True)
         loop = ClosedLoop(student, shared_copy(teacher), run, reducer)
         specs = {name: each.activation for name in operators(student)}
