@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from originals import DDPM, LatentUNet, randomize
+from original_latents import LatentUNet
+from originals import DDPM, randomize
 from torch import nn
 
 import modiff
