@@ -15,6 +15,7 @@ import pytest
 import rich.progress
 from calibrations import RANGES, module_of, tensors_of
 
+from modiff.errors import CheckpointError
 from modiff.lit.calibration import locked
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import Calibration
@@ -210,3 +211,23 @@ def test_full_disk_while_a_stage_is_kept(calibrated, modiff, tmp_path, monkeypat
     (folder,) = (cache / "calibrations").iterdir()
     assert [path.name for path in (folder / "stages").iterdir()] == ["stage-0000"]
     assert modiff(*args)[0] == 0
+
+
+def test_full_disk_while_the_result_is_kept(calibrated, modiff, tmp_path, monkeypatch, cache) -> None:
+    """All stages are done; what cannot be kept is said, and the next start has only the result to write."""
+    args = ("quantize", "--config", calibrated, "--output", tmp_path / "out")
+
+    def full(*_, **__):
+        raise CheckpointError("the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callback_module, "save", full)
+        status, _, err = modiff(*args)
+    assert status == 1
+    assert "The finished calibration cannot be kept: the disk is full." in err
+    assert not (tmp_path / "out").exists()
+    done = stages(cache)
+    assert done > 0
+    status, said, _ = modiff(*args)
+    assert status == 0
+    assert f"{done} stages were done before" in said

@@ -40,6 +40,9 @@ def test_trailing_bytes_are_refused(tmp_path):
     refuses(tmp_path / "ckpt", "is too long: [0-9]+ bytes of")
 
 
+DAMAGED = r"is damaged|is truncated|is not of a checkpoint|has format version|: tensor '.*' is (missing|not known)"
+
+
 def test_any_flipped_bit_is_refused(tmp_path):
     saved(tmp_path / "ckpt")
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +54,7 @@ def test_any_flipped_bit_is_refused(tmp_path):
             damaged = bytearray(content)
             damaged[place] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
             target.write_bytes(damaged)
-            with pytest.raises(CheckpointError):
+            with pytest.raises(CheckpointError, match=DAMAGED):
                 modiff.load(tmp_path / "ckpt", Denoiser())
         target.write_bytes(content)
 
