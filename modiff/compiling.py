@@ -48,7 +48,7 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
         The same student.
 
     Raises:
-        ConfigError: The mode is unknown, or the denoiser has no repeated blocks.
+        ConfigError: The mode is unknown, the denoiser has no repeated blocks, or its offloading would be lost.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     if mode not in MODES:
@@ -56,6 +56,11 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
     state = state_of(student)
     state.refuse_inside("compiled")
     modules = [] if mode in ("auto", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    if any("_hf_hook" in vars(module) for module in modules):
+        raise ConfigError(
+            f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "
+            "take its place. Compile before enable_model_cpu_offload, or use mode 'stages'."
+        )
     uncompile(student)
     missing = _missing_compiler(student)
     if missing:

@@ -100,14 +100,7 @@ def convert(
         CalibrationError: A range is for another quantizer than the operator's.
         ConfigError: As for :func:`quantize`.
     """
-    if not isinstance(config, QuantConfig):
-        raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
-    if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
-        raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
-    if find_adapter(model) is not None:
-        raise ConfigError(
-            f"A bare {type(model).__name__} cannot be swapped in place. Wrap it: nn.Sequential(operator)."
-        )
+    _require_quantizable(model, config)
     changed = rewrite(model, config, divisors)
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
@@ -122,24 +115,51 @@ def convert(
             undo(model)
         raise
     record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
+    _swap(model, built, record)
+    record.hooks = _watch(model, state)
+    setattr(model, ATTRIBUTE, state)
+    setattr(model, RECORD, record)
+    return model
+
+
+def _require_quantizable(model: nn.Module, config: QuantConfig) -> None:
+    """Refuse what is no configuration, and models that cannot become students.
+
+    Raises:
+        ConfigError: One of them.
+    """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
+    if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
+        raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
+    if find_adapter(model) is not None:
+        raise ConfigError(
+            f"A bare {type(model).__name__} cannot be swapped in place. Wrap it: nn.Sequential(operator)."
+        )
+
+
+def _swap(model: nn.Module, built: list[tuple[_Plan, QuantizedOperator]], record: Record) -> None:
+    """Put the quantized operators in the places of the original ones, under all their names."""
     for plan, operator in built:
         record.names[plan.row.name] = plan.names
         for name in plan.names:
             _set(model, name, operator)
-        if not keep_teacher:
+        if not record.keep_teacher:
             operator.drop_original()
-    for _, whole in rewritten(model) if not keep_teacher else ():
+    for _, whole in rewritten(model) if not record.keep_teacher else ():
         whole.release()
-    record.hooks = [
+
+
+def _watch(model: nn.Module, state: ModulationState) -> list[torch.utils.hooks.RemovableHandle]:
+    """Tell the state where evaluations begin and end; let it keep the output of projections whose input is fixed."""
+    hooks = [
         model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
         model.register_forward_hook(state.end_evaluation),
     ]
     for name in projections(model):
         hook = functools.partial(state.keep_output, name)
-        record.hooks.append(model.get_submodule(name).register_forward_hook(hook))
-    setattr(model, ATTRIBUTE, state)
-    setattr(model, RECORD, record)
-    return model
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+    return hooks
 
 
 def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:

@@ -30,9 +30,10 @@ class OperatorCost:
         weight_bits: Width of its weight codes; in full precision, of the dtype its product runs in.
         activation_bits: Width of its input codes; in full precision, likewise.
         bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
-        state_bytes: â and ô as allocated, per image; memory that operators share counts for the first of them.
+        state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
+            of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
-        constant: Its input was fixed throughout the last trajectory before: its product is counted once.
+        constant: Its input was fixed throughout the last trajectory before: its product is counted once per context.
     """
 
     name: str
@@ -55,11 +56,12 @@ class Cost:
             (attention), modules without an adapter.
         other_bops: Their bit operations, at the precision of the very tensors that were multiplied.
         other_weight_bytes: Parameters outside the operators (norms, embeddings), as stored.
-        evaluations: Length of the trajectory over which the warm-up is averaged.
+        evaluations: Length of the trajectory over which the warm-ups are averaged.
+        contexts: Contexts of the trajectory, each with a warm-up and a state of its own.
         gbops_per_evaluation: Bit operations per image, ``other_bops`` included.
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
-        state_mib_per_image: â and ô as allocated.
+        state_mib_per_image: â and ô as allocated, of all contexts.
     """
 
     operators: tuple[OperatorCost, ...]
@@ -67,6 +69,7 @@ class Cost:
     other_bops: float
     other_weight_bytes: float
     evaluations: int
+    contexts: int
     gbops_per_evaluation: float
     weight_mib: float
     state_mib_per_image: float
@@ -78,20 +81,23 @@ class Cost:
         )
 
 
-def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> Cost:
+def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | None = None, **kwargs: Any) -> Cost:
     """Measure a student, or a full-precision teacher, by running one evaluation.
 
     Operators whose input was fixed throughout the student's last trajectory (keys and values of a prompt) are counted
-    once per trajectory; before any trajectory none is known.
+    once per context; before any trajectory none is known.
 
     Args:
         model: Student or teacher.
         *args: As for the denoiser's forward; dim 0 of the first tensor is the batch.
-        evaluations: Denoiser calls per trajectory.
+        evaluations: Denoiser calls per trajectory, in all contexts.
+        contexts: Contexts that share these calls evenly, such as 2 for guidance in two calls per step: each warms up,
+            refreshes and holds a state of its own. None: as many as the student's last trajectory had, else 1.
         **kwargs: Likewise.
 
     Raises:
-        ConfigError: ``evaluations`` is below 1 or no argument is a tensor with a batch.
+        ConfigError: ``evaluations`` is below 1, ``contexts`` is not from 1 to ``evaluations``, or no argument is a
+            tensor with a batch.
         TrajectoryError: A trajectory is open on the student.
     """
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
@@ -105,6 +111,9 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
     found = _find(model)
     last = state_of(model).last if hasattr(model, ATTRIBUTE) else None
     constant = last.constant if last else frozenset()
+    contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if contexts is None else contexts
+    if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
+        raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
     counter = _Counter()
     with ExitStack() as stack:
         run = stack.enter_context(trajectory(model)) if hasattr(model, ATTRIBUTE) else None
@@ -118,8 +127,10 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
-        weight_bits, activation_bits, bops = _bit_operations(module, macs, bits, evaluations, name in constant)
-        held = weights.pop(name, 0.0), state.get(name, 0) / images
+        weight_bits, activation_bits, bops = _bit_operations(
+            module, macs, bits, (evaluations, contexts), name in constant
+        )
+        held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
         rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
     other_bops = counter.other.bops / images
     return Cost(
@@ -128,6 +139,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, **kwargs: Any) -> 
         other_bops=other_bops,
         other_weight_bytes=sum(weights.values()),
         evaluations=evaluations,
+        contexts=contexts,
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
@@ -178,14 +190,22 @@ def _state_bytes(run: Trajectory) -> dict[str, int]:
     return found
 
 
-def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[int, int]:
+def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: int = 1) -> tuple[int, int]:
     """Evaluations with full-precision activations, and products at low bits of the rest (refining rounds counted).
+
+    Each context has its own; the evaluations are shared evenly.
 
     >>> warm_evaluations(Modulation(), 50), warm_evaluations(Modulation(warmup="refine"), 50)
     ((1, 49), (0, 52))
     >>> warm_evaluations(Modulation(refresh_every=10), 50), warm_evaluations(None, 50)
     ((5, 45), (0, 50))
+    >>> warm_evaluations(Modulation(), 100, contexts=2), warm_evaluations(Modulation(warmup="refine"), 100, contexts=2)
+    ((2, 98), (0, 104))
     """
+    if contexts > 1:
+        lengths = [evaluations // contexts + (i < evaluations % contexts) for i in range(contexts)]
+        full, low = zip(*(warm_evaluations(modulation, length) for length in lengths), strict=True)
+        return sum(full), sum(low)
     if modulation is None:
         return 0, evaluations
     every = modulation.refresh_every
@@ -196,7 +216,7 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int) -> tuple[i
 
 
 def _bit_operations(
-    module: Any, macs: float, bits: int | None, evaluations: int, constant: bool
+    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
 ) -> tuple[int, int, float]:
     """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
 
@@ -204,9 +224,10 @@ def _bit_operations(
         module: An operator, quantized or not.
         macs: Its multiply-accumulates in one product.
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
-        evaluations: Of the trajectory.
+        length: Evaluations of the trajectory, and its contexts.
         constant: Its input is fixed.
     """
+    evaluations, contexts = length
     if not isinstance(module, QuantizedOperator):
         bits = 8 * module.weight.element_size() if bits is None else bits
         return bits, bits, macs * bits * bits
@@ -215,7 +236,7 @@ def _bit_operations(
     activation_bits = module.activation_spec.bits if module.activation_spec else full
     modulation = module.modulation if isinstance(module, ModulatedOperator) else None
     # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
-    at_full, at_low = (1, 0) if constant else warm_evaluations(modulation, evaluations)
+    at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
     bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
     return weight_bits, activation_bits, bops
 

@@ -186,11 +186,16 @@ def _check(name: str, denoiser: nn.Module) -> None:
                 f"{where!r} has the diffusers hook {next(iter(hooks))!r}, which skips, moves or casts operators that "
                 "modiff quantizes. Disable it (disable_cache, or load the pipeline without it)."
             )
-        if inner and "_hf_hook" in own:
+        if "_hf_hook" in own and (inner or _offloads_weights(own["_hf_hook"])):
             raise ConfigError(
                 f"{where!r} is offloaded by accelerate on its own. Load the pipeline without sequential offloading and "
                 "device maps; enable_model_cpu_offload works."
             )
+
+
+def _offloads_weights(hook: Any) -> bool:
+    """Whether a hook of accelerate fetches single weights, and does not only move the denoiser as a whole."""
+    return any(getattr(one, "offload", False) is True for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def _unwrapped(cls: type) -> type:

@@ -37,6 +37,7 @@ class Protocol:
         notes: Comments on the protocol.
         exclude: Operators in full precision.
         features: Whether FID is measured.
+        splits: Whether Q-Diffusion splits the shortcuts of this model.
     """
 
     teacher: str
@@ -52,6 +53,7 @@ class Protocol:
     notes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     features: bool = True
+    splits: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ CIFAR = Protocol(
     100,
     batch_size=256,
     notes=("Published with activations in full precision: W8 4.24, W4 5.09.",),
+    splits=True,
 )
 CIFAR_20 = Protocol("ddpm-cifar10", "CIFAR-10, 20 DDIM steps", "ddim_quadratic", 20, batch_size=256, suffix="_ddim20")
 CIFAR_DPM = Protocol("ddpm-cifar10", "CIFAR-10, DPM-Solver-2", "dpm_solver_2", 20, batch_size=256, suffix="_dpm20")
@@ -253,7 +256,8 @@ for _protocol in (PIXART, SDXL, TURBO, SD3, SANA, SCHNELL, DEV):
 
 
 # Q-Diffusion's own settings: 20 evaluations of 256 trajectories, block reconstruction, learned step sizes. It splits
-# the input of a skip connection's shortcut in two; here that has one range.
+# the shortcut of a skip connection in two halves, with a range each, for CIFAR-10 and Stable Diffusion (`--split` of
+# its published commands, and of MoDiff's); its script for the LSUN models has no such option.
 CALIBRATION = (
     "  calibration:            # takes hours at this size; was not run at it here",
     "    method: brecq",
@@ -267,6 +271,8 @@ CALIBRATION = (
     "    lsq_iterations: 5000",
     "    tuning_iterations: 0",
 )
+SPLIT = ("    split_concatenations: true    # each half of a skip connection's shortcut has ranges of its own",)
+NO_SPLIT = ("# Shortcuts are not split: Q-Diffusion's and MoDiff's scripts split them for CIFAR-10 and SD only.",)
 TINY = ("num_images 2", "images_per_batch 2", "iterations 2", "lsq_iterations 2")
 
 
@@ -284,6 +290,7 @@ def text_of(row: Row) -> str:
         f"# {p.title}, W{row.weight}A{row.activation}, {kind}. Published: {row.published}.",
         *(f"# {note}" for note in p.notes),
         weights,
+        *(NO_SPLIT if row.calibrated and not p.splits else ()),
         f"#   modiff evaluate --config recipes/{row.path}"
         + (" --model.reference IMAGES_OR_STATISTICS" if p.features else ""),
         "# Try it without the model: --model.teacher.tiny true --model.features null --model.steps 4 --num_images 2",
@@ -301,6 +308,7 @@ def text_of(row: Row) -> str:
     if p.exclude:
         lines += ["    rules:", *(f'      - {{pattern: "{pattern}", skip: true}}' for pattern in p.exclude)]
     lines += CALIBRATION if row.calibrated else ()
+    lines += SPLIT if row.calibrated and p.splits else ()
     lines += [f"  scheduler: {p.scheduler}", f"  steps: {p.steps}"]
     lines += [f"  eta: {p.eta}"] if p.scheduler.startswith("ddim") else []
     lines += [f"  guidance: {p.guidance}"] if p.guidance is not None else []

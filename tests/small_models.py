@@ -79,21 +79,19 @@ class Attention(nn.Module):
         return self.out(self.layer(self.attention(x, x, x, need_weights=False)[0]))
 
 
-def tiny_unet():
+def tiny_unet(**changes):
+    """An untrained UNet of 8x8 grey images; ``changes`` are other arguments of its class."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    return (
-        diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
+    arguments = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+    }
+    return diffusers.UNet2DModel(**{**arguments, **changes}).eval().requires_grad_(False)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff.calibration.moments import Moments, input_vectors, no_data, num_positions, output_vectors
+from modiff.calibration.moments import Moments, no_data
+from modiff.calibration.recorders import MomentRecorder, SampleRecorder
 from modiff.calibration.reduction import Reducer
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.structure import Structure
-from modiff.calibration.tracing import Evaluation, ModuleCalls, Trace, merged, raw_bytes
+from modiff.calibration.tracing import Evaluation, ModuleCalls, Trace, merged, raw_bytes, removed
 from modiff.conversion import operators
 from modiff.errors import CalibrationError
-from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.state import state_of
-from modiff.quantizers.affine import fake_quantize
 
 Run = Callable[[nn.Module], Any]
 """A sampling loop: opens one or more ``modiff.trajectory(student)`` and samples in them; the same at every call."""
@@ -116,52 +113,15 @@ class ClosedLoop:
             CalibrationError: An operator is never called, or its moments are not finite.
         """
         found = operators(self.student)
-        chosen = trace.choose(evaluations)
-        moments = {name: Moments.empty(found[name]) for name in names}
-        pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        recording = False
-
-        def begin(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal recording
-            recording = index in chosen
-            pending.clear()
-
-        def student_hook(name: str) -> Callable[..., None]:
-            share = -(-positions // (trace.recorded(chosen) * trace.calls.get(name, 1)))
-
-            def hook(operator: QuantizedOperator, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if recording:
-                    waiting = pending.setdefault(name, [])
-                    x = effective_input(operator, args[0], len(waiting))
-                    x, y = _batched(operator, x), _batched(operator, output, args[0].ndim)
-                    places = torch.randperm(num_positions(operator.adapter.kind, y), generator=generator)[:share]
-                    places = places.sort().values.to(x.device)
-                    waiting.append((places, input_vectors(operator.module, operator.adapter.kind, x, places)))
-
-            return hook
-
-        def teacher_hook(name: str) -> Callable[..., None]:
-            operator = found[name]
-
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                places, x = pending[name].pop(0)
-                y = _batched(operator, output, args[0].ndim)
-                moments[name].update(x, output_vectors(module, operator.adapter.kind, y, places))
-
-            return hook
-
-        def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if recording:
-                with removed([self.teacher.get_submodule(n).register_forward_hook(teacher_hook(n)) for n in names]):
-                    self.teacher(*args, **kwargs)
-
-        with removed([found[name].register_forward_hook(student_hook(name)) for name in names]):
-            self.drive(begin, end, generator)
-        for name in names:
+        chosen = {name: found[name] for name in names}
+        recorder = MomentRecorder(chosen, self.teacher, trace, evaluations, positions, generator)
+        with removed(recorder.student_hooks()):
+            self.drive(recorder.begin, recorder.end, generator)
+        for name, moments in recorder.moments.items():
             if self.reducer.world_size > 1:
-                moments[name].reduce(self.reducer.all_reduce)
-            moments[name].check(name)
-        return moments
+                moments.reduce(self.reducer.all_reduce)
+            moments.check(name)
+        return recorder.moments
 
     def samples(
         self,
@@ -190,46 +150,15 @@ class ClosedLoop:
         Raises:
             CalibrationError: The block is never called, its samples are not finite, or the store is full.
         """
-        chosen, evaluation = trace.choose(evaluations), Evaluation()
-        total = trace.recorded(chosen)
-        keys: list[int] = []
-        held: dict[str, Tensor] = {}
-        structures: list[Structure] = []
+        recorder = SampleRecorder(block, self.teacher, trace, evaluations, most, store, generator)
 
-        def begin(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            evaluation.start(index, args, kwargs)
-            held.clear()
+        def begin(*evaluation: Any) -> None:
+            recorder.begin(self.trajectory, *evaluation)
 
-        def student_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if evaluation.index in chosen:
-                key = trace.ordinal(chosen, self.trajectory, evaluation.index)
-                share = most * (key + 1) // total - most * key // total
-                structure, tensors = Structure.of(args, kwargs)
-                structures.append(structure)
-                if share == 0:
-                    return
-                batch = len(next(iter(tensors.values())))
-                rows = torch.randperm(batch, generator=generator)[:share].sort().values
-                keys.extend([key] * len(rows))
-                held.update({"rows": rows} | {key: t[rows.to(t.device)] for key, t in tensors.items()})
-
-        def teacher_hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            rows = held.pop("rows")
-            found = {**held, "target": output[rows.to(output.device)]}
-            for key, tensor in found.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise CalibrationError(f"NaN or Inf in {key} of block {block!r} in {evaluation}.")
-            store.append(found)
-
-        def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if held:
-                with removed([self.teacher.get_submodule(block).register_forward_hook(teacher_hook)]):
-                    self.teacher(*args, **kwargs)
-
-        with removed([self.student.get_submodule(block).register_forward_pre_hook(student_hook, with_kwargs=True)]):
-            self.drive(begin, end, generator)
-        store.collect(keys, self.reducer)
-        found = next((s for part in self.reducer.gather(structures[:1]) for s in part), None)
+        with removed(recorder.student_hooks(self.student)):
+            self.drive(begin, recorder.end, generator)
+        store.collect(recorder.keys, self.reducer)
+        found = next((s for part in self.reducer.gather(recorder.structures[:1]) for s in part), None)
         if found is None:
             raise no_data(block)
         return found
@@ -281,41 +210,3 @@ class ClosedLoop:
             self.reducer.each(lambda: self.run(self.student))
         if generator is not None:
             generator.manual_seed(seed)
-
-
-@torch.no_grad()
-def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor:
-    """The input to which an operator's weight was applied, in the call that just returned.
-
-    Args:
-        operator: Of a student.
-        x: What it was given.
-        call: Which of its calls in this evaluation, from 0.
-
-    Returns:
-        ``Q(a)``; where modulated, the reconstruction ``â`` (the output is ``A(â) + bias``); ``a`` itself where
-        activations stay in full precision, or without error compensation, where no single input gives the output.
-    """
-    if operator.activation_spec is None:
-        return x
-    if isinstance(operator, ModulatedOperator):
-        run = operator.state.trajectory
-        assert run is not None
-        return run.caches[operator.name][call].reconstruction() if operator.modulation.error_compensation else x
-    from_float = x.to(torch.promote_types(x.dtype, torch.float32))
-    return fake_quantize(from_float, operator.partition(x.ndim), operator.activation_spec)
-
-
-def _batched(operator: QuantizedOperator, x: Tensor, ndim: int | None = None) -> Tensor:
-    """``x`` with a batch dim, where the operator was called with a single sample."""
-    return x if operator.adapter.is_batched(operator.module, ndim or x.ndim) else x[None]
-
-
-@contextmanager
-def removed(hooks: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modiff.calibration.capture import ClosedLoop, Run, removed
+from modiff.calibration.capture import ClosedLoop, Run
 from modiff.calibration.reduction import Reducer
 from modiff.calibration.structure import shared_copy
+from modiff.calibration.tracing import removed
 from modiff.config import QuantConfig, Split
 from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError
+from modiff.layers.caches import tensors_of
 from modiff.layers.quantized import QuantizedOperator
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -23,12 +25,24 @@ TINY = 1e-5
 """Smallest absolute value that a channel counts with, as in SmoothQuant's reference code."""
 
 
+_FEATURE = "_modiff_feature"
+
+
+def mark_features(output: Any) -> None:
+    """Note on the tensors themselves that an operator's output went into them."""
+    for x in tensors_of(output):
+        setattr(x, _FEATURE, True)
+
+
 class _Done(Exception):
     """The first evaluation is over."""
 
 
 class _Concatenations(TorchFunctionMode):
-    """Keeps the outputs of ``torch.cat``, and where they were joined."""
+    """Keeps the outputs of ``torch.cat`` that join features, and where they were joined.
+
+    Features are what depends on an operator's output: the sine and cosine of a time embedding are none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +52,9 @@ class _Concatenations(TorchFunctionMode):
         """Run the function; note what it joined."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if not any(hasattr(x, _FEATURE) for x in tensors_of((args, kwargs))):
+            return output
+        mark_features(output)
         if func in _CONCATENATIONS:
             parts = args[0] if args else kwargs["tensors"]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
@@ -49,7 +66,8 @@ class _Concatenations(TorchFunctionMode):
 def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Reducer | None = None) -> tuple[Split, ...]:
     """Operators whose input is the very tensor that two others were joined to along channels, such as skip connections.
 
-    Nothing is assumed about classes: the first evaluation is run, and every ``torch.cat`` in it is watched.
+    Nothing is assumed about classes: the first evaluation is run, and every ``torch.cat`` in it is watched that joins
+    something an operator computed (the sine and cosine of a time embedding are not split).
 
     Args:
         teacher: The denoiser; left as it is.
@@ -79,6 +97,7 @@ def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Redu
         raise _Done
 
     handles = [operator.register_forward_pre_hook(hook) for operator in operators(student).values()]
+    handles += [o.register_forward_hook(lambda *seen: mark_features(seen[2])) for o in operators(student).values()]
 
     def watched() -> bool:
         with removed(handles), mode:

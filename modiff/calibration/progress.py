@@ -38,13 +38,10 @@ class StageFolder:
         Raises:
             CalibrationError: It is damaged, or of another calibration.
         """
-        read = self._read(index)
+        read = self._read(index, "shapes", specs)
         if read is None:
             return None
-        manifest, tensors = read
-        if set(manifest.get("shapes", {})) != set(specs):
-            raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
-        shapes = manifest["shapes"]
+        shapes, tensors = read
         return {name: PackedWeight.from_tensors(tensors, name, shapes[name], spec) for name, spec in specs.items()}
 
     def read_ranges(self, index: int, names: Collection[str]) -> dict[str, CalibratedRange] | None:
@@ -53,13 +50,11 @@ class StageFolder:
         Raises:
             CalibrationError: It is damaged, or of another calibration.
         """
-        read = self._read(index)
+        read = self._read(index, "lengths", names)
         if read is None:
             return None
-        manifest, tensors = read
-        if set(manifest.get("lengths", {})) != set(names):
-            raise CalibrationError(f"{self._path(index)} holds a stage of other operators. Give a new folder.")
-        return ranges_from_tensors(tensors, manifest["lengths"])
+        lengths, tensors = read
+        return ranges_from_tensors(tensors, lengths)
 
     def write_ranges(self, index: int, ranges: Mapping[str, CalibratedRange]) -> None:
         """Keep the calibrated ranges of a stage.
@@ -82,7 +77,8 @@ class StageFolder:
         shapes = {name: list(packed.shape) for name, packed in weights.items()}
         self._write(index, {"shapes": shapes}, tensors)
 
-    def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def _read(self, index: int, field: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What the manifest says of each of the operators in ``field``, and the stage's tensors."""
         path = self._path(index)
         if not path.exists():
             return None
@@ -95,9 +91,13 @@ class StageFolder:
                     f"{self.folder} holds a calibration of another {differing[0]}. Give a new folder, or call with "
                     "what it was begun with."
                 )
-            return manifest, read_tensors(path, manifest)
+            tensors = read_tensors(path, manifest)
         except CheckpointError as error:
             raise CalibrationError(f"The finished stage {path} cannot be used: {error} Or delete it.") from error
+        described = manifest.get(field, {})
+        if set(described) != set(names):
+            raise CalibrationError(f"{path} holds a stage of other operators. Give a new folder.")
+        return described, tensors
 
     def _write(self, index: int, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         try:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.calibration.capture import ClosedLoop, removed
+from modiff.calibration.capture import ClosedLoop
 from modiff.calibration.lsq import learn_steps
 from modiff.calibration.moments import no_data
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import CalibrationSettings
-from modiff.calibration.tracing import Evaluation, Trace
+from modiff.calibration.tracing import Evaluation, Trace, removed
 from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import operators
 from modiff.errors import CalibrationError

@@ -357,6 +357,8 @@ class QuantizedOperator(nn.Module):
         self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)
         super()._apply(fn, recurse)
         self.integer, self._choices, self._limits, self.region = None, {}, {}, Region()
+        if self.state.regions is not None:
+            self.state.regions.ready = False  # an evaluation that had begun, offloaded on its way, runs eagerly
         if self.calibrated is not None:
             self.calibrated = self.calibrated.to(fn(torch.empty(1, device=self.calibrated.scale.device)).device)
         if self.packed is not None:

@@ -84,9 +84,13 @@ class Regions:
             operator.region.caches = []
 
     def undo(self) -> None:
-        """Put the eager forwards back."""
+        """Put the eager forwards back; accelerate's offloading, which came after, stays around them."""
         for module in self.modules:
-            vars(module).pop("forward", None)
+            inner = vars(module).get("_old_forward")
+            if isinstance(inner, CompiledForward):
+                module._old_forward = inner.eager  # type: ignore[assignment]
+            else:
+                vars(module).pop("forward", None)
 
     def _has_state(self, operator: QuantizedOperator, here: Context) -> bool:
         if operator.activation_spec is not None and operator.region.shape is None:

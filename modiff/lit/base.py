@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,13 @@ from jsonargparse import ArgumentError, Namespace
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.launchers import check_world_size
 from modiff.lit.rundir import RunDirectory
+from modiff.lit.wording import plain_error
 
 FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
 
@@ -64,10 +65,12 @@ class ModiffCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except (ArgumentError, ValueError, TypeError) as error:
-            raise ConfigError(plain_error(error)) from error
+            raise ConfigError(plain_error(error, parser)) from error
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
+        if not 0 <= self.config.seed < 2**32:
+            raise ConfigError(f"seed is {self.config.seed}; allowed are whole numbers, 0 to {2**32 - 1}.")
         check_world_size(self.config.trainer)
 
     def instantiate_classes(self) -> None:
@@ -96,7 +99,11 @@ class ModiffCLI(LightningCLI):
         return None  # type: ignore[return-value]
 
     def make_trainer(self, callbacks: list[Any], **kwargs: Any) -> Trainer:
-        """The Trainer of the recipe with our callbacks first; kwargs fill what the recipe left unset."""
+        """The Trainer of the recipe with our callbacks first; kwargs fill what the recipe left unset.
+
+        Raises:
+            ConfigError: Lightning refuses its arguments.
+        """
         config = dict(self.config_init.trainer)
         given = config.pop("callbacks") or []
         config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
@@ -105,7 +112,10 @@ class ModiffCLI(LightningCLI):
         for key, value in kwargs.items():
             if config.get(key) is None:
                 config[key] = value
-        return Trainer(**config)
+        try:
+            return Trainer(**config)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def dump(self) -> str:
         """The full recipe as YAML, nulls kept."""
@@ -136,21 +146,3 @@ def recipe_name(path: str) -> str:
         below = len(parts) - 1 - parts[::-1].index("recipes")
         return "/".join(parts[below + 1 :])
     return file.stem
-
-
-def plain_error(error: BaseException) -> str:
-    """One line: the dotted field, and the innermost message, which is what a user can act on."""
-    fields: list[str] = []
-    current: BaseException | None = error
-    message = str(error).strip()
-    while current is not None:
-        found = re.match(r'Parser key "([^"]+)"', str(current))
-        if found and found[1] not in fields:
-            fields.append(found[1])
-        message = str(current).strip()
-        if isinstance(current, ConfigError):
-            break
-        current = current.__cause__ or current.__context__
-    message = re.sub(r'^Parser key "[^"]+":\s*', "", message)
-    message = message.replace("typing.Literal", "one of ")
-    return " ".join(f"{'.'.join(fields)}: {message}".split()) if fields else " ".join(message.split())

@@ -17,7 +17,6 @@ from lightning.pytorch import Trainer
 
 from modiff.conversion import describe
 from modiff.errors import CalibrationError, ConfigError
-from modiff.lit.base import plain_error
 from modiff.lit.bench_arms import COMPILED, EAGER, Bench
 from modiff.lit.bench_report import backends, bench_plot, markdown, sentences, terminal_table
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
@@ -27,6 +26,7 @@ from modiff.lit.running import rank_zero
 from modiff.lit.student import LitStudent
 from modiff.lit.student_cli import StudentCLI
 from modiff.lit.teacher import compiler_problem
+from modiff.lit.wording import plain_error
 from modiff.teachers.zoo import load_teacher
 
 SHARED = ("teacher", "guidance")
@@ -107,10 +107,11 @@ def parse(args: Sequence[str]) -> Namespace:
     Raises:
         ConfigError: One is unknown, out of range, or contradicts another.
     """
+    parser = make_parser()
     try:
-        options = make_parser().parse_args(list(args))
+        options = parser.parse_args(list(args))
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(plain_error(error)) from error
+        raise ConfigError(plain_error(error, parser)) from error
     if options.num_images is not None:
         if options.batch_sizes is not None:
             raise ConfigError("--num_images and --batch_sizes are both given. Remove one of them.")

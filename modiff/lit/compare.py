@@ -14,13 +14,14 @@ from torch import Tensor
 
 from modiff.errors import ConfigError
 from modiff.lit import plots
-from modiff.lit.base import plain_error, recipe_name
+from modiff.lit.base import recipe_name
 from modiff.lit.evaluate import evaluate_recipe
 from modiff.lit.pictures import labelled_rows, save_picture
 from modiff.lit.report import markdown_table, metrics_table, write_compare_report
 from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
 from modiff.lit.running import rank_zero
 from modiff.lit.student_cli import StudentCLI
+from modiff.lit.wording import plain_error
 
 TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
@@ -49,10 +50,11 @@ def make_parser() -> ArgumentParser:
 def compare(args: Sequence[str]) -> int:
     """``modiff compare A.yaml B.yaml ...``."""
     own, forwarded = split_forwarded(args)
+    parser = make_parser()
     try:
-        options = make_parser().parse_args(own)
+        options = parser.parse_args(own)
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(plain_error(error)) from error
+        raise ConfigError(plain_error(error, parser)) from error
     names = unique_names(options.recipes)
     folder = Path(options.output)
     # Every recipe is parsed before anything is written or drawn.

@@ -20,13 +20,13 @@ def check_world_size(trainer: Any) -> None:
         trainer: The ``trainer`` section of a parsed recipe.
 
     Raises:
-        ConfigError: The launcher's world size differs from ``devices`` x ``num_nodes``.
+        ConfigError: The launcher's world size differs from ``devices`` x ``num_nodes``, or ``devices`` is no number.
     """
+    devices, nodes = wanted_devices(trainer.devices, trainer.accelerator), int(trainer.num_nodes)
     launched = launched_processes()
     if launched is None:
         return
     launcher, world, per_node = launched
-    devices, nodes = wanted_devices(trainer.devices, trainer.accelerator), int(trainer.num_nodes)
     if world == devices * nodes:
         return
     fix = f"--trainer.devices {per_node}" + (f" --trainer.num_nodes {world // per_node}" if world > per_node else "")
@@ -57,12 +57,18 @@ def wanted_devices(devices: Any, accelerator: str) -> int:
 
     >>> wanted_devices(2, "cpu"), wanted_devices("auto", "cpu"), wanted_devices([0, 3], "gpu")
     (2, 1, 2)
+
+    Raises:
+        ConfigError: It stands for no number of devices.
     """
     if isinstance(devices, (list, tuple)):
         return len(devices)
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
     if devices not in ("auto", -1, "-1"):
-        return int(devices)
+        try:
+            return int(devices)
+        except ValueError as error:
+            raise ConfigError(f"trainer.devices is {devices!r}; give a whole number, a list, or auto.") from error
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.cuda.device_count() if on_gpu else 1

@@ -177,11 +177,12 @@ def read_recipe(path: str) -> dict[str, Any]:
         ConfigError: It does not exist, or is not a mapping in YAML.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"--config {path} does not exist. Give a recipe, such as recipes/mnist/w8a4_modiff.yaml.")
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise ConfigError(f"Recipe {path} {what}. Give a file, such as recipes/mnist/w8a4_modiff.yaml.")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}".replace("\n", " ")) from error
+        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"--config {path} is not a recipe: it holds {content!r:.60}. Give a file with fields.")
+        raise ConfigError(f"{path} is not a recipe: it holds {content!r:.60}. Give a file with fields.")
     return content or {}

@@ -1,4 +1,4 @@
-"""Real images to compare with: their feature statistics, measured once and kept by content."""
+"""Real images to compare with: their feature statistics and a sample of features, measured once, kept by content."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from modiff.errors import ConfigError
-from modiff.metrics.features import extract, network_name
+from modiff.errors import CheckpointError, ConfigError
+from modiff.metrics.features import count_features, network_name
+from modiff.metrics.fidelity import MAX_KEPT, ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -76,7 +77,14 @@ class ReferenceImages:
         return digest.hexdigest()
 
     def statistics(self, network: nn.Module, identity: str, device: torch.device) -> FeatureStatistics:
-        """Feature statistics; read from the cache where the same images and network were measured before.
+        """Feature statistics, read from the cache where the same images and network were measured before.
+
+        They hold features for precision and recall: of every image, or of ``MAX_KEPT`` (10,000) where there are more.
+        Which ones depends on an image's position alone, by the pseudo-random order in which
+        :class:`modiff.metrics.fidelity.ImageFidelity` keeps generated ones: a fair sample of images sorted by class,
+        and the same one in every run and on every rank. The file takes up to ``4 * MAX_KEPT * D`` bytes for them; one
+        without (an earlier version's) or a damaged one is measured again. Memory does not grow with the images: sums
+        in float64 and at most twice ``MAX_KEPT`` features.
 
         Args:
             network: Feature network, on ``device``.
@@ -87,23 +95,34 @@ class ReferenceImages:
             ConfigError: An image is damaged or of another size, or there is only one.
         """
         name = network_name(network)
-        cached = (
-            cache_folder()
-            / f"{hashlib.sha256(f'{self.digest()} {identity} {name}'.encode()).hexdigest()[:32]}.safetensors"
-        )
-        if cached.is_file():
-            return FeatureStatistics.load(cached)
+        key = hashlib.sha256(f"{self.digest()} {identity} {name}".encode()).hexdigest()[:32]
+        cached = cache_folder() / f"{key}.safetensors"
+        found = _read_cached(cached)
+        if found is not None:
+            return found
         print(f"Measuring the reference images in {self.path} with {name}, once; kept in {cached.parent}.", flush=True)
-        features: list[Tensor] = []
-        spatial: list[Tensor] = []
+        num_features = count_features(network, torch.zeros(2, *self.image_shape, device=device))
+        metric = ImageFidelity(network, num_features=num_features, max_kept=MAX_KEPT).to(device)
+        first = 0
         for batch in _batches(iter(self)):
-            outputs = extract(network, batch.to(device))
-            features.append(outputs.features.cpu())
-            spatial += [outputs.spatial.cpu()] if outputs.spatial is not None else []
-        found = FeatureStatistics.from_features(torch.cat(features), name, torch.cat(spatial) if spatial else None)
+            metric.update(batch.to(device), "reference", torch.arange(first, first + len(batch)))
+            first += len(batch)
+        found = metric.statistics("reference", with_features=True)
         cached.parent.mkdir(parents=True, exist_ok=True)
         found.save(cached)
         return found
+
+
+def _read_cached(path: Path) -> FeatureStatistics | None:
+    """Statistics that hold as many features as they should; None: measure (again)."""
+    if not path.is_file():
+        return None
+    try:
+        found = FeatureStatistics.load(path)
+    except CheckpointError:
+        return None
+    complete = found.num_images is not None and found.features is not None
+    return found if complete and len(found.features) == min(found.num_images, MAX_KEPT) else None
 
 
 def is_statistics(path: str | Path) -> bool:

@@ -14,10 +14,11 @@ from modiff.metrics.features import count_features, extract, network_name
 from modiff.metrics.neighbours import keep_smallest, precision_recall, priorities
 from modiff.metrics.statistics import FeatureStatistics, frechet_distance
 
-__all__ = ["SOURCES", "FeatureStatistics", "ImageFidelity", "frechet_distance"]
+__all__ = ["MAX_KEPT", "SOURCES", "FeatureStatistics", "ImageFidelity", "frechet_distance"]
 
 SOURCES = ("teacher", "student", "reference")
 NEIGHBOURS = 3
+MAX_KEPT = 10_000
 
 
 class ImageFidelity(Metric):
@@ -35,6 +36,7 @@ class ImageFidelity(Metric):
     Args:
         network: Feature network (:func:`modiff.metrics.features.load_feature_network`).
         reference: Statistics of real images; without them, give real images to :meth:`update`, or have no ``fid``.
+            They give precision and recall too where they hold features.
         num_features: D, for a network that does not say (TorchScript); else taken from the reference.
         max_kept: Features kept per source for precision and recall.
 
@@ -50,7 +52,7 @@ class ImageFidelity(Metric):
         network: nn.Module,
         reference: FeatureStatistics | None = None,
         num_features: int | None = None,
-        max_kept: int = 10_000,
+        max_kept: int = MAX_KEPT,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -163,8 +165,12 @@ class ImageFidelity(Metric):
                 setattr(self, f"{source}_priority", [torch.empty(0, dtype=torch.int64, device=self.device)])
         super().sync(*args, **kwargs)
 
-    def statistics(self, source: str) -> FeatureStatistics:
+    def statistics(self, source: str, with_features: bool = False) -> FeatureStatistics:
         """Statistics of one source's images, to save or to use as a reference; of this rank only.
+
+        Args:
+            source: Whose.
+            with_features: Take the at most ``max_kept`` features along, so that precision and recall can be measured.
 
         Raises:
             ConfigError: There are fewer than two images, or the features are not finite.
@@ -174,7 +180,8 @@ class ImageFidelity(Metric):
             raise ConfigError(f"A covariance needs at least 2 images, got {count} of the {source}. Give more images.")
         mean, covariance = self._moments(f"{source}_", count)
         spatial = (None, None) if self.num_spatial is None else self._moments(f"{source}_spatial_", count)
-        return FeatureStatistics(mean, covariance, count, self.network_name, *spatial)
+        features = self._kept(source)[0] if with_features else None
+        return FeatureStatistics(mean, covariance, count, self.network_name, *spatial, features)
 
     def _moments(self, prefix: str, count: int) -> tuple[Tensor, Tensor]:
         mean = getattr(self, f"{prefix}sum") / count
@@ -280,12 +287,23 @@ class _Report:
     def _neighbours(self, source: str, against: str, suffix: str) -> dict[str, float | None]:
         keys = [f"precision{suffix}", f"recall{suffix}"]
         problem = self._problem(source, against, NEIGHBOURS + 1)
-        if problem is None and against == "reference" and self.metric.reference is not None:
-            problem = "precision and recall need the reference images; statistics do not hold them"
+        given = self.metric.reference if against == "reference" else None
+        if problem is None and given is not None:
+            problem = self._problem_of_features(given)
         if problem is not None:
             return {key: self._none(f"{source}.{key}", problem) for key in keys}
-        real, generated = self.metric._kept(against)[0], self.metric._kept(source)[0]
-        return dict(zip(keys, precision_recall(real, generated, NEIGHBOURS), strict=True))
+        generated = self.metric._kept(source)[0]
+        real = self.metric._kept(against)[0] if given is None or given.features is None else given.features
+        figures = precision_recall(real.to(generated.device), generated, NEIGHBOURS)
+        return dict(zip(keys, figures, strict=True))
+
+    @staticmethod
+    def _problem_of_features(given: FeatureStatistics) -> str | None:
+        if given.features is None:
+            return "precision and recall need the reference images; these statistics hold none of their features"
+        if len(given.features) <= NEIGHBOURS:
+            return f"{NEIGHBOURS + 1} reference images are needed, {len(given.features)} were given"
+        return None
 
     def _none(self, key: str, reason: str) -> float | None:
         self.reasons[key] = reason

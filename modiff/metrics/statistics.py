@@ -1,4 +1,4 @@
-"""Mean and covariance of an image set's features, and the Fréchet distance between two of them."""
+"""Mean, covariance and some features of an image set, and the Fréchet distance between two of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modiff.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """What a Fréchet distance needs to know about a set of images.
+    """What a Fréchet distance, and precision and recall, need to know about a set of images.
 
     Args:
         mean: Mean feature, ``[D]``; kept in float64 on the CPU.
@@ -29,6 +29,8 @@ class FeatureStatistics:
         network: Name of the feature network; None where a foreign file does not say.
         spatial_mean: Mean spatial feature ``[S]`` for the sFID, or None.
         spatial_covariance: Its covariance ``[S, S]``, or None.
+        features: Features of some of the images ``[K, D]`` for precision and recall, kept in float32 on the CPU; None
+            in files of other tools and of ``modiff statistics``. They take ``4 * K * D`` bytes.
 
     Raises:
         ConfigError: A shape does not fit, or a value is not finite.
@@ -40,6 +42,7 @@ class FeatureStatistics:
     network: str | None = None
     spatial_mean: Tensor | None = None
     spatial_covariance: Tensor | None = None
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.spatial_mean is None) != (self.spatial_covariance is None):
@@ -57,6 +60,18 @@ class FeatureStatistics:
                 raise ConfigError(f"{prefix}mean or {prefix}covariance of feature statistics holds NaN or Inf.")
             object.__setattr__(self, f"{prefix}mean", mean.detach().double().cpu())
             object.__setattr__(self, f"{prefix}covariance", covariance.detach().double().cpu())
+        if self.features is not None:
+            self._check_features(self.features)
+            object.__setattr__(self, "features", self.features.detach().float().cpu())
+
+    def _check_features(self, features: Tensor) -> None:
+        if features.ndim != 2 or features.shape[1] != self.num_features:
+            raise ConfigError(
+                f"The features of feature statistics need the shape [K, {self.num_features}], as wide as their mean; "
+                f"got {list(features.shape)}."
+            )
+        if not features.isfinite().all():
+            raise ConfigError("The features of feature statistics hold NaN or Inf.")
 
     @property
     def num_features(self) -> int:
@@ -139,6 +154,7 @@ class FeatureStatistics:
             "covariance": self.covariance,
             "spatial_mean": self.spatial_mean,
             "spatial_covariance": self.spatial_covariance,
+            "features": self.features,
             "num_images": None if self.num_images is None else torch.tensor(self.num_images),
         }
         metadata = None if self.network is None else {"network": self.network}
@@ -169,7 +185,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    names = ("mean", "covariance", "spatial_mean", "spatial_covariance", "num_images")
+    names = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features", "num_images")
     with safe_open(str(path), framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118 (no mapping)
         network = (file.metadata() or {}).get("network")

@@ -143,6 +143,25 @@ def _flux(x: Tensor, t: Tensor, c: Mapping[str, Tensor], config: Any) -> dict[st
 TEXT = 8
 """Tokens of a tiny model's random text."""
 
+_CAPTION_AND_MASK = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "-encoder_hidden_states",
+    "-encoder_attention_mask",
+)
+
+
+def _caption_and_mask(config: Any) -> dict[str, tuple[int, ...]]:
+    return {"encoder_hidden_states": (TEXT, config.caption_channels), "encoder_attention_mask": ()}
+
+
+def _text_and_pooled(config: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        "encoder_hidden_states": (TEXT, config.joint_attention_dim),
+        "pooled_projections": (config.pooled_projection_dim,),
+    }
+
+
 _LINEAR = (("_class_name", "DDPMScheduler"), ("beta_start", 1e-4), ("beta_end", 0.02), ("clip_sample", False))
 _LDM = (
     ("_class_name", "DDIMScheduler"),
@@ -203,16 +222,8 @@ FAMILIES: dict[str, Family] = {
         _pixart,
         condition="text",
         guided=True,
-        encodings=(
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "-encoder_hidden_states",
-            "-encoder_attention_mask",
-        ),
-        embeddings=lambda config: {
-            "encoder_hidden_states": (TEXT, config.caption_channels),
-            "encoder_attention_mask": (),
-        },
+        encodings=_CAPTION_AND_MASK,
+        embeddings=_caption_and_mask,
         schedule=_LINEAR,
     ),
     "sd3": Family(
@@ -221,10 +232,7 @@ FAMILIES: dict[str, Family] = {
         condition="text",
         guided=True,
         encodings=("encoder_hidden_states", "-encoder_hidden_states", "pooled_projections", "-pooled_projections"),
-        embeddings=lambda config: {
-            "encoder_hidden_states": (TEXT, config.joint_attention_dim),
-            "pooled_projections": (config.pooled_projection_dim,),
-        },
+        embeddings=_text_and_pooled,
         schedule=_FLOW,
     ),
     "flux": Family(
@@ -232,10 +240,7 @@ FAMILIES: dict[str, Family] = {
         _flux,
         condition="text",
         encodings=("encoder_hidden_states", "pooled_projections", ""),
-        embeddings=lambda config: {
-            "encoder_hidden_states": (TEXT, config.joint_attention_dim),
-            "pooled_projections": (config.pooled_projection_dim,),
-        },
+        embeddings=_text_and_pooled,
         latent_channels=lambda config: config.in_channels // 4,
         schedule=(*_FLOW[:1], ("shift", 1.0)),
     ),
@@ -244,16 +249,8 @@ FAMILIES: dict[str, Family] = {
         _sana,
         condition="text",
         guided=True,
-        encodings=(
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "-encoder_hidden_states",
-            "-encoder_attention_mask",
-        ),
-        embeddings=lambda config: {
-            "encoder_hidden_states": (TEXT, config.caption_channels),
-            "encoder_attention_mask": (),
-        },
+        encodings=_CAPTION_AND_MASK,
+        embeddings=_caption_and_mask,
         schedule=_SANA,
     ),
 }

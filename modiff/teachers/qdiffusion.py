@@ -15,10 +15,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from modiff.config import QuantConfig, QuantSpec, Rule
-from modiff.conversion import convert, plan
+from modiff.config import QuantConfig, QuantSpec, Split
+from modiff.conversion import convert
 from modiff.errors import CheckpointError, ConfigError
-from modiff.layers.operators import find_adapter
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import QuantizedWeight
 from modiff.teachers.checkpoints import Source, State, require, strip
@@ -46,42 +45,50 @@ class QDiffusionModel:
     bits: int
     splits: dict[str, int]
 
-    def spec(self, name: str) -> QuantSpec:
-        """The quantizer of an operator's weight: asymmetric, per output channel.
-
-        That of a split shortcut has groups as wide as the first half, the last of which may be short: the first group
-        is the first half, and all others share the scale of the second one.
-        """
-        split = self.splits.get(name)
-        return QuantSpec(self.bits, "group" if split else "channel", symmetric=False, group_size=split)
+    @property
+    def spec(self) -> QuantSpec:
+        """The quantizer of every weight, and of each half of a split one: asymmetric, per output channel."""
+        return QuantSpec(self.bits, "channel", symmetric=False)
 
     def packed(self) -> dict[str, PackedWeight]:
-        """The codes of every operator as a student holds them, 2 to 8 bits each."""
-        return {name: PackedWeight.pack(weight, self.spec(name)) for name, weight in self.weights.items()}
+        """The codes of every operator as a student holds them, 2 to 8 bits each.
+
+        Those of a split shortcut are two operators, named ``<name>.first`` and ``<name>.second``.
+        """
+        found: dict[str, PackedWeight] = {}
+        for name, weight in self.weights.items():
+            at = self.splits.get(name)
+            if at is None:
+                found[name] = PackedWeight.pack(weight, self.spec)
+                continue
+            for part, columns in (("first", slice(None, at)), ("second", slice(at, None))):
+                one = (weight.scale[:, columns][:, :1], weight.zero_point[:, columns][:, :1], len(weight.codes))
+                half = QuantizedWeight(weight.codes[:, columns], *one)
+                found[f"{name}.{part}"] = PackedWeight.pack(half, self.spec)
+        return found
 
     def student(self, config: QuantConfig | str, keep_teacher: bool = True) -> nn.Module:
         """Make the denoiser a student that multiplies the file's own codes, in place; returns it.
 
         Activations and modulation are the config's. Its weight specs only say which operators have quantized weights;
-        scales, zero points and codes are the file's, nothing is rounded again.
+        scales, zero points and codes are the file's, nothing is rounded again. A split shortcut becomes two operators
+        (:attr:`QuantConfig.splits`), each with activation scales and state of its own, as in Q-Diffusion.
 
         Args:
             config: What else to quantize, or a preset's name. Its weights, and those of its rules, have the file's
-                bits; a rule with ``weight: null`` or ``skip`` keeps an operator's full-precision weight.
+                bits; a rule with ``weight: null`` or ``skip`` keeps an operator's full-precision weight. A rule that
+                names a split shortcut holds for both halves.
             keep_teacher: As for :func:`modiff.quantize`.
 
         Raises:
-            ConfigError: The config asks for weights in full precision altogether or of other bits, or
-                :func:`modiff.quantize` would refuse it.
+            ConfigError: The config asks for weights in full precision altogether or of other bits, splits what the
+                file does not, or :func:`modiff.quantize` would refuse it.
         """
         config = QuantConfig.preset(config) if isinstance(config, str) else config
-        config = self._with_own_weights(config)
-        weighted = {row.name for row in plan(self.denoiser, config) if row.skipped is None and row.weight is not None}
-        packed = {name: weight for name, weight in self.packed().items() if name in weighted}
-        return convert(self.denoiser, config, keep_teacher, packed)
+        return convert(self.denoiser, self._with_own_weights(config), keep_teacher, self.packed())
 
     def _with_own_weights(self, config: QuantConfig) -> QuantConfig:
-        """The config with the file's quantizers as its weight specs, a rule for each split shortcut included."""
+        """The config with the file's quantizers as its weight specs, and the file's splits."""
         for where, given in (("config", config.weight), *((f"rule {r.pattern!r}", r.weight) for r in config.rules)):
             if (given is None and where == "config") or (isinstance(given, QuantSpec) and given.bits != self.bits):
                 said = "leaves weights in full precision" if given is None else f"asks for weights of {given.bits} bits"
@@ -89,15 +96,17 @@ class QDiffusionModel:
                     f"The {where} {said}, but the file holds weights of {self.bits} bits. Give weights of "
                     f"{self.bits} bits, such as preset 'w{self.bits}a8-modiff'."
                 )
-        own = self.spec("")
-        rules = [replace(r, weight=own) if isinstance(r.weight, QuantSpec) else r for r in config.rules]
-        for name in self.splits:
-            adapter = find_adapter(self.denoiser.get_submodule(name))
-            assert adapter is not None
-            matched = next((r for r in reversed(rules) if r.matches(name, adapter.kind)), Rule(name))
-            if not matched.skip and matched.weight is not None:
-                rules.append(replace(matched, pattern=name, type="any", weight=self.spec(name)))
-        return replace(config, weight=own, rules=tuple(rules))
+        for split in config.splits:
+            if self.splits.get(split.name) != split.at:
+                own = self.splits.get(split.name)
+                raise ConfigError(
+                    f"The config splits {split.name!r} at channel {split.at}, but in the file it is "
+                    f"{'one operator' if own is None else f'split at channel {own}'}. Leave splits empty: those of "
+                    "the file are used."
+                )
+        rules = tuple(replace(r, weight=self.spec) if isinstance(r.weight, QuantSpec) else r for r in config.rules)
+        splits = tuple(Split(name, at) for name, at in self.splits.items())
+        return replace(config, weight=self.spec, rules=rules, splits=splits)
 
     def simulate(self) -> UNet2DModel:
         """Write the quantized values into the denoiser's parameters, in place; returns the denoiser."""

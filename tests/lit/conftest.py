@@ -29,6 +29,17 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
 """
+CALIBRATION = """
+  calibration:
+    method: gptq
+    num_images: 6
+    images_per_batch: 4
+    evaluations: 2
+    positions: 200
+    samples: 8
+    iterations: 4
+    tuning_iterations: 3
+"""
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +53,15 @@ def recipe(tmp_path: Path, recipe_text: str) -> Path:
     """The same as a file."""
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe_text)
+    return path
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path, recipe_text: str) -> Path:
+    """A recipe that asks for GPTQ weights of 3 bits."""
+    path = tmp_path / "calibrated.yaml"
+    text = recipe_text.replace("w8a4", "w3a4")
+    path.write_text(text.replace("\n  scheduler:", CALIBRATION.rstrip() + "\n  scheduler:"))
     return path
 
 

@@ -215,7 +215,7 @@ def test_bad_options_are_refused(recipe, modiff, tmp_path, options, message) -> 
 def test_unknown_recipe_is_refused(recipe, modiff, tmp_path) -> None:
     status, _, err = modiff("bench", recipe, tmp_path / "none.yaml", "--output", tmp_path / "out")
     assert status == 1
-    assert f"{tmp_path / 'none.yaml'} does not exist. Give a recipe" in err
+    assert f"{tmp_path / 'none.yaml'} does not exist. Give a file" in err
 
 
 def test_one_checkpoint_and_two_recipes_are_refused(recipes) -> None:

@@ -83,7 +83,7 @@ def test_wrong_option_is_one_plain_sentence_and_writes_nothing(modiff, recipe, t
 def test_missing_recipe(modiff) -> None:
     status, _, err = modiff("evaluate", "--config", "nowhere.yaml")
     assert status == 1
-    assert "--config nowhere.yaml does not exist. Give a recipe" in err
+    assert "Recipe nowhere.yaml does not exist. Give a file, such as recipes/" in err
 
 
 def test_rule_that_matches_nothing_writes_nothing(modiff, recipe, tmp_path) -> None:

@@ -118,7 +118,7 @@ def test_same_recipe_twice_is_refused(recipes, modiff, tmp_path) -> None:
     ("args", "message"),
     [
         ((), "recipes"),
-        (("nowhere.yaml",), "--config nowhere.yaml does not exist"),
+        (("nowhere.yaml",), "Recipe nowhere.yaml does not exist"),
         (("{0}", "--num_imges", "3"), "num_imges"),
         (("{0}", "--model.stepps", "3"), "stepps"),
         (("{0}", "--seed", "many"), "seed"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from modiff.config import QuantConfig
 from modiff.layers.state import trajectory
@@ -100,12 +103,20 @@ def test_streams_of_a_long_image_do_not_overlap() -> None:
 
 
 def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
+        Image.fromarray(picture).save(real / f"{i:02d}.png")
     base = [sys.executable, "-m", "modiff.lit.cli", "evaluate", "--config", str(recipe), "--timing_rounds", "0"]
+    base += ["--model.reference", str(real)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
     jobs = {
-        "one": subprocess.Popen([*base, "--output", str(tmp_path / "one")], env=environment),
-        "two": subprocess.Popen([*base, *two, "--output", str(tmp_path / "two")], env=environment),
+        name: subprocess.Popen(
+            [*base, *more, "--output", str(tmp_path / name)],
+            env={**environment, "MODIFF_CACHE": str(tmp_path / f"cache-{name}")},  # each measures the real images
+        )
+        for name, more in (("one", []), ("two", two))
     }
     assert {name: job.wait(timeout=200) for name, job in jobs.items()} == {"one": 0, "two": 0}
     one, two = tmp_path / "one", tmp_path / "two"
@@ -116,6 +127,8 @@ def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> N
     assert a["evaluations"] == b["evaluations"]
     for key in ("psnr_db", "relative_l2"):
         assert b["student"][key] == pytest.approx(a["student"][key], rel=1e-12)
+    for who, key in itertools.product(("teacher", "student"), ("precision", "recall")):
+        assert a[who][key] == b[who][key] is not None
     assert b["student"]["fid_to_teacher"] == pytest.approx(a["student"]["fid_to_teacher"], rel=1e-6, abs=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Real images as a reference: measured once, kept by content, the same figures as from their statistics."""
+"""Real images as a reference: measured once, kept by content, figures those of their statistics and features."""
 
 from __future__ import annotations
 
@@ -12,13 +12,33 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from modiff.errors import ConfigError
+from modiff.lit import reference as reference_module
 from modiff.lit.reference import ReferenceImages, network_identity
 from modiff.metrics.features import load_feature_network
+from modiff.metrics.neighbours import precision_recall
 from modiff.metrics.statistics import FeatureStatistics
 
 SHAPE = (3, 8, 8)
+
+
+RECIPE = """
+wandb: disabled
+error_images: 1
+timing_rounds: 0
+num_images: 6
+model:
+  teacher: {{name: ddpm-cifar10, tiny: true}}
+  preset: w8a4-modiff
+  scheduler: ddim
+  steps: 2
+  features: {network}
+  reference: {reference}
+data: {{batch_size: 3}}
+trainer: {{accelerator: cpu, enable_progress_bar: false}}
+"""
 
 
 class Network(torch.nn.Module):
@@ -93,35 +113,124 @@ def test_images_are_measured_once_and_again_when_their_content_changes(
     assert len(list(cache.iterdir())) == 2
 
 
+def test_features_of_few_images_are_all_kept(tmp_path, network, pixels) -> None:
+    path = parquet(tmp_path / "some.parquet", [png(image) for image in pixels])
+    kept = measure(path, network).features
+    assert kept.dtype == torch.float32
+    expected = features_of(pixels)
+    assert torch.allclose(kept.sort(dim=0).values, expected.sort(dim=0).values, atol=1e-6)
+
+
+def features_of(pixels: np.ndarray) -> torch.Tensor:
+    return Network()(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+
+
+def test_of_more_images_than_the_bound_a_fair_sample_is_kept(tmp_path, network, monkeypatch) -> None:
+    """Sorted by class: the red channel grows with the position. Neither one end is kept, nor other images next time."""
+    monkeypatch.setattr(reference_module, "MAX_KEPT", 40)
+    monkeypatch.setattr(reference_module, "BATCH", 7)
+    ramp = np.zeros((200, 8, 8, 3), dtype=np.uint8)
+    ramp[..., 0] = np.arange(200)[:, None, None]
+    path = parquet(tmp_path / "ramp.parquet", [png(image) for image in ramp])
+    found = measure(path, network)
+    assert found.num_images == 200
+    assert found.features.shape == (40, 2)
+    positions = (found.features[:, 0] * 255).round().long()
+    assert len(positions.unique()) == 40
+    quarters = [int(((positions >= low) & (positions < low + 50)).sum()) for low in range(0, 200, 50)]
+    assert min(quarters) >= 4
+    for cached in reference_module.cache_folder().iterdir():
+        cached.unlink()
+    monkeypatch.setattr(reference_module, "BATCH", 64)
+    torch.testing.assert_close(measure(path, network).features, found.features, atol=1e-7, rtol=0)
+
+
+def test_memory_is_bounded_while_measuring(tmp_path, network, monkeypatch) -> None:
+    """At most twice the bound and a batch of features are held at a time."""
+    held = []
+    update = reference_module.ImageFidelity.update
+
+    def watched(self, *args) -> None:
+        update(self, *args)
+        held.append(sum(len(part) for part in self.reference_kept))
+
+    monkeypatch.setattr(reference_module, "MAX_KEPT", 10)
+    monkeypatch.setattr(reference_module, "BATCH", 4)
+    monkeypatch.setattr(reference_module.ImageFidelity, "update", watched)
+    some = np.random.default_rng(1).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8)
+    assert len(measure(parquet(tmp_path / "some.parquet", [png(i) for i in some]), network).features) == 10
+    assert len(held) == 23
+    assert max(held) <= 20
+
+
+@pytest.mark.parametrize("old", ["no features", "other bound", "damaged"])
+def test_a_cache_without_the_features_is_measured_again(old, tmp_path, network, pixels, capsys, cache) -> None:
+    path = parquet(tmp_path / "some.parquet", [png(image) for image in pixels])
+    first = measure(path, network)
+    (cached,) = cache.iterdir()
+    if old == "damaged":
+        cached.write_bytes(cached.read_bytes()[:100])
+    else:
+        features = None if old == "no features" else first.features[:50]
+        FeatureStatistics(first.mean, first.covariance, 70, "red", features=features).save(cached)
+    capsys.readouterr()
+    assert torch.equal(measure(path, network).features, first.features)
+    assert "Measuring the reference images" in capsys.readouterr().out
+    assert torch.equal(FeatureStatistics.load(cached).features, first.features)
+    assert list(cache.iterdir()) == [cached]
+
+
+def evaluate(modiff, tmp_path: Path, network: Path, reference: Path, name: str, *more: str) -> tuple[dict, Path, str]:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE.format(network=network, reference=reference))
+    output = tmp_path / name
+    status, out, err = modiff("evaluate", "--config", recipe, "--output", output, *more)
+    assert status == 0, err
+    return json.loads((output / "metrics.json").read_text()), output, out
+
+
+def test_evaluate_measures_precision_and_recall_against_the_images(
+    tmp_path, network, pixels, modiff, monkeypatch
+) -> None:
+    """The figures are those of the features of both sets; from the cache too; and of the kept ones only."""
+    near = pixels.copy()
+    near[::2] = near[::2] // 4 + 96  # half of them grey like what the teacher draws
+    path = parquet(tmp_path / "train.parquet", [png(image) for image in near], column="image")
+    first, output, said = evaluate(modiff, tmp_path, network, path, "first")
+    again, _, silent = evaluate(modiff, tmp_path, network, path, "again")
+    assert ("Measuring" in said, "Measuring" in silent) == (True, False)
+    drawn = load_file(output / "samples.safetensors")
+    for who in ("teacher", "student"):
+        expected = precision_recall(features_of(near), Network()(drawn[who]))
+        assert (first[who]["precision"], first[who]["recall"]) == pytest.approx(expected, abs=1e-12)
+        assert (again[who]["precision"], again[who]["recall"]) == (first[who]["precision"], first[who]["recall"])
+        assert f"{who}.precision" not in first["reasons"]
+    monkeypatch.setattr(reference_module, "MAX_KEPT", 20)
+    few, _, said = evaluate(modiff, tmp_path, network, path, "few")
+    assert "Measuring" in said
+    kept = measure(path, network).features
+    assert len(kept) == 20
+    expected = precision_recall(kept, Network()(drawn["student"]))
+    assert (few["student"]["precision"], few["student"]["recall"]) == pytest.approx(expected, abs=1e-12)
+
+
 def test_evaluate_compares_with_images_as_with_their_statistics(tmp_path, network, pixels, modiff) -> None:
     path = parquet(tmp_path / "train.parquet", [png(image) for image in pixels], column="image")
-    statistics = tmp_path / "red.safetensors"
-    measure(path, network).save(statistics)
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(f"""
-wandb: disabled
-error_images: 1
-timing_rounds: 1
-num_images: 6
-model:
-  teacher: {{name: ddpm-cifar10, tiny: true}}
-  preset: w8a4-modiff
-  scheduler: ddim
-  steps: 2
-  features: {network}
-data: {{batch_size: 3}}
-trainer: {{accelerator: cpu, enable_progress_bar: false}}
-""")
-    figures = []
-    for reference in (path, statistics):
-        output = tmp_path / f"out-{reference.suffix[1:]}"
-        status, _, err = modiff("evaluate", "--config", recipe, "--model.reference", reference, "--output", output)
-        assert status == 0, err
-        figures.append(json.loads((output / "metrics.json").read_text()))
-    for who in ("teacher", "student"):
-        assert figures[0][who]["fid"] == figures[1][who]["fid"] > 0
-    assert figures[0]["features"]["network"] == "red"
-    assert figures[0]["features"]["num_reference_images"] == 70
+    whole = measure(path, network)
+    FeatureStatistics(whole.mean, whole.covariance, 70, "red").save(tmp_path / "red.safetensors")
+    np.savez(tmp_path / "red.npz", mu=whole.mean.numpy(), sigma=whole.covariance.numpy())
+    images, _, _ = evaluate(modiff, tmp_path, network, path, "images")
+    for name in ("red.safetensors", "red.npz"):
+        plain, _, _ = evaluate(modiff, tmp_path, network, tmp_path / name, f"out-{name[4:]}")
+        for who in ("teacher", "student"):
+            assert images[who]["fid"] == plain[who]["fid"] > 0
+            for key in ("precision", "recall"):
+                assert images[who][key] is not None
+                assert plain[who][key] is None
+                reason = plain["reasons"][f"{who}.{key}"]
+                assert reason.endswith("need the reference images; these statistics hold none of their features")
+    assert images["features"]["network"] == "red"
+    assert images["features"]["num_reference_images"] == 70
 
 
 @pytest.mark.parametrize(

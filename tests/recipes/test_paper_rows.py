@@ -18,6 +18,7 @@ import yaml
 import modiff
 from modiff.calibration import calibrate
 from modiff.config import QuantConfig
+from modiff.conversion import operators
 from modiff.lit.calibration import CalibrationConfig
 from modiff.lit.callbacks.calibration import draw
 from modiff.lit.cli import main
@@ -68,6 +69,7 @@ def test_every_row_is_a_valid_recipe_that_says_what_was_published(teacher) -> No
             values["calibration"] = CalibrationConfig.from_dict(calibration)
             found = values["calibration"]
             assert (found.method, found.ranges, found.tuning_iterations) == ("brecq", "lsq", 0)
+            assert found.split_concatenations == (teacher == "ddpm-cifar10")
         student = LitStudent(TeacherSpec(**values.pop("teacher")), config=config, **values)
         assert student.spec.name == teacher
         assert SampleDataModule(**recipe["data"], num_images=recipe["num_images"]).num_images == row.protocol.num_images
@@ -132,6 +134,32 @@ def parsed() -> Callable[[Path], LitStudent]:
     return build
 
 
+def calibrated(module: LitStudent) -> torch.nn.Module:
+    """The student of a module's recipe, calibrated."""
+    found = module.calibration
+    copy, run = module.shared_copy(), lambda student: draw(module, found, student)
+    return calibrate(copy, module.config, run, found.method, settings=found.settings)
+
+
+@pytest.mark.parametrize("path", ["ddpm-cifar10/w8a4_qdiffusion_modiff.yaml", "ldm-church/w8a4_qdiffusion.yaml"])
+def test_shortcuts_have_a_range_for_each_half_where_q_diffusion_splits_them(path, parsed) -> None:
+    module = parsed(RECIPES / path)
+    module.tell = lambda step, who: None  # type: ignore[method-assign]
+    module.configure_model()
+    found = operators(calibrated(module))
+    shortcuts = [name for name in operators(module.student) if re.match(r"up_blocks\..*conv_shortcut$", name)]
+    assert shortcuts
+    if path.startswith("ldm-church"):
+        assert set(shortcuts) < set(found)
+        return
+    for name in shortcuts:
+        assert name not in found
+        first, second = (found[f"{name}.{half}"].calibrated for half in ("first", "second"))
+        assert first.scale.shape == second.scale.shape == (1, 1)
+        assert (first.scale, first.zero_point) != (second.scale, second.zero_point)
+    assert len([name for name in found if name.endswith(".second")]) == len(shortcuts)
+
+
 @pytest.mark.parametrize("path", DRAWN, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_every_recipe_draws_with_a_tiny_model(path, parsed) -> None:
     module = parsed(path)
@@ -139,15 +167,7 @@ def test_every_recipe_draws_with_a_tiny_model(path, parsed) -> None:
     module.configure_model()
     indices = torch.arange(1)
     if module.calibration is not None:
-        found = module.calibration
-        student = calibrate(
-            module.shared_copy(),
-            module.config,
-            lambda student: draw(module, found, student),
-            found.method,
-            settings=found.settings,
-        )
-        module.use_calibrated(student)
+        module.use_calibrated(calibrated(module))
     with modiff.trajectory(module.student) as run:
         images, _ = module.draw("student", indices)
     assert images.shape == (1, *module.image_shape)

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from small_models import tiny_unet
 
 import modiff
 from modiff.config import QuantConfig
@@ -151,29 +151,13 @@ def test_invariant_5_both_arms_quantize_the_same_operators_at_the_same_bits(bits
     rows = {}
     for arm in ("ptq", "modiff"):
         cli = build(FOLDER / "mnist" / f"{bits}_{arm}.yaml")
-        student = modiff.quantize(small_unet(), cli.model.config)
+        student = modiff.quantize(tiny_unet(), cli.model.config)
         rows[arm] = [
             (row.name, row.type, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
             for row in modiff.describe(student)
         ]
     assert rows["ptq"] == rows["modiff"]
     assert all(row[2] == int(bits[1]) and row[3] == int(bits[3]) for row in rows["ptq"])
-
-
-def small_unet() -> torch.nn.Module:
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
 
 
 @pytest.mark.parametrize("path", DRAWN, **IDS)

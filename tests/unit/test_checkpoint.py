@@ -1,4 +1,4 @@
-"""A checkpoint gives the same outputs bit for bit, or an error that says what is wrong: never half a model."""
+"""A checkpoint gives the same outputs bit for bit; students save, load, restore and copy."""
 
 import copy
 import dataclasses
@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
+from checkpoints import Denoiser, meta, refuses, sample, saved
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_models import tiny_unet
 from torch import nn
 
 import modiff
@@ -16,64 +18,6 @@ from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import CheckpointError, ConfigError, TrajectoryError
 from modiff.layers.slots import slots
 from modiff.storage import CONFIG, TENSORS
-
-
-class Denoiser(nn.Module):
-    """Convolutions (one grouped, one shared), Linear, norms, tied weights, and a buffer that no state dict holds."""
-
-    def __init__(self, width: int = 8, seed: int = 0, heads: int = 2) -> None:
-        super().__init__()
-        self.config = {"width": width, "heads": heads, "_name_or_path": f"seed {seed}", "sample_size": 6}
-        torch.manual_seed(seed)
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1, groups=2)] * 2)
-        self.norm = nn.GroupNorm(2, width)
-        self.time = nn.Linear(1, width)
-        self.tied = nn.Linear(width, width, bias=False)
-        self.embedding = nn.Embedding(width, width)
-        self.embedding.weight = self.tied.weight
-        self.conv_out = nn.Conv2d(width, 3, 1)
-        self.register_buffer("shift", torch.randn(width), persistent=False)
-        self.register_buffer("count", torch.tensor(seed))
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(x) + self.time(t[:, None].to(x.dtype))[:, :, None, None] + self.shift[:, None, None]
-        for block in self.blocks:
-            h = h + block(self.norm(h).tanh())
-        h = h + self.tied(h.mean(dim=(2, 3)) + self.embedding.weight[0])[:, :, None, None]
-        return self.conv_out(h)
-
-
-def sample(model: nn.Module, evaluations: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A trajectory of a student or teacher."""
-    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5)).to(dtype)
-    outputs = []
-
-    def loop(x: torch.Tensor) -> None:
-        for t in reversed(range(evaluations)):
-            outputs.append(model(x, torch.full((2,), t / evaluations)))
-            x = x - 0.2 * outputs[-1]
-
-    if hasattr(model, "_modiff_state"):
-        with modiff.trajectory(model):
-            loop(x)
-    else:
-        with torch.no_grad():
-            loop(x)
-    return torch.stack(outputs)
-
-
-def meta(width: int = 8) -> Denoiser:
-    with torch.device("meta"):
-        return Denoiser(width)
-
-
-def saved(path, config="w4a4-modiff", dtype=None, **kwargs):
-    config = QuantConfig.preset(config) if isinstance(config, str) else config
-    student = modiff.quantize(Denoiser(**kwargs), config)
-    modiff.save(student, path, dtype=dtype)
-    return student
-
 
 WEIGHTS = [QuantSpec(bits, "channel") for bits in range(2, 9)]
 WEIGHTS += [QuantSpec(bits, "group", symmetric=False, group_size=3) for bits in range(2, 9)]
@@ -243,32 +187,21 @@ def test_buffers_of_every_kind_survive(tmp_path):
 
 
 def test_a_diffusers_network_under_inference_mode(tmp_path):
-    from diffusers import UNet2DModel
-
-    def unet(**changes):
-        torch.manual_seed(0)
-        blocks = {
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        }
-        sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
-        return UNet2DModel(sample_size=8, **{**blocks, **sizes, **changes}).eval()
-
     def run(student):
-        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         with modiff.trajectory(student):
             return torch.stack([student(x / i, torch.tensor(i)).sample for i in (3, 2, 1)])
 
-    student = modiff.quantize(unet(), QuantConfig.preset("w3a4-modiff"))
+    student = modiff.quantize(tiny_unet(), QuantConfig.preset("w3a4-modiff"))
     modiff.save(student, tmp_path / "ckpt")
     with torch.device("meta"):
-        empty = unet()
+        empty = tiny_unet()
     with torch.inference_mode():
         loaded = modiff.load(tmp_path / "ckpt", empty)
         assert torch.equal(run(loaded), run(student))
     assert torch.equal(run(loaded), run(student))
-    refuses(tmp_path / "ckpt", "attention_head_dim is 8 in the checkpoint, and 4 in", unet(attention_head_dim=4))
-    assert torch.equal(modiff.restore(loaded, teacher=unet()).conv_in.weight, unet().conv_in.weight)
+    refuses(tmp_path / "ckpt", "attention_head_dim is 8 in the checkpoint, and 4 in", tiny_unet(attention_head_dim=4))
+    assert torch.equal(modiff.restore(loaded, teacher=tiny_unet()).conv_in.weight, tiny_unet().conv_in.weight)
 
 
 def test_a_loaded_student_saves_copies_and_moves(tmp_path):
@@ -374,158 +307,6 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, when, e
         modiff.save(modiff.quantize(Denoiser(), QuantConfig.preset("w8a8-ptq")), tmp_path / "ckpt", overwrite=True)
     assert os.listdir(tmp_path) == ["ckpt"]
     assert torch.equal(sample(modiff.load(tmp_path / "ckpt", meta())), sample(student))
-
-
-def refuses(path, match: str, model: nn.Module | None = None) -> None:
-    """Loading raises, and leaves the model as it was, on a full and on a meta model."""
-    for target in [model] if model is not None else [Denoiser(seed=2), meta()]:
-        before = {slot.name: slot.tensor for slot in slots(target)}
-        modules = list(target.modules())
-        with pytest.raises(CheckpointError, match=match):
-            modiff.load(path, target)
-        assert all(slot.tensor is before[slot.name] for slot in slots(target))
-        assert list(target.modules()) == modules
-        assert not hasattr(target, "_modiff_state")
-
-
-def test_missing_and_foreign_directories_are_refused(tmp_path):
-    refuses(tmp_path / "nowhere", "nowhere does not exist")
-    refuses(tmp_path, "config.json does not exist")
-    (tmp_path / CONFIG).write_text('{"_class_name": "UNet2DModel"}')
-    refuses(tmp_path, "model.safetensors does not exist")
-    (tmp_path / TENSORS).write_bytes(b"")
-    refuses(tmp_path, "is not of a checkpoint of modiff")
-
-
-@pytest.mark.parametrize("file", [CONFIG, TENSORS])
-@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_files_are_refused(tmp_path, file, keep):
-    saved(tmp_path / "ckpt")
-    content = (tmp_path / "ckpt" / file).read_bytes()
-    (tmp_path / "ckpt" / file).write_bytes(content[: int(len(content) * keep)])
-    refuses(tmp_path / "ckpt", "is truncated" if file == TENSORS else "is damaged")
-
-
-def test_trailing_bytes_are_refused(tmp_path):
-    saved(tmp_path / "ckpt")
-    with open(tmp_path / "ckpt" / TENSORS, "ab") as file:
-        file.write(b"\0")
-    refuses(tmp_path / "ckpt", "is too long: [0-9]+ bytes of")
-
-
-def test_any_flipped_bit_is_refused(tmp_path):
-    saved(tmp_path / "ckpt")
-    generator = torch.Generator().manual_seed(0)
-    for file in (CONFIG, TENSORS):
-        target = tmp_path / "ckpt" / file
-        content = target.read_bytes()
-        places = [*range(9), *torch.randint(0, len(content), (120,), generator=generator).tolist(), len(content) - 2]
-        for place in places:
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
-            target.write_bytes(damaged)
-            with pytest.raises(CheckpointError):
-                modiff.load(tmp_path / "ckpt", Denoiser())
-        target.write_bytes(content)
-
-
-def test_a_damaged_tensor_is_named(tmp_path):
-    saved(tmp_path / "ckpt")
-    target = tmp_path / "ckpt" / TENSORS
-    content = bytearray(target.read_bytes())
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    place = 8 + int.from_bytes(content[:8], "little") + header["time.weight.codes"]["data_offsets"][0]
-    content[place] ^= 16
-    target.write_bytes(content)
-    refuses(tmp_path / "ckpt", "tensor 'time.weight.codes' is damaged: its hash differs")
-
-
-def test_missing_unknown_and_rewritten_tensors_are_refused(tmp_path):
-    saved(tmp_path / "ckpt")
-    target = tmp_path / "ckpt" / TENSORS
-    tensors = load_file(target)
-    save_file({k: v for k, v in tensors.items() if k != "norm.bias"}, target)
-    refuses(tmp_path / "ckpt", "tensor 'norm.bias' is missing")
-    save_file({**tensors, "extra": torch.zeros(1)}, target)
-    refuses(tmp_path / "ckpt", "tensor 'extra' is not known")
-    save_file(tensors, target, metadata={"edited": "yes"})
-    refuses(tmp_path / "ckpt", "its header is damaged or was edited")
-
-
-def edit(path, **fields) -> None:
-    manifest = json.loads((path / CONFIG).read_text())
-    (path / CONFIG).write_text(json.dumps({**manifest, **fields}))
-
-
-def test_other_versions_and_edits_are_refused(tmp_path):
-    saved(tmp_path / "ckpt")
-    edit(tmp_path / "ckpt", teacher="another")
-    refuses(tmp_path / "ckpt", "is damaged or was edited: its hash differs")
-    edit(tmp_path / "ckpt", format_version=3, requires="modiff>=3.1", versions={"modiff": "3.2"})
-    refuses(
-        tmp_path / "ckpt",
-        r"format version 3; this release of modiff reads versions 1 and 2. "
-        r"It needs modiff>=3.1 \(written by modiff 3.2\): install that release",
-    )
-
-
-def test_other_architectures_are_refused_by_key_and_shape(tmp_path):
-    saved(tmp_path / "ckpt")
-    refuses(
-        tmp_path / "ckpt",
-        r"'shift' has shape \[8\] in the checkpoint, and has shape \[4\] in this Denoiser",
-        Denoiser(width=4),
-    )
-    more = Denoiser()
-    more.extra = nn.Linear(2, 2)
-    refuses(tmp_path / "ckpt", "'extra.weight' is missing in the checkpoint, and has shape", more)
-    fewer = meta()
-    del fewer.norm
-    refuses(tmp_path / "ckpt", r"'norm.weight' has shape \[8\] in the checkpoint, and is missing", fewer)
-
-
-def test_other_networks_with_the_same_tensors_are_refused(tmp_path):
-    class Other(Denoiser):
-        pass
-
-    saved(tmp_path / "ckpt")
-    refuses(tmp_path / "ckpt", "heads is 2 in the checkpoint, and 4 in this Denoiser", Denoiser(heads=4))
-    refuses(tmp_path / "ckpt", "is of a .*Denoiser, but the model is a .*Other", Other())
-    skipped = Denoiser()
-    skipped.time.forward = skipped.time.forward  # an instance attribute changes nothing
-    skipped.time.__class__ = type("Scaled", (nn.Linear,), {"forward": lambda self, x: 2 * self.weight.T})
-    refuses(tmp_path / "ckpt", "the weight of operator 'time' is quantized in the checkpoint only", skipped)
-    loose = meta()
-    loose.norm.table = torch.zeros(3, device="meta")
-    refuses(tmp_path / "ckpt", "norm.table is a tensor on the meta device that is neither parameter nor buffer", loose)
-    bigger = Denoiser()
-    bigger.config["sample_size"] = 64  # changes what is drawn, not what is computed
-    assert modiff.load(tmp_path / "ckpt", bigger) is bigger
-
-
-def test_a_quantization_of_a_later_release_is_refused(tmp_path, monkeypatch):
-    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a4-ptq"))
-    real = dataclasses.asdict
-    monkeypatch.setattr("modiff.checkpoint.dataclasses.asdict", lambda config: {**real(config), "sparsity": 0.5})
-    modiff.save(student, tmp_path / "ckpt")
-    refuses(tmp_path / "ckpt", "its quantization is not known to this release: QuantConfig has no field 'sparsity'")
-
-
-def test_students_and_meta_models_where_they_cannot_serve(tmp_path):
-    student = saved(tmp_path / "ckpt")
-    with pytest.raises(ConfigError, match="is a student already"):
-        modiff.load(tmp_path / "ckpt", student)
-    with pytest.raises(ConfigError, match=r"'conv_in' is on the meta device.*modiff.load"):
-        modiff.quantize(meta(), QuantConfig.preset("w4a4-ptq"))
-    broken = Denoiser()
-    with torch.no_grad():
-        broken.conv_out.weight[0, 0] = float("nan")
-    before = sample(Denoiser())
-    with pytest.raises(ConfigError, match="weight of operator 'conv_out' holds NaN or Inf"):
-        modiff.quantize(broken, QuantConfig.preset("w4a4-ptq"), keep_teacher=False)
-    with torch.no_grad():
-        broken.conv_out.weight.copy_(Denoiser().conv_out.weight)
-    assert torch.equal(sample(broken), before)
 
 
 def test_dropping_the_teacher_leaves_tied_weights_alone():

@@ -325,6 +325,52 @@ def test_small_tensors_go_through_eager_stages(graphs, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+class Offload:
+    """As accelerate's ``CpuOffload``: stands for the denoiser's forward, and moves it there."""
+
+    def __init__(self, module, moves):
+        self.module, self.moves, self.calls = module, moves, 0
+        module._hf_hook, module._old_forward, module.forward = self, module.forward, self
+
+    def __call__(self, *args, **kwargs):
+        if self.calls in self.moves:
+            self.module.to("cpu:0")  # other tensors: PyTorch copies from "cpu"
+        self.calls += 1
+        return self.module._old_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["stages", "blocks", "whole"])
+@pytest.mark.parametrize("moves", [(0,), (0, 2, 3)])
+def test_offloading_around_a_compiled_denoiser(graphs, mode, moves):
+    """Moved before the first evaluation, as for most pipelines; or also later, where another model had its turn."""
+    pipelines = pytest.importorskip("pipelines")
+    pipe, arguments = pipelines.build(pipelines.dit)
+    teacher = pipelines.draw(pipe, arguments)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    eager = pipelines.draw(pipe, arguments)
+    hook = Offload(modiff.compile(pipe.transformer, mode), moves)
+    images = pipelines.draw(pipe, arguments)
+    counts = pipe.trajectories["transformer"]
+    assert (counts.total, counts.quantized, hook.calls) == (4, 3, 4)
+    assert graphs() > 0
+    assert (images - eager).norm() < 0.02 * eager.norm()
+    modiff.restore_pipeline(pipe)
+    assert torch.equal(pipelines.draw(pipe, arguments), teacher)
+    assert hook.calls == 8  # still offloaded
+
+
+@pytest.mark.parametrize("mode", ["blocks", "whole"])
+def test_a_denoiser_whose_forward_is_an_offloading_hook_is_not_compiled(graphs, mode):
+    student = modiff.quantize(Blocks(), config())
+    for module in (student, *student.blocks):
+        Offload(module, ())
+    before = student.forward
+    with pytest.raises(ConfigError, match=f"offloaded by accelerate, .* mode '{mode}' would take its place. Compile"):
+        modiff.compile(student, mode)
+    assert student.forward is before
+    modiff.compile(student, "stages")
+
+
 def test_the_denoiser_of_a_pipeline_is_compiled_after_it_was_quantized(graphs):
     pipelines = pytest.importorskip("pipelines")
     pipe, arguments = pipelines.build(pipelines.dit)

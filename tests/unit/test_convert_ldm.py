@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DModel
-from originals import DiT, FirstStage, LatentUNet, grid_embedding, randomize
+from original_latents import DiT, LatentUNet, grid_embedding
+from originals import FirstStage, randomize
 
 from modiff.errors import CheckpointError
 from modiff.teachers.convert_dit import OriginalDiTTransformer2DModel, convert_dit

@@ -58,6 +58,37 @@ def test_a_student_by_hand_with_warm_up_and_refreshes(modulation, full, low):
     assert cost.gbops_per_evaluation == pytest.approx(sum(MACS.values()) * 8 * (full * 32 + low * 4) / 10 / 1e9)
 
 
+@pytest.mark.parametrize(
+    ("modulation", "full", "low"),
+    [({}, 2, 9), ({"warmup": "refine"}, 0, 15), ({"refresh_every": 3}, 4, 7)],
+)
+def test_each_context_warms_up_and_holds_a_state(modulation, full, low):
+    """Eleven calls in two contexts, of six and five: guidance in two calls per step that ends in the last one."""
+    model = student("w8a4-modiff", **modulation)
+    with modiff.trajectory(model) as counts:
+        for i, args in enumerate(noise(11, batch=2)):
+            with counts.context(("cond", "uncond")[i % 2]):
+                model(*args)
+        allocated = counts.state_bytes
+    given = modiff.cost(student("w8a4-modiff", **modulation), *ARGS, evaluations=11, contexts=2)
+    found = modiff.cost(model, *ARGS, evaluations=11)  # those of its last trajectory
+    assert found == given
+    assert full == counts.total - counts.quantized
+    for row in given.operators:
+        assert row.bops == pytest.approx(MACS[row.name] * 8 * (full * 32 + low * 4) / 11)
+        assert row.state_bytes == 2 * 4 * STATE[row.name]
+    assert given.state_mib_per_image * 2**20 * 2 == allocated
+    assert given.contexts == 2
+    assert modiff.cost(model, *ARGS, evaluations=11, contexts=1).contexts == 1
+    assert modiff.cost(model, *ARGS, evaluations=1).contexts == 1
+
+
+@pytest.mark.parametrize("contexts", [0, 6, True, 1.5])
+def test_impossible_contexts_are_refused(contexts):
+    with pytest.raises(ConfigError, match=r"contexts is .*; allowed are whole numbers from 1 to evaluations \(5\)"):
+        modiff.cost(student("w8a4-modiff"), *ARGS, evaluations=5, contexts=contexts)
+
+
 def test_refreshes_and_warm_up_that_are_counted_are_those_that_happen():
     for modulation in (Modulation(), Modulation(refresh_every=4), Modulation(warmup="refine", refresh_every=3)):
         for evaluations in (1, 3, 4, 5, 10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 
@@ -277,8 +278,35 @@ def test_reference_statistics_equal_reference_images(tmp_path):
     result = filled(ImageFidelity(Pixels(), FeatureStatistics.load(path)), sets).compute()
     for key in ("fid", "sfid"):
         assert result["student"][key] == pytest.approx(drawn.compute()["student"][key], abs=1e-12)
-    assert "statistics do not hold them" in result["reasons"]["student.precision"]
+    assert result["reasons"]["student.precision"].endswith("these statistics hold none of their features")
     assert result["features"]["num_reference_images"] == 60
+
+
+def test_reference_statistics_with_features_give_precision_and_recall(tmp_path):
+    drawn = filled(ImageFidelity(Pixels()))
+    path = tmp_path / "statistics.safetensors"
+    drawn.statistics("reference", with_features=True).save(path)
+    sets = {s: SETS[s] for s in ("teacher", "student")}
+    result, expected = filled(ImageFidelity(Pixels(), FeatureStatistics.load(path)), sets).compute(), drawn.compute()
+    for source in sets:
+        for key in ("precision", "recall"):
+            assert result[source][key] == expected[source][key] is not None
+    few = drawn.statistics("reference", with_features=True)
+    few = dataclasses.replace(few, features=few.features[:3])
+    result = filled(ImageFidelity(Pixels(), few), sets).compute()
+    assert result["reasons"]["teacher.recall"] == "4 reference images are needed, 3 were given"
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.rand(9, D + 1), rf"need the shape \[K, {D}\], as wide as their mean; got \[9, {D + 1}\]"),
+        (torch.full((9, D), float("nan")), r"features of feature statistics hold NaN or Inf"),
+    ],
+)
+def test_features_of_statistics_must_fit(features, message):
+    with pytest.raises(ConfigError, match=message):
+        FeatureStatistics(torch.zeros(D), torch.eye(D), 9, features=features)
 
 
 def test_reference_without_spatial_features_gives_no_sfid():

@@ -209,6 +209,8 @@ def test_describe_and_cost_show_it_after_a_run():
     assert rows["to_k"].macs == macs
     assert rows["to_k"].bops == pytest.approx(macs * 8 * 32 / 10)
     assert before["to_k"] == pytest.approx(macs * 8 * (32 + 9 * 4) / 10)
+    twice = modiff.cost(model, XS[0], PROMPT, evaluations=10, contexts=2).operators  # each context computes it
+    assert {row.name: row.bops for row in twice}["to_k"] == pytest.approx(macs * 8 * 2 * 32 / 10)
     assert rows["to_q"].bops == before["to_q"]
     assert (rows["to_k"].constant, rows["to_q"].constant) == (True, False)
     assert [row.name for row in modiff.describe(model) if row.constant] == ["to_k"]  # measuring is no run

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -453,6 +454,83 @@ def test_accelerate_hooks_on_single_operators_are_refused():
     pipe.unet.conv_in._hf_hook = object()
     with pytest.raises(ConfigError, match="'unet.conv_in' is offloaded by accelerate on its own. Load the pipeline"):
         modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    del pipe.unet.conv_in._hf_hook
+    fetching = SimpleNamespace(offload=True)  # of weights, by the hook of a denoiser that is loaded as a whole
+    for hook in (fetching, SimpleNamespace(hooks=(object(), fetching))):
+        pipe.unet._hf_hook = hook
+        with pytest.raises(ConfigError, match="'unet' is offloaded by accelerate on its own. Load the pipeline"):
+            modiff.quantize_pipeline(pipe, "w8a8-modiff")
+
+
+ORDERS = ["offload, quantize", "quantize, offload"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("builder", [b for b in BUILDERS if b is not pipelines.ldm])  # which names no order to offload
+def test_model_offloading_by_accelerate_itself(builder, order):
+    """diffusers' own enable_model_cpu_offload, onto "cpu:0": PyTorch copies all weights, as to a GPU, in every call."""
+    pytest.importorskip("accelerate")
+    pipe, arguments = build(builder)
+    teacher = draw(pipe, arguments)
+    images = draw(modiff.quantize_pipeline(pipe, "w8a8-modiff"), arguments)
+
+    pipe, arguments = build(builder)
+    for what in order.split(", "):
+        if what == "offload":
+            pipe.enable_model_cpu_offload(device="cpu")
+        else:
+            modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    denoiser, copies = student(pipe), set()
+    weight = next(denoiser.parameters())
+    denoiser.register_forward_hook(lambda module, *_: copies.add(next(module.parameters()).data_ptr()))
+    assert torch.equal(draw(pipe, arguments), images)
+    assert len(copies | {weight.data_ptr()}) > 1  # it was moved
+    assert torch.equal(draw(pipe, arguments), images)
+    evaluations = EVALUATIONS.get(builder.__name__, 4)
+    counts = next(iter(pipe.trajectories.values()))
+    assert (counts.total, counts.quantized) == (evaluations, evaluations - 1)
+    modiff.restore_pipeline(pipe)
+    assert torch.equal(draw(pipe, arguments), teacher)
+    assert type(denoiser._hf_hook).__name__ == "CpuOffload"
+    pipe.remove_all_hooks()
+    assert torch.equal(draw(pipe, arguments), teacher)
+
+
+def test_model_offloading_by_accelerate_where_the_denoiser_is_on_its_device():
+    """As in all evaluations but the first on a GPU: nothing is moved, and the prompt's keys are computed once."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe, arguments = build(pipelines.stable_diffusion)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    images = draw(pipe, arguments)
+    fixed = [row.name for row in modiff.describe(pipe.unet) if row.constant]
+    _, hook = accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    accelerate.cpu_offload_with_hook(pipe.vae, torch.device("cpu"), prev_module_hook=hook)
+    assert torch.equal(draw(pipe, arguments), images)
+    assert fixed
+    assert [row.name for row in modiff.describe(pipe.unet) if row.constant] == fixed
+
+
+@pytest.mark.parametrize("options", [{}, {"preload_module_classes": ["UNet2DModel"]}], ids=["operators", "whole"])
+def test_sequential_offloading_by_accelerate_is_refused(options):
+    accelerate = pytest.importorskip("accelerate")
+    pipe, arguments = build(pipelines.ddim)
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"), **options)
+    with pytest.raises(ConfigError, match=r"is offloaded by accelerate on its own\. Load the pipeline without"):
+        modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    pipe, arguments = build(pipelines.ddim)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"), **options)
+    with pytest.raises(ConfigError, match=r"is offloaded by accelerate on its own\. Load the pipeline without"):
+        draw(pipe, arguments)
+
+
+def test_a_trajectory_of_ones_own_is_not_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    pipe, _ = build(pipelines.ddim)
+    unet = modiff.quantize(pipe.unet, QuantConfig.preset("w8a8-modiff"))
+    accelerate.cpu_offload_with_hook(unet, torch.device("cpu:0"))
+    with pytest.raises(TrajectoryError, match="cannot be moved or cast inside a trajectory"), modiff.trajectory(unet):
+        unet(torch.zeros(1, 3, 8, 8), 10)
 
 
 METHODS = ("save_pretrained", "load_lora_weights", "unload_lora_weights", "fuse_qkv_projections")

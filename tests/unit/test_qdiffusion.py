@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
-from originals import DDPM, LatentUNet, randomize
+from original_latents import LatentUNet
+from originals import DDPM, randomize
 from torch import nn
 
 import modiff
 from modiff import QuantConfig, QuantSpec, Rule
+from modiff.config import Split
+from modiff.conversion import operators
 from modiff.errors import CheckpointError, ConfigError
 from modiff.teachers.checkpoints import read_checkpoint
 from modiff.teachers.qdiffusion import convert_qdiffusion
@@ -137,33 +140,82 @@ class TestStudent:
         full = model.denoiser(X, T).sample
         student = model.student(unchanged_activations())
         assert student is model.denoiser
-        assert list(model.packed()) == list(model.weights)
         for name, weight in model.weights.items():
-            packed = student.get_submodule(name).packed
-            held = packed.unpack()
-            assert torch.equal(held.codes, weight.codes)
-            assert torch.equal(held.dequantize(), weight.dequantize())
-            assert packed.codes.numel() == -(-weight.codes.numel() * BITS // 8)
+            parts = [f"{name}.first", f"{name}.second"] if name in model.splits else [name]
+            packed = [student.get_submodule(part).packed for part in parts]
+            held = [part.unpack() for part in packed]
+            assert torch.equal(torch.cat([part.codes for part in held], dim=1), weight.codes)
+            assert torch.equal(torch.cat([part.dequantize() for part in held], dim=1), weight.dequantize())
+            assert sum(part.codes.numel() for part in packed) == -(-weight.codes.numel() * BITS // 8)
+        assert set(model.packed()) == set(operators(student))
         torch.testing.assert_close(run(student), expected(X, T), rtol=1e-5, atol=1e-5)
         assert torch.equal(modiff.restore(student)(X, T).sample, full)
 
     @pytest.mark.parametrize("name", ["up_blocks.1.resnets.1.conv_shortcut", "up_blocks.0.resnets.0.conv_shortcut"])
-    def test_a_split_shortcut_has_two_scales_for_each_output(self, ddpm, name):
+    def test_a_split_shortcut_is_two_operators_with_the_scales_of_the_file(self, ddpm, name):
         model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
-        split = model.splits[name]
-        assert model.spec(name) == QuantSpec(BITS, "group", symmetric=False, group_size=split)
-        assert model.spec("conv_in") == QuantSpec(BITS, "channel", symmetric=False)
-        packed = model.packed()[name]
-        assert packed.scale.shape[1] == -(-packed.shape[1] // split) >= 2
-        assert torch.equal(packed.scale[:, 0], model.weights[name].scale[:, 0])
-        for group in range(1, packed.scale.shape[1]):
-            assert torch.equal(packed.scale[:, group], model.weights[name].scale[:, -1])
-        assert not torch.equal(packed.scale[:, 0], packed.scale[:, 1])
-        assert not torch.equal(packed.zero_point[:, 0], packed.zero_point[:, 1])
+        at = model.splits[name]
+        student = model.student("w4a8-modiff")
+        found = operators(student)
+        assert name not in found
+        first, second = (found[f"{name}.{half}"] for half in ("first", "second"))
+        assert first.packed.spec == second.packed.spec == QuantSpec(BITS, "channel", symmetric=False)
+        assert first.packed.shape[1] == at
+        assert (first.module.bias is None, second.module.bias is None) == (False, True)
+        whole = model.weights[name]
+        for half, column in ((first, 0), (second, -1)):
+            assert torch.equal(half.packed.scale.flatten(), whole.scale[:, column].flatten())
+            assert torch.equal(half.packed.zero_point.flatten(), whole.zero_point[:, column].flatten())
+        assert not torch.equal(first.packed.scale, second.packed.scale)
+        assert not torch.equal(first.packed.zero_point, second.packed.zero_point)
+
+    @pytest.mark.parametrize("layout", ["ddpm", "latent"])
+    def test_halves_of_activations_are_quantized_as_in_the_original(self, layout):
+        """Plain W4A4 on one split shortcut alone, against a rebuild of the original that quantizes each half itself."""
+        if layout == "ddpm":
+            network, theirs, ours = DDPM(layers=1), "up.1.block.0.nin_shortcut", "up_blocks.0.resnets.0.conv_shortcut"
+        else:
+            network = LatentUNet(heads=2, layers=1, channels=3)
+            theirs, ours = "output_blocks.0.0.skip_connection", "up_blocks.0.resnets.0.conv_shortcut"
+        state, expected = checkpoint(randomize(network), {theirs: 64})
+        model = convert_qdiffusion(state, BITS, sample_size=8, **({} if layout == "ddpm" else {"num_heads": 2}))
+        rule = Rule(ours, weight=QuantSpec(BITS, "channel"), activation=QuantSpec(BITS, "tensor", symmetric=False))
+        result = run(model.student(unchanged_activations(rules=(rule,))))
+
+        def quantized(x: torch.Tensor) -> torch.Tensor:
+            low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+            scale = (high - low) / (2**BITS - 1)
+            zero = (-low / scale).round()
+            return (((x / scale).round() + zero).clamp(0, 2**BITS - 1) - zero) * scale
+
+        def halves(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            x = args[0]
+            assert x[:, :64].std() / x[:, 64:].std() not in (0, 1)
+            return (torch.cat([quantized(x[:, :64]), quantized(x[:, 64:])], dim=1),)
+
+        shortcut = expected.get_submodule(theirs)
+        with torch.no_grad():
+            handle = shortcut.register_forward_pre_hook(halves)
+            torch.testing.assert_close(result, expected(X, T), rtol=1e-4, atol=1e-4)
+            handle.remove()
+            shortcut.register_forward_pre_hook(lambda module, args: (quantized(args[0]),))
+            assert (result - expected(X, T)).abs().max() > 1e-2  # one range for both is another result
+
+    def test_splits_of_the_config_are_those_of_the_file(self, ddpm):
+        model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
+        own = Split("up_blocks.1.resnets.1.conv_shortcut", 32)
+        for wrong, said in (
+            (Split("up_blocks.1.resnets.0.conv_shortcut", 32), "in the file it is one operator"),
+            (Split(own.name, 40), "in the file it is split at channel 32"),
+        ):
+            with pytest.raises(ConfigError, match=rf"{said}\. Leave splits empty"):
+                model.student(unchanged_activations(splits=(own, wrong)))
+        student = model.student(unchanged_activations(splits=(own,)))
+        assert {f"{name}.second" for name in model.splits} < set(operators(student))
 
     @pytest.mark.parametrize("at", [32, 48, 80])
     def test_halves_of_any_width(self, at):
-        """The second half shorter than the first, or longer: it then has several groups of one scale."""
+        """The second half shorter than the first, or longer."""
         network = randomize(DDPM(layers=1))
         state, expected = checkpoint(network, {"up.1.block.0.nin_shortcut": at})
         model = convert_qdiffusion(state, BITS, sample_size=8)
@@ -180,7 +232,7 @@ class TestStudent:
         student = model.student("w4a8-modiff", keep_teacher=False)
         images = run(student, 3)
         rows = {row.name: row for row in modiff.describe(student)}
-        assert rows["up_blocks.1.resnets.1.conv_shortcut"].weight.group_size == 32
+        assert {"up_blocks.1.resnets.1.conv_shortcut.first", "up_blocks.1.resnets.1.conv_shortcut.second"} < set(rows)
         assert {row.activation.bits for row in rows.values()} == {8}
         modiff.save(student, tmp_path / "packed")
         other = convert_qdiffusion(ddpm[0], BITS, sample_size=8).denoiser
@@ -197,9 +249,10 @@ class TestStudent:
         activation = QuantSpec(6, "sample")
         student = model.student(unchanged_activations(activation=activation, rules=rules))
         rows = {row.name: row for row in modiff.describe(student)}
-        split = rows["up_blocks.0.resnets.0.conv_shortcut"]
-        assert (split.activation, split.weight.group_size) == (eight, 64)
-        assert rows["up_blocks.1.resnets.1.conv_shortcut"].weight is None
+        for half in ("first", "second"):
+            split = rows[f"up_blocks.0.resnets.0.conv_shortcut.{half}"]
+            assert (split.activation, split.weight) == (eight, model.spec)
+            assert rows[f"up_blocks.1.resnets.1.conv_shortcut.{half}"].weight is None
         assert rows["conv_in"].skipped
         assert rows["mid_block.resnets.0.conv1"].activation == activation
 

@@ -1,4 +1,4 @@
-"""Calibrated ranges: found on closed-loop trajectories, learned, resumed, and refused."""
+"""Calibrated ranges: found on closed-loop trajectories, merged over ranks, resumed."""
 
 import copy
 import dataclasses
@@ -6,85 +6,23 @@ import threading
 
 import pytest
 import torch
+from range_cases import EVALUATIONS, FAST, calibrated, config, found_ranges, residuals, run_split, same, sampler
 from small_models import denoiser, noise
 from torch import nn
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec, Rule
-from modiff.calibration import CalibrationSettings, calibrate, lsq
-from modiff.calibration import ranges as ranges_module
+from modiff.calibration import calibrate
 from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.lsq import learned_quantize, quantizer_of
 from modiff.calibration.ranges import RangeCalibration, by_set, with_dynamic_ranges
 from modiff.calibration.reduction import Reducer
 from modiff.calibration.structure import shared_copy
 from modiff.conversion import convert, operators
-from modiff.errors import CalibrationError, ConfigError
+from modiff.errors import CalibrationError
 from modiff.layers.modulated import ModulatedOperator
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of
 
-EVALUATIONS = 6
 KINDS = ("minmax", "moving_average", "percentile", "lp", "lsq")
-FAST = CalibrationSettings(lsq_iterations=20, samples=64, batch_size=8, bins=256, stage_size=2)
-
-
-def sampler(evaluations=EVALUATIONS, batch=2, seed=0, trajectories=1):
-    def run(student):
-        for i in range(trajectories):
-            with modiff.trajectory(student):
-                for args in noise(evaluations, batch, seed + 10 * i):
-                    student(*args)
-
-    return run
-
-
-def config(bits=4, granularity="tensor", symmetric=False, buckets=1, modulation=Modulation(), rules=()):  # noqa: B008
-    group = 4 if granularity == "group" else None
-    spec = QuantSpec(bits, granularity, symmetric, "calibrated", group_size=group, timestep_buckets=buckets)
-    return QuantConfig(QuantSpec(8, "channel"), spec, modulation, rules)
-
-
-def found_ranges(student):
-    return {name: operator.calibrated for name, operator in operators(student).items()}
-
-
-def calibrated(settings=FAST, run=None, model=None, seed=0, folder=None, progress=None, **fields):
-    return calibrate(
-        denoiser() if model is None else model,
-        config(**fields),
-        run or sampler(),
-        "nearest",
-        seed,
-        settings=settings,
-        folder=folder,
-        progress=progress,
-    )
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name, each in a.items():
-        assert torch.equal(each.scale, b[name].scale)
-        assert each.zero_point is None or torch.equal(each.zero_point, b[name].zero_point)
-        assert each.length == b[name].length
-
-
-def residuals(student, run):
-    """What each operator quantizes in each evaluation, by a way of its own: a - â just before the call."""
-    seen = {name: {} for name in operators(student)}
-
-    def hook(operator, args):
-        here = operator.state.trajectory.current
-        modulated = isinstance(operator, ModulatedOperator)
-        if not modulated or here.total:
-            a_hat = here.caches[operator.name][0].a_hat if modulated else 0
-            seen[operator.name].setdefault(here.total, []).append((args[0] - a_hat).clone())
-
-    handles = [operator.register_forward_pre_hook(hook) for operator in operators(student).values()]
-    run(student)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 def check_ranges_are_those_of_the_closed_loop(passes, modulation, buckets, symmetric=False):
@@ -181,9 +119,10 @@ def test_how_images_are_batched_does_not_matter(kind):
 def test_merged_over_ranks_the_ranges_are_those_of_all_trajectories():
     """Each rank has its own trajectories, and the reduced statistics; the sums and extremes are of both."""
     fields = {"buckets": 3, "granularity": "channel"}
+    made = denoiser()  # once: threads that draw weights from the one global generator would mix them up
 
     def job(run, reducer=None):
-        teacher, each = denoiser(), config(**fields)
+        teacher, each = copy.deepcopy(made), config(**fields)
         student = convert(shared_copy(teacher), with_dynamic_ranges(each), True)
         loop = ClosedLoop(student, shared_copy(teacher), run, reducer)
         specs = {name: each.activation for name in operators(student)}
@@ -381,241 +320,3 @@ def test_values_are_dealt_to_the_sets_of_the_partition(operator, shape, granular
     assert torch.equal(torch.cat([v.amax(dim=(0, 2)) for _, v in parts]), high.flatten())
     assert sum(v.numel() for _, v in parts) == x.numel()
     assert [first for first, _ in parts] == [0, 1][: len(parts)]
-
-
-# --- learned step sizes -----------------------------------------------------------------------------------------------
-
-
-def test_the_gradient_of_the_step_size_is_that_of_lsq():
-    """Esser et al. 2020, equation 3: -x/s + round(x/s) inside; -Q_N and Q_P beyond."""
-    x = torch.tensor([-9.0, -1.3, 0.2, 0.9, 9.0], dtype=torch.float64)
-    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    values = learned_quantize(x, scale, None, QuantSpec(3))
-    found = torch.stack([torch.autograd.grad(v, scale, retain_graph=True)[0] for v in values])
-    inside = -x / 0.5 + (x / 0.5).round()
-    wanted = torch.tensor([-3.0, *inside[1:4].tolist(), 3.0], dtype=torch.float64)
-    torch.testing.assert_close(found, wanted)
-
-
-def test_the_gradient_of_the_zero_point_is_that_of_lsq_plus():
-    """Bhalgat et al. 2020, equation 6, in codes: nothing inside, minus a step where a code is clamped."""
-    x = torch.tensor([-9.0, 0.2, 9.0], dtype=torch.float64)
-    zero_point = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    values = learned_quantize(x, torch.tensor(0.5, dtype=torch.float64), zero_point, QuantSpec(3, symmetric=False))
-    found = [float(torch.autograd.grad(v, zero_point, retain_graph=True)[0]) for v in values]
-    assert found == [-0.5, 0.0, -0.5]
-
-
-def lsq_case(symmetric, model=None, run=None):
-    """Ranges of Lp and of LSQ, found with the same data."""
-    settings = dataclasses.replace(FAST, ranges="lp", lsq_iterations=150, lsq_learning_rate=0.05)
-    fields = {"bits": 3, "symmetric": symmetric, "buckets": 2}
-    make = model or denoiser
-    start = calibrated(settings, run, make(), **fields)
-    learned = calibrated(dataclasses.replace(settings, ranges="lsq"), run, make(), **fields)
-    return start, learned, fields
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_learned_steps_lose_less_in_the_output(symmetric):
-    """On the residuals of the closed loop in which they were learned."""
-    start, learned, fields = lsq_case(symmetric)
-    one = calibrated(dataclasses.replace(FAST, ranges="lp", range_passes=1), **fields)
-    # The second pass finds Lp's ranges on the trajectory of the first pass's, and learns on the trajectory of its own.
-    assert found_ranges(one).keys() == found_ranges(start).keys()
-    student = convert(denoiser(), config(**fields), True, ranges=found_ranges(start))
-    seen = residuals(student, sampler())
-    losses = {}
-    for label, model in {"lp": start, "lsq": learned}.items():
-        for name, operator in operators(model).items():
-            spec, total = operator.activation_spec, 0.0
-            for i, parts in seen[name].items():
-                scale, zero_point = operator.calibrated.at(i)
-                for x in parts:
-                    error = learned_quantize(x, scale, zero_point, spec) - x
-                    total += float(operator.product(error, with_bias=False).square().sum())
-            losses[label, name] = total
-    for name in operators(start):
-        assert losses["lsq", name] <= losses["lp", name] * (1 + 1e-5), name
-    assert sum(losses["lsq", n] for n in operators(start)) < 0.98 * sum(losses["lp", n] for n in operators(start))
-
-
-def check_learned_zero_points_follow_their_scales():
-    """Trap 6: a range that widens at its upper end only has zero points of its new scale."""
-    start = CalibratedRange.from_range(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), QuantSpec(4, symmetric=False), 5)
-    factors = torch.tensor([[[0.0]], [[1.5]]])
-    scale, zero_point = quantizer_of(factors, start, QuantSpec(4, symmetric=False))
-    low = float(-start.zero_point * start.scale)
-    assert float(-zero_point * scale) == pytest.approx(low)  # the lower end stays
-    assert float((15 - zero_point) * scale) == pytest.approx(
-        float((15 - start.zero_point) * start.scale) * 2.718**1.5, 1e-3
-    )
-
-
-def test_trap_6_learned_zero_points_follow_their_scales():
-    check_learned_zero_points_follow_their_scales()
-
-
-def test_trap_6_built_in_learned_scale_with_the_old_zero_point(monkeypatch):
-    right = quantizer_of
-    monkeypatch.setitem(
-        globals(), "quantizer_of", lambda factors, start, spec: (right(factors, start, spec)[0], start.zero_point)
-    )
-    with pytest.raises(AssertionError):
-        check_learned_zero_points_follow_their_scales()
-
-
-class SplitSkip(nn.Module):
-    """Two operators that share what was one with a concatenated input, of halves 30 times apart."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.main, self.skip = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
-
-    def forward(self, x):
-        return self.main(x) + self.skip(0.03 * x + 1)
-
-
-def run_split(student):
-    with modiff.trajectory(student):
-        for _, t in noise(EVALUATIONS):
-            student(t)
-
-
-def check_halves_of_a_split_skip_keep_their_own_quantizers():
-    _, learned, _ = lsq_case(symmetric=False, model=SplitSkip, run=run_split)
-    found = found_ranges(learned)
-    ratio = found["main"].scale / found["skip"].scale
-    assert (ratio > 10).all()
-    for name, seen in residuals(learned, run_split).items():
-        for i, parts in seen.items():
-            scale, zero_point = found[name].at(i)
-            values = torch.cat([x.flatten() for x in parts])
-            reach = (15 - 8 - zero_point) * scale  # 3 bits: codes 0 to 7
-            assert float(reach) < 4 * float(values.abs().max()), name
-            assert float(-zero_point * scale) > -4 * float(values.abs().max()), name
-
-
-def test_trap_6_halves_of_a_split_skip_keep_their_own_quantizers():
-    check_halves_of_a_split_skip_keep_their_own_quantizers()
-
-
-def test_trap_6_built_in_one_scale_copied_into_both_halves(monkeypatch):
-    use = RangeCalibration.use
-
-    def copying(self, found):
-        found["skip"] = dataclasses.replace(found["skip"], scale=found["main"].scale)
-        use(self, found)
-
-    monkeypatch.setattr(RangeCalibration, "use", copying)
-    with pytest.raises(AssertionError):
-        check_halves_of_a_split_skip_keep_their_own_quantizers()
-
-
-def test_learning_that_does_not_help_returns_where_it_began(monkeypatch):
-    settings = dataclasses.replace(FAST, ranges="lsq", lsq_learning_rate=1.0, lsq_iterations=2)
-    monkeypatch.setattr(lsq, "_output_error", worse_after_the_first_step(lsq._output_error))
-    found = calibrated(settings, buckets=2)
-    monkeypatch.undo()
-    same(found_ranges(found), found_ranges(calibrated(dataclasses.replace(settings, ranges="lp"), buckets=2)))
-
-
-def worse_after_the_first_step(original):
-    starts = {}
-
-    def error(operator, spec, scale, zero_point, rows):
-        first = starts.setdefault(operator.name, scale.detach().clone())
-        return original(operator, spec, scale, zero_point, rows) + 1e6 * (scale - first).abs().sum()
-
-    return error
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def test_more_buckets_than_steps():
-    message = "timestep_buckets is 7, but a trajectory has 6 evaluations only. Use at most 6"
-    with pytest.raises(CalibrationError, match=message):
-        calibrated(buckets=7)
-
-
-def test_buckets_that_no_recorded_evaluation_reaches():
-    message = "'conv_in' has 6 buckets of time steps, but range_evaluations 3 reaches 3 of them only. Raise it"
-    with pytest.raises(CalibrationError, match=message):
-        calibrated(dataclasses.replace(FAST, range_evaluations=3), buckets=6)
-    calibrated(dataclasses.replace(FAST, range_evaluations=3), buckets=3)
-
-
-def test_an_operator_that_is_never_called():
-    model = denoiser()
-    model.spare = nn.Linear(3, 3)
-    with pytest.raises(CalibrationError, match="No data captured for operator 'spare'"):
-        calibrated(model=model)
-    assert type(model.spare) is nn.Linear
-
-
-def test_nan_in_activations_says_where():
-    def run(student):
-        with modiff.trajectory(student):
-            for i, args in enumerate(noise(4)):
-                student(args[0] * (float("nan") if i == 2 else 1), args[1])
-
-    message = r"NaN or Inf in the input of operator 'conv_in' in evaluation 2 \(from 0\)"
-    with pytest.raises(CalibrationError, match=message):
-        calibrated(run=run)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_that_comes_with_the_static_ranges_says_where(monkeypatch, value):
-    quantizer_input = ModulatedOperator.quantizer_input
-
-    def broken(self, x):
-        found = quantizer_input(self, x)
-        if found is not None and self.name == "time" and self.calibrated is not None:
-            found = found * value
-        return found
-
-    monkeypatch.setattr(ModulatedOperator, "quantizer_input", broken)
-    message = r"NaN or Inf in the input of operator 'time' in evaluation 1 \(from 0\)"
-    with pytest.raises(CalibrationError, match=message):
-        calibrated()
-
-
-def test_statistics_that_do_not_fit():
-    settings = dataclasses.replace(FAST, ranges="lp", bins=200_000, memory_mib=1)
-    message = (
-        "statistics of operator 'conv_in' take 2 MiB, but memory_mib is 1. Raise it, lower timestep_buckets or bins"
-    )
-    with pytest.raises(CalibrationError, match=message):
-        calibrated(settings)
-
-
-def test_a_sample_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(CalibrationSettings, "memory", property(lambda self: 2 * 2**10))
-    monkeypatch.setattr(ranges_module, "observer_bytes", lambda *_: 0)
-    with pytest.raises(CalibrationError, match="One sample of 'conv_out' takes 2056 bytes, but only 2048"):
-        calibrated(dataclasses.replace(FAST, ranges="lsq"))
-
-
-def test_calibrated_ranges_need_a_run():
-    with pytest.raises(ConfigError, match="range 'calibrated' needs data. Give run, a function that samples"):
-        calibrate(denoiser(), config(), method="nearest")
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"ranges": "max"}, "ranges is 'max'; allowed are minmax, moving_average, percentile, lp, lsq."),
-        ({"range_evaluations": 0}, "range_evaluations is 0; give a whole number of at least 1, or None for all."),
-        ({"range_passes": 0}, "range_passes is 0; allowed are whole numbers of at least 1."),
-        ({"percentile": 101}, "percentile is 101; allowed is 50 to 100."),
-        ({"range_norm": 0.5}, "range_norm is 0.5; allowed is 1 to 10."),
-        ({"bins": 255}, "bins is 255; give an even number, half of them for negative values."),
-        ({"lsq_iterations": 0}, "lsq_iterations is 0; allowed are whole numbers of at least 1."),
-        ({"lsq_learning_rate": 2}, "lsq_learning_rate is 2; allowed is 0 to 1."),
-    ],
-)
-def test_settings_that_cannot_be(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        CalibrationSettings(**fields)

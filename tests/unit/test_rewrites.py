@@ -104,6 +104,25 @@ def test_splits_are_found_where_the_input_is_the_very_concatenation():
         find_splits(teacher, config(), lambda student: None)
 
 
+def test_what_joins_no_features_is_not_split():
+    """The sine and cosine of a time embedding have one range; what an operator made of them counts again."""
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(3, 3, 1), nn.Linear(8, 8), nn.Linear(12, 3)
+
+        def forward(self, x, t):
+            x = self.conv(x)  # features are there before the embedding, which does not depend on them
+            joined = torch.cat([t.sin(), t.cos()], dim=-1)
+            e = self.second(torch.cat([self.first(torch.cat([joined[:, 4:], joined[:, :4]], dim=-1)).relu(), t], -1))
+            return x + e[:, :, None, None]
+
+    torch.manual_seed(0)
+    teacher = Timed().eval().requires_grad_(False)
+    assert find_splits(teacher, config(), sampler(noise(2))) == (Split("second", 8),)
+
+
 def test_halves_are_the_original_in_full_precision_and_go_back():
     teacher, args = skips(), noise(1)[0]
     before, weight = teacher(*args), teacher.shortcut
