@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import modiff
-from modiff.lit.callbacks.provenance import device_name
 from modiff.layers.modulated import ModulatedOperator
+from modiff.lit.callbacks.provenance import device_name
 from modiff.lit.evaluate import StudentCLI, evaluate_recipe
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
@@ -105,7 +105,8 @@ def markdown(rows: list[dict[str, Any]], args: argparse.Namespace, provenance: d
     share = sizes[list(STATES)[-1]] / provenance["unshared_mib_per_image"]
     lines += [
         "",
-        f"* State of the smallest, of both caches in float32 ({provenance['unshared_mib_per_image']:.3f} MiB, no â shared): "
+        "* State of the smallest, of both caches in float32 "
+        f"({provenance['unshared_mib_per_image']:.3f} MiB, no â shared): "
         f"{share:.3f}, target at most {ALLOWED_SHARE}: "
         f"{_met(share <= ALLOWED_SHARE)}.",
         f"* Largest loss: {-worst:.2f} dB, target at most {ALLOWED_DB}: {_met(-worst <= ALLOWED_DB)}.",
