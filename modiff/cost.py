@@ -114,15 +114,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if contexts is None else contexts
     if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
         raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
-    counter = _Counter()
-    with ExitStack() as stack:
-        run = stack.enter_context(trajectory(model)) if hasattr(model, ATTRIBUTE) else None
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(counter.watch(found))
-        model(*args, **kwargs)
-        state = {} if run is None else _state_bytes(run)
-    if hasattr(model, ATTRIBUTE):
-        state_of(model).last = last  # measuring is no trajectory of the user's
+    counter, state = _count_one(model, found, args, kwargs)
     weights = stored_bytes(model)
     rows = []
     for name, (module, _) in found.items():
@@ -144,6 +136,24 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
     )
+
+
+def _count_one(
+    model: nn.Module, found: dict[str, tuple[nn.Module, OperatorAdapter]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[_Counter, dict[str, int]]:
+    """Run one evaluation: its products, and the bytes of the state by operator."""
+    counter = _Counter()
+    student = state_of(model) if hasattr(model, ATTRIBUTE) else None
+    last = None if student is None else student.last
+    with ExitStack() as stack:
+        run = None if student is None else stack.enter_context(trajectory(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(counter.watch(found))
+        model(*args, **kwargs)
+        state = {} if run is None else _state_bytes(run)
+    if student is not None:
+        student.last = last  # measuring is no trajectory of the user's
+    return counter, state
 
 
 def weight_bytes(model: nn.Module) -> float:

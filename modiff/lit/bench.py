@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 
 from modiff.conversion import describe
@@ -26,7 +26,7 @@ from modiff.lit.running import rank_zero
 from modiff.lit.student import LitStudent
 from modiff.lit.student_cli import StudentCLI
 from modiff.lit.teacher import compiler_problem
-from modiff.lit.wording import plain_error
+from modiff.lit.wording import parse_plainly
 from modiff.teachers.zoo import load_teacher
 
 SHARED = ("teacher", "guidance")
@@ -107,11 +107,7 @@ def parse(args: Sequence[str]) -> Namespace:
     Raises:
         ConfigError: One is unknown, out of range, or contradicts another.
     """
-    parser = make_parser()
-    try:
-        options = parser.parse_args(list(args))
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(plain_error(error, parser)) from error
+    options = parse_plainly(make_parser(), args)
     if options.num_images is not None:
         if options.batch_sizes is not None:
             raise ConfigError("--num_images and --batch_sizes are both given. Remove one of them.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from modiff.lit.report import markdown_table, metrics_table, write_compare_repor
 from modiff.lit.rundir import RunDirectory, atomic_write, digest, write_json
 from modiff.lit.running import rank_zero
 from modiff.lit.student_cli import StudentCLI
-from modiff.lit.wording import plain_error
+from modiff.lit.wording import parse_plainly
 
 TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
@@ -50,11 +50,7 @@ def make_parser() -> ArgumentParser:
 def compare(args: Sequence[str]) -> int:
     """``modiff compare A.yaml B.yaml ...``."""
     own, forwarded = split_forwarded(args)
-    parser = make_parser()
-    try:
-        options = parser.parse_args(own)
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(plain_error(error, parser)) from error
+    options = parse_plainly(make_parser(), own)
     names = unique_names(options.recipes)
     folder = Path(options.output)
     # Every recipe is parsed before anything is written or drawn.

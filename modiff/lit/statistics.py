@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from modiff.errors import ConfigError
 from modiff.lit.base import quiet
 from modiff.lit.batches import DeviceBatches, ImageDataset
 from modiff.lit.data import ImageDataModule
-from modiff.lit.wording import plain_error
+from modiff.lit.wording import parse_plainly
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
@@ -40,12 +40,8 @@ def make_parser() -> ArgumentParser:
 def statistics(args: Sequence[str]) -> int:
     """``modiff statistics --features NETWORK --data.path FOLDER --output FILE``."""
     quiet()
-    parser = make_parser()
-    try:
-        options = parser.parse_args(list(args))
-        data = ImageDataModule(**options.data.as_dict())
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(plain_error(error, parser)) from error
+    options = parse_plainly(make_parser(), args)
+    data = ImageDataModule(**options.data.as_dict())
     output = Path(options.output)
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output} must end in .safetensors.")

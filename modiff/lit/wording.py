@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from modiff.errors import ConfigError
 
@@ -15,6 +17,18 @@ _UNION = (
     rf"Does not validate against any of the Union subtypes Subtypes: .* Errors: ((?:- Expected a {_TYPE} ?)+)"
     r"Given value type: <class '\w+'> Given value: (.+)"
 )
+
+
+def parse_plainly(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """Parse; a wrong option or value is said once, plainly.
+
+    Raises:
+        ConfigError: The parser refuses the arguments.
+    """
+    try:
+        return parser.parse_args(list(args))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(plain_error(error, parser)) from error
 
 
 def plain_error(error: BaseException, parser: Any = None) -> str:
