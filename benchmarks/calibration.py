@@ -212,90 +212,104 @@ def write(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     (HERE / "calibration.md").write_text(markdown(results, provenance))
 
 
-def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
-    """The tables, and the notes of calibration_notes.md below them."""
-    cells: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        cells.setdefault(result["row"], []).append(result)
+class Tables:
+    """Cells of the tables, from single runs."""
 
-    def text(name: str, key: str, digits: int = 3) -> str:
-        values = [result[key] for result in cells.get(name, [])]
+    def __init__(self, results: list[dict[str, Any]]) -> None:
+        self.cells: dict[str, list[dict[str, Any]]] = {}
+        for result in results:
+            self.cells.setdefault(result["row"], []).append(result)
+
+    def text(self, name: str, key: str, digits: int = 3) -> str:
+        """Mean ± half the spread of one row."""
+        values = [result[key] for result in self.cells.get(name, [])]
         if not values:
             return "not measured"
         return f"{statistics.fmean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
-    def share(name: str, low: str, high: str) -> str:
-        try:
-            a, b, c = (statistics.fmean(r["relative_l2"] for r in cells[key]) for key in (low, name, high))
-        except KeyError:
+    def share(self, name: str, low: str, high: str) -> str:
+        """Of the gap between two rows, what another closes."""
+        if not {name, low, high} <= self.cells.keys():
             return "not measured"
+        a, b, c = (statistics.fmean(r["relative_l2"] for r in self.cells[key]) for key in (low, name, high))
         return f"{(a - b) / (a - c):.2f}"
 
-    seeds = " ".join(map(str, provenance["seeds"]))
+    def methods(self, key: str, digits: int) -> list[str]:
+        """A table of one figure: methods by bit widths."""
+        lines = ["| weights | W4A32 | W4A4 | W4A3 |", "|---|---|---|---|"]
+        for method in METHODS:
+            values = [self.text(f"{bits}-{method}", key, digits) for bits in ("w4a32", "w4a4", "w4a3")]
+            lines.append(f"| {method} | " + " | ".join(values) + " |")
+        lines.append(f"| gptq, untuned | | {self.text('w4a4-gptq-untuned', key, digits)} | |")
+        ceilings = [self.text(f"{bits}-nearest", key, digits) for bits in ("w8a4", "w8a3")]
+        return [*lines, "| ceiling: 8-bit weights | | " + " | ".join(ceilings) + " |"]
+
+    def shares(self) -> list[str]:
+        """What methods close of the gap to 8-bit weights."""
+        lines = ["| weights | W4A4 | W4A3 |", "|---|---|---|"]
+        for method in ("lp", "gptq-untuned", "gptq", "adaround", "brecq"):
+            found = [self.share(f"{w}-{method}", f"{w}-nearest", f"{c}-nearest") for w, c in PAIRS]
+            lines.append(f"| {method.replace('-', ', ')} | " + " | ".join(found) + " |")
+        return lines
+
+    def static(self) -> list[str]:
+        """Static and dynamic scales."""
+        rows = [
+            f"| {title} | {self.text(name, 'relative_l2')} | {self.text(name, 'psnr_db', 1)} |"
+            for title, name in STATIC_TABLE
+        ]
+        return ["| scales | relative L2 | PSNR, dB |", "|---|---|---|", *rows]
+
+    def seconds(self) -> list[str]:
+        """Time of the calibrations."""
+        lines = ["| weights | W4A32 | W4A4 | W4A3 |", "|---|---|---|---|"]
+        for method in DATA_METHODS:
+            values = [self.text(f"{b}-{method}", "calibration_cpu_seconds", 0) for b in ("w4a32", "w4a4", "w4a3")]
+            lines.append(f"| {method} | " + " | ".join(values) + " |")
+        return lines
+
+
+def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
+    """The tables, and the notes of calibration_notes.md below them."""
+    tables, seeds, images = Tables(results), " ".join(map(str, provenance["seeds"])), provenance["num_images"]
     lines = [
         "# Calibrated weights, packaged MNIST teacher",
         "",
-        f"    python benchmarks/calibration.py --seeds {seeds} --num_images {provenance['num_images']}",
+        f"    python benchmarks/calibration.py --seeds {seeds} --num_images {images}",
         "",
-        f"DDIM {STEPS} steps, {provenance['num_images']} images; mean ± half the spread over seeds {seeds}. Calibrated "
-        f"once, on {CALIBRATION_IMAGES} images of other noise (seed {CALIBRATION_SEED}), default settings. "
-        f"Machine: {provenance['device']}, {provenance['threads']} thread, "
-        f"torch {provenance['torch']}. Every single run stands in `calibration.json`.",
+        f"DDIM {STEPS} steps, {images} images; mean ± half the spread over seeds {seeds}. Calibrated once, on "
+        f"{CALIBRATION_IMAGES} images of other noise (seed {CALIBRATION_SEED}), default settings. Machine: "
+        f"{provenance['device']}, {provenance['threads']} thread, torch {provenance['torch']}. Every single run stands "
+        "in `calibration.json`.",
         "",
         "All rows of data methods (GPTQ, AdaRound, BRECQ) have their scales and biases tuned on the denoiser's output, "
         "but for those that say untuned. W4A4 and W4A3 are modulated.",
         "",
         "## Relative L2 error to the teacher's images (lower is better)",
         "",
-        "| weights | W4A32 | W4A4 | W4A3 |",
-        "|---|---|---|---|",
-    ]
-    for method in METHODS:
-        values = [text(f"{bits}-{method}", "relative_l2") for bits in ("w4a32", "w4a4", "w4a3")]
-        lines.append(f"| {method} | " + " | ".join(values) + " |")
-    lines.append(f"| gptq, untuned | | {text('w4a4-gptq-untuned', 'relative_l2')} | |")
-    ceilings = [text(f"{bits}-nearest", "relative_l2") for bits in ("w8a4", "w8a3")]
-    lines.append("| ceiling: 8-bit weights | | " + " | ".join(ceilings) + " |")
-    lines += [
+        *tables.methods("relative_l2", 3),
         "",
         "Share of the gap between 4-bit weights rounded to nearest and 8-bit weights that a method closes, "
         "`(L2[nearest] - L2[method]) / (L2[nearest] - L2[W8])`:",
         "",
-        "| weights | W4A4 | W4A3 |",
-        "|---|---|---|",
-    ]
-    for method in ("lp", "gptq-untuned", "gptq", "adaround", "brecq"):
-        shares = [share(f"{w}-{method}", f"{w}-nearest", f"{c}-nearest") for w, c in PAIRS]
-        lines.append(f"| {method.replace('-', ', ')} | " + " | ".join(shares) + " |")
-    lines += ["", "## PSNR to the teacher's images, dB", "", "| weights | W4A32 | W4A4 | W4A3 |", "|---|---|---|---|"]
-    for method in METHODS:
-        values = [text(f"{bits}-{method}", "psnr_db", 1) for bits in ("w4a32", "w4a4", "w4a3")]
-        lines.append(f"| {method} | " + " | ".join(values) + " |")
-    ceilings = [text(f"{bits}-nearest", "psnr_db", 1) for bits in ("w8a4", "w8a3")]
-    lines.append("| ceiling: 8-bit weights | | " + " | ".join(ceilings) + " |")
-    lines += [
+        *tables.shares(),
+        "",
+        "## PSNR to the teacher's images, dB",
+        "",
+        *tables.methods("psnr_db", 1),
         "",
         "## Static residual scales against dynamic ones",
         "",
-        "W8A4, modulated, weights rounded to nearest, one scale for the batch.",
+        "W8A4, modulated, weights rounded to nearest.",
         "",
-        "| scales | relative L2 | PSNR, dB |",
-        "|---|---|---|",
-    ]
-    for title, name in STATIC_TABLE:
-        lines.append(f"| {title} | {text(name, 'relative_l2')} | {text(name, 'psnr_db', 1)} |")
-    lines += [
+        *tables.static(),
         "",
         "## Time of a calibration",
         "",
         "Processor seconds (of all threads; here one), so that other work on the machine does not count.",
         "",
-        "| weights | W4A32 | W4A4 | W4A3 |",
-        "|---|---|---|---|",
+        *tables.seconds(),
     ]
-    for method in DATA_METHODS:
-        values = [text(f"{b}-{method}", "calibration_cpu_seconds", 0) for b in ("w4a32", "w4a4", "w4a3")]
-        lines.append(f"| {method} | " + " | ".join(values) + " |")
     notes = HERE / "calibration_notes.md"
     return "\n".join(lines) + "\n" + ("\n" + notes.read_text() if notes.exists() else "")
 

@@ -121,15 +121,23 @@ def calibrate(
             raise ConfigError(f"{what} needs data. Give run, a function that samples with the student.")
         loop = ClosedLoop(student, reference, run, reducer)
         job = _Job(student, loop, grids, specs, method, seed, settings)
-        key = {
-            "teacher": fingerprint({slot.name: slot.tensor for slot in slots(teacher)}),
-            "method": method,
-            "seed": seed,
-        }
-        key |= {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
+        key = _identity(teacher, config, method, seed, settings)
         found, ranges = job.solve(key, None if folder is None else Path(folder), progress)
         weights |= found
     return convert(teacher, config, keep_teacher, weights or None, ranges, divisors)
+
+
+def _identity(
+    teacher: nn.Module, config: QuantConfig, method: str, seed: int, settings: CalibrationSettings
+) -> dict[str, Any]:
+    """What a kept stage must have been found for."""
+    return {
+        "teacher": fingerprint({slot.name: slot.tensor for slot in slots(teacher)}),
+        "method": method,
+        "seed": seed,
+        "config": dataclasses.asdict(config),
+        "settings": dataclasses.asdict(settings),
+    }
 
 
 def _prepare(

@@ -20,6 +20,7 @@ from modiff.errors import CalibrationError
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.precision import compute_input, output_dtype
 from modiff.layers.quantized import QuantizedOperator
+from modiff.layers.standin import StandIn
 from modiff.quantizers.packing import PackedWeight
 
 
@@ -160,38 +161,23 @@ def tune(
         The weights with other scales and shifts; as they were where that is no better.
     """
     twin, tunable = _twin(loop.teacher, operators(loop.student), weights)
-
-    def error(evaluation: RecordedEvaluation, rows: Tensor) -> Tensor:
-        device = next(iter(weights.values())).codes.device
-        tensors = {key: t.to(device) for key, t in store.rows(rows + evaluation.first).items()}
-        args, kwargs = evaluation.structure.build({**evaluation.whole, **tensors})
-        return (first_tensor(twin(*args, **kwargs)).float() - tensors["target"].float()).square().mean()
-
-    def errors() -> list[float]:
-        with torch.no_grad():
-            return [
-                math.fsum(
-                    error(e, rows).item() * len(rows) for rows in torch.arange(e.count).split(settings.batch_size)
-                )
-                / e.count
-                for e in recorded
-            ]
-
-    units = errors()
-    kept = [i for i, unit in enumerate(units) if unit > 0]
+    error = _OutputError(twin, store, settings.batch_size)
+    units = [error.total(evaluation) for evaluation in recorded]
+    kept = [(evaluation, unit) for evaluation, unit in zip(recorded, units, strict=True) if unit > 0]
     if not kept or not settings.tuning_iterations:
         return dict(weights)
     for operator in tunable.values():
         operator.start()
-    optimizer = torch.optim.Adam([v for o in tunable.values() for v in (o.gain, o.shift)], lr=settings.tuning_rate)
-    steps = settings.tuning_iterations
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = _batches([recorded[i].count for i in kept], settings.batch_size, generator)
-    for _ in range(steps):
+    variables = [v for operator in tunable.values() for v in (operator.gain, operator.shift)]
+    optimizer = torch.optim.Adam(variables, lr=settings.tuning_rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.tuning_iterations)
+    batches = _batches([evaluation.count for evaluation, _ in kept], settings.batch_size, generator)
+    for _ in range(settings.tuning_iterations):
         applied = [v for operator in tunable.values() for v in operator.apply_variables()]
         which, rows = next(batches)
+        evaluation, unit = kept[which]
         with torch.enable_grad():
-            loss = error(recorded[kept[which]], rows) / units[kept[which]]
+            loss = error(evaluation, rows) / unit
         loss.backward(inputs=applied)
         for operator in tunable.values():
             operator.pull_gradients()
@@ -199,12 +185,34 @@ def tune(
         falling.step()
     for operator in tunable.values():
         operator.apply_variables()
-    after = errors()
-    better = math.fsum(after[i] / units[i] for i in kept) < len(kept)
+    better = math.fsum(error.total(evaluation) / unit for evaluation, unit in kept) < len(kept)
     return {name: tunable[name].packed() if better else weight for name, weight in weights.items()}
 
 
-class _Tunable(nn.Module):
+class _OutputError:
+    """The mean square error of a denoiser's output on recorded evaluations."""
+
+    def __init__(self, denoiser: nn.Module, store: SampleStore, batch_size: int) -> None:
+        self.denoiser = denoiser
+        self.store = store
+        self.batch_size = batch_size
+        self.device = next(denoiser.parameters()).device
+
+    def __call__(self, evaluation: RecordedEvaluation, rows: Tensor) -> Tensor:
+        """Of some rows of an evaluation."""
+        tensors = {key: t.to(self.device) for key, t in self.store.rows(rows + evaluation.first).items()}
+        args, kwargs = evaluation.structure.build({**evaluation.whole, **tensors})
+        output, target = first_tensor(self.denoiser(*args, **kwargs)), tensors["target"]
+        return (output.float() - target.float()).square().mean()
+
+    @torch.no_grad()
+    def total(self, evaluation: RecordedEvaluation) -> float:
+        """Of all its rows, without gradients."""
+        parts = torch.arange(evaluation.count).split(self.batch_size)
+        return math.fsum(self(evaluation, rows).item() * len(rows) for rows in parts) / evaluation.count
+
+
+class _Tunable(StandIn):
     """A quantized operator in full-precision activations, with a gradient in its scales and bias."""
 
     def __init__(self, module: nn.Module, adapter: OperatorAdapter, weight: PackedWeight) -> None:
@@ -223,15 +231,6 @@ class _Tunable(nn.Module):
         self.factor: Tensor | None = None
         self.offset = bias
         self.power, self.count, self.unit = 0.0, 0, 1.0
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the original (``in_channels``, ``weight``, ...)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(super().__getattr__("module"), name)
 
     def start(self) -> None:
         """Begin with the factor 1 and the shift 0, in units of what the operator's outputs were until now."""
@@ -257,7 +256,7 @@ class _Tunable(nn.Module):
         """``exp(gain) A(x) + bias + unit shift``."""
         a = compute_input(x)
         output = self.adapter.apply(self.module, a, self.values.to(a.dtype), None)
-        dim = -1 if self.adapter.kind == "linear" else output.ndim - len(self.module.kernel_size) - 1  # type: ignore[arg-type]
+        dim = -1 if self.adapter.kind == "linear" else output.ndim - len(self.module.kernel_size) - 1
         shape = [1] * output.ndim
         shape[dim] = -1
         offset = self.offset.to(a.dtype).reshape(shape)

@@ -16,6 +16,7 @@ from modiff.layers import execution
 from modiff.layers.caches import Region
 from modiff.layers.operators import OperatorAdapter
 from modiff.layers.precision import compute_input, memory_format, output_dtype
+from modiff.layers.standin import StandIn
 from modiff.layers.state import ModulationState
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition
@@ -23,7 +24,7 @@ from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import round_nearest
 
 
-class QuantizedOperator(nn.Module):
+class QuantizedOperator(StandIn):
     """A Linear or Conv whose weight and input are quantized: ``o = A(Q(a)) + bias``.
 
     The products run in float32 (float64 for float64 models) on quantized values; the output has the dtype that the
@@ -263,15 +264,6 @@ class QuantizedOperator(nn.Module):
         if shift is None:
             return bias
         return shift if bias is None else bias + shift
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the original (``in_channels``, ``stride``, ...)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(super().__getattr__("module"), name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input (equations 4 and 5) and apply the operator."""
