@@ -62,7 +62,7 @@ class CalibrationSettings:
     memory_mib: int = 512
     samples: int = 256
     positions: int = 8192
-    stage_size: int = 24
+    stage_size: int = 40
     norm: float = 2.4
     damping: float = 0.01
     iterations: int = 300
@@ -71,8 +71,8 @@ class CalibrationSettings:
     regularization: float = 10.0
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
-    tuning_iterations: int = 150
-    tuning_rate: float = 0.003
+    tuning_iterations: int = 200
+    tuning_rate: float = 0.002
     smoothing: float | None = None
     split_concatenations: bool = False
     ranges: Literal["minmax", "moving_average", "percentile", "lp", "lsq"] = "minmax"
