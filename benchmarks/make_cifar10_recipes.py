@@ -59,7 +59,7 @@ def weights(row: Row) -> str:
     if row.weight_method == "nearest":
         return ""
     return f"""  calibration:
-    method: {row.weight_method}            # on the student's own trajectories of 32 images of noise; once, then kept
+    method: {row.weight_method}            # on the student's own trajectories of 16 images of noise; once, then kept
 """
 
 

@@ -39,7 +39,7 @@ class CalibrationConfig(CalibrationSettings):
     """
 
     method: Literal["nearest", "lp", "gptq", "adaround", "brecq"] = "gptq"
-    num_images: int = 32
+    num_images: int = 16
     images_per_batch: int = 16
     seed: int = 0
 
