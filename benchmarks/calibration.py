@@ -269,6 +269,26 @@ class Tables:
         return lines
 
 
+def wall_times() -> list[str]:
+    """The figures of calibration_time.py, if it ran."""
+    path = HERE / "calibration_time.json"
+    if not path.exists():
+        return ["Wall times: not measured (`python benchmarks/calibration_time.py`)."]
+    found = json.loads(path.read_text())
+    lines = [
+        f"Wall time and memory beyond the teacher's, by `{found['provenance']['command']}` (a process for each; "
+        f"{found['provenance']['device']}, W4A4 modulated, default settings):",
+        "",
+        "| teacher | method | images, DDIM steps | threads | seconds | extra MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        teacher = f"{row['name'].rpartition('-')[0]} ({row['parameters'] / 1e6:.1f}M)"
+        cells = (teacher, row["method"], f"{row['images']}, {row['steps']}", row["threads"])
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {row['seconds']:.0f} | {row['extra_mib']:.0f} |")
+    return lines
+
+
 def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
     """The tables, and the notes of calibration_notes.md below them."""
     tables, seeds, images = Tables(results), " ".join(map(str, provenance["seeds"])), provenance["num_images"]
@@ -309,6 +329,8 @@ def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         "Processor seconds (of all threads; here one), so that other work on the machine does not count.",
         "",
         *tables.seconds(),
+        "",
+        *wall_times(),
     ]
     notes = HERE / "calibration_notes.md"
     return "\n".join(lines) + "\n" + ("\n" + notes.read_text() if notes.exists() else "")
