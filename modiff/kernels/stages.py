@@ -19,7 +19,7 @@ INT16_TOP = 32767
 INT16_GROWTH = 4
 """Inputs may become this many times as large as in the first evaluation before an int16 reconstruction clips them.
 
-Along 50 DDIM steps, the largest value of an operator's input grew by up to 3.3 (packaged teacher, median 1.6).
+Along 50 DDIM steps, a sample's largest value grows by up to 3.4, median 1.9 (packaged teacher, benchmarks/state.md).
 """
 
 
