@@ -295,8 +295,8 @@ def test_state_is_freed_and_its_size_is_that_of_both_caches():
     model = student(state_dtype="float16")
     with modiff.trajectory(model) as counts:
         model(*ARGS)
-        # â in float32: conv_in 3x64, time 4, conv_out 8x64 values; ô in float16: 8x64, 3x64 values, but for the 8 of time
-        # (each sample one vector); 2 images.
+        # â in float32: conv_in 3x64, time 4, conv_out 8x64 values; ô in float16: 8x64, 3x64 values, but for
+        # the 8 of time (each sample one vector); 2 images.
         assert counts.state_bytes == 2 * (4 * (192 + 4 + 512) + 2 * (512 + 192) + 4 * 8)
         first = counts.caches["conv_in"][0].a_hat
         model(*ARGS)
