@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,37 +18,25 @@ from modiff.calibration.adaround import adaround, reconstruct
 from modiff.calibration.capture import ClosedLoop, Run
 from modiff.calibration.gptq import gptq
 from modiff.calibration.migration import find_divisors, find_splits
-from modiff.calibration.moments import Moments, moment_bytes, no_data
+from modiff.calibration.moments import Moments, no_data
+from modiff.calibration.planning import Stage, plan_stages
 from modiff.calibration.progress import Progress, StageFolder
 from modiff.calibration.ranges import RangeCalibration, with_dynamic_ranges
 from modiff.calibration.reduction import Reducer
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.settings import DATA_METHODS, METHODS, CalibrationSettings
-from modiff.calibration.structure import Structure, find_blocks, shared_copy
+from modiff.calibration.structure import Structure, shared_copy
 from modiff.calibration.tracing import Trace, fingerprint
 from modiff.calibration.tuning import record_outputs, tune
 from modiff.config import QuantConfig, QuantSpec
 from modiff.conversion import convert, operators, plan
-from modiff.errors import CalibrationError, ConfigError
+from modiff.errors import ConfigError
 from modiff.layers.quantized import QuantizedOperator
 from modiff.layers.rewrites import rewrite
 from modiff.layers.slots import slots
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import QuantizedWeight, round_lp, round_nearest
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is found from the data of one closed-loop run.
-
-    Args:
-        operators: Operators whose weights are quantized, in the order of their calls.
-        block: The block that they make up; None: each stands alone.
-    """
-
-    operators: tuple[str, ...]
-    block: str | None = None
 
 
 def calibrate(
@@ -310,57 +297,6 @@ class _Job:
 
     def _spec(self, name: str) -> Any:
         return _spec(operators(self.student)[name])
-
-
-def plan_stages(
-    teacher: nn.Module,
-    found: Mapping[str, QuantizedOperator],
-    names: Sequence[str],
-    trace: Trace,
-    method: str,
-    settings: CalibrationSettings,
-) -> list[Stage]:
-    """Divide operators into stages, in the order of their first calls.
-
-    Raises:
-        CalibrationError: An operator was never called, or its moments alone exceed the memory.
-    """
-    for name in names:
-        if name not in trace.calls:
-            raise no_data(name)
-    blocks = find_blocks(teacher, names, trace.usable) if method == "brecq" else {}
-    block_of = {name: block for block, held in blocks.items() for name in held}
-    # Targets are the teacher's: operators that share a run would each make up for the same error from before them.
-    most = settings.stage_size if method == "gptq" else 1
-    stages: list[Stage] = []
-    alone: list[str] = []
-    size = 0
-
-    def close() -> None:
-        nonlocal size
-        if alone:
-            stages.append(Stage(tuple(alone)))
-        alone.clear()
-        size = 0
-
-    for name in (name for name in trace.order if name in set(names)):
-        if name in block_of:
-            if not any(stage.block == block_of[name] for stage in stages):
-                close()
-                stages.append(Stage(blocks[block_of[name]], block_of[name]))
-            continue
-        needed = moment_bytes(found[name])
-        if needed > settings.memory:
-            raise CalibrationError(
-                f"The moments of operator {name!r} take {needed / 2**20:.0f} MiB, but memory_mib is "
-                f"{settings.memory_mib}. Raise it, or give the operator Rule({name!r}, skip=True)."
-            )
-        if len(alone) == most or size + needed > settings.memory:
-            close()
-        alone.append(name)
-        size += needed
-    close()
-    return stages
 
 
 def calibrated_specs(teacher: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:

@@ -124,7 +124,6 @@ class SampleRecorder:
         self.structures: list[Structure] = []
         self._trace, self._most = trace, most
         self._chosen = trace.choose(evaluations)
-        self._total = trace.recorded(self._chosen)
         self._trajectory = 0
         self._evaluation = Evaluation()
         self._waiting: dict[str, Tensor] = {}
@@ -149,7 +148,7 @@ class SampleRecorder:
         if self._evaluation.index not in self._chosen:
             return
         place = self._trace.ordinal(self._chosen, self._trajectory, self._evaluation.index)
-        share = self._most * (place + 1) // self._total - self._most * place // self._total
+        share = self._trace.share(self._chosen, place, self._most)
         structure, tensors = Structure.of(args, kwargs)
         self.structures.append(structure)
         if share == 0:

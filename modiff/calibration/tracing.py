@@ -68,6 +68,15 @@ class Trace:
         before = sum(i < length for length in self.lengths[:trajectory] for i in chosen)
         return before + sum(i < index for i in chosen)
 
+    def share(self, chosen: Sequence[int], place: int, most: int) -> int:
+        """How many of ``most`` samples a recorded evaluation gives, by its :meth:`ordinal`: all alike, to within 1.
+
+        >>> [Trace(lengths=[4]).share([0, 1, 2], place, 8) for place in range(3)]
+        [2, 3, 3]
+        """
+        total = self.recorded(chosen)
+        return most * (place + 1) // total - most * place // total
+
 
 def merged(traces: Sequence[Trace], rank: int = 0) -> Trace:
     """One trace of the whole run, from those of the processes that share it.

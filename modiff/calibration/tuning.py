@@ -65,7 +65,6 @@ def record_outputs(
         CalibrationError: The teacher's answer holds no tensor or is not finite, or the store is full.
     """
     chosen, evaluation = trace.choose(evaluations), Evaluation()
-    total = trace.recorded(chosen)
     found: list[tuple[int, RecordedEvaluation]] = []
     keys: list[int] = []
 
@@ -73,9 +72,11 @@ def record_outputs(
         evaluation.start(index, args, kwargs)
 
     def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if evaluation.index not in chosen:
+            return
         key = trace.ordinal(chosen, loop.trajectory, evaluation.index)
-        share = most * (key + 1) // total - most * key // total
-        if evaluation.index not in chosen or share == 0:
+        share = trace.share(chosen, key, most)
+        if share == 0:
             return
         with torch.no_grad():
             target = first_tensor(loop.teacher(*args, **kwargs))

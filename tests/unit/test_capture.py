@@ -10,8 +10,8 @@ import modiff
 from modiff.calibration import CalibrationSettings
 from modiff.calibration import samples as samples_module
 from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.front import plan_stages
 from modiff.calibration.moments import input_vectors, output_vectors
+from modiff.calibration.planning import plan_stages
 from modiff.calibration.samples import SampleStore
 from modiff.calibration.structure import Structure, find_blocks, shared_copy
 from modiff.calibration.tracing import Trace
