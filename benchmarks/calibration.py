@@ -24,11 +24,11 @@ import modiff
 from modiff.calibration import CalibrationSettings, calibrate
 from modiff.calibration.settings import DATA_METHODS
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
-from modiff.lit.student import to_unit_range
-from modiff.metrics.trajectory import mean_psnr_db, relative_l2
-from modiff.teachers.noise import indexed_noise
-from modiff.teachers.sampling import sample
-from modiff.teachers.schedulers import make_scheduler
+from modiff.lit.modules.student import to_unit_range
+from modiff.metrics.pairwise import mean_psnr_db, relative_l2
+from modiff.teachers.sampling.loop import sample
+from modiff.teachers.sampling.noise import indexed_noise
+from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import Teacher, TeacherSpec, load_teacher
 
 HERE = Path(__file__).parent

@@ -20,10 +20,10 @@ import torch
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
 from modiff.lit.callbacks.provenance import device_name
-from modiff.metrics.trajectory import mean_psnr_db, relative_l2
-from modiff.teachers.noise import indexed_noise
-from modiff.teachers.sampling import sample
-from modiff.teachers.schedulers import make_scheduler
+from modiff.metrics.pairwise import mean_psnr_db, relative_l2
+from modiff.teachers.sampling.loop import sample
+from modiff.teachers.sampling.noise import indexed_noise
+from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 HERE = Path(__file__).parent

@@ -21,11 +21,11 @@ from torch import nn
 
 import modiff
 from modiff.calibration import calibrate
+from modiff.lit.bench.timing import peak_memory
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
-from modiff.lit.timing import peak_memory
-from modiff.teachers.noise import indexed_noise
-from modiff.teachers.sampling import sample
-from modiff.teachers.schedulers import make_scheduler
+from modiff.teachers.sampling.loop import sample
+from modiff.teachers.sampling.noise import indexed_noise
+from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 OUTPUT = Path(__file__).parent / "calibration_time.json"

@@ -92,7 +92,7 @@ def measure(rows: list[Row], results: Results, args: argparse.Namespace) -> None
 
 def evaluate(row: Row, args: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
     """One row by modiff's own evaluation; rows with the same noise and steps share the teacher's images."""
-    from modiff.lit.evaluate import StudentCLI, evaluate_recipe
+    from modiff.lit.commands.evaluate import StudentCLI, evaluate_recipe
 
     options = row_options(row, args)
     root = args.output / fingerprint / f"{row.teacher}_{num_images(row, args)}_{batch_size(args)}_{args.precision}"
@@ -258,7 +258,7 @@ class Results:
 
     def write(self) -> None:
         """Write both files; one line for each row."""
-        from modiff.lit.rundir import atomic_write
+        from modiff.lit.runs.directory import atomic_write
 
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.rows.values())
         note = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff.lit.callbacks.provenance import device_name
-from modiff.lit.evaluate import StudentCLI, evaluate_recipe
+from modiff.lit.commands.evaluate import StudentCLI, evaluate_recipe
 
 HERE = Path(__file__).parent
 RECIPE = "recipes/mnist/w8a4_modiff.yaml"

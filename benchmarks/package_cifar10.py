@@ -155,8 +155,8 @@ def training_facts(config: dict[str, Any], curves: dict[str, dict[int, float]]) 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with the packed weights: a grid, and their distance to the training images."""
-    from modiff.lit.pictures import image_grid, save_picture
-    from modiff.lit.statistics import pick_device
+    from modiff.lit.commands.statistics import pick_device
+    from modiff.lit.report.pictures import image_grid, save_picture
     from modiff.metrics.features import load_feature_network
     from modiff.metrics.fidelity import ImageFidelity
     from modiff.metrics.statistics import FeatureStatistics, frechet_distance
@@ -188,9 +188,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(folder: Path, device: torch.device, args: argparse.Namespace) -> Any:
     """Batches of images ``[B, C, H, W]`` in [0, 1], by index as `modiff sample` draws them."""
-    from modiff.teachers.noise import indexed_noise
-    from modiff.teachers.sampling import sample
-    from modiff.teachers.schedulers import make_scheduler
+    from modiff.teachers.sampling.loop import sample
+    from modiff.teachers.sampling.noise import indexed_noise
+    from modiff.teachers.sampling.schedulers import make_scheduler
     from modiff.teachers.zoo import TeacherSpec, load_teacher
 
     teacher = load_teacher(TeacherSpec(path=str(folder)))

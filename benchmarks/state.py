@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import modiff
-from modiff.layers.modulated import ModulatedOperator
 from modiff.lit.callbacks.provenance import device_name
-from modiff.lit.evaluate import StudentCLI, evaluate_recipe
+from modiff.lit.commands.evaluate import StudentCLI, evaluate_recipe
+from modiff.operators.modulated import ModulatedOperator
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 HERE = Path(__file__).parent

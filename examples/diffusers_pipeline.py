@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 
 import modiff
-from modiff.metrics.trajectory import psnr_db
+from modiff.metrics.pairwise import psnr_db
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 # Any pipeline will do: pipe = DiffusionPipeline.from_pretrained(...). This one draws digits and needs no download.

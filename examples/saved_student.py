@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import modiff
-from modiff.teachers.sampling import sample
+from modiff.teachers.sampling.loop import sample
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 

@@ -1,12 +1,12 @@
 """modiff: training-free quantization of diffusion models."""
 
-from modiff.checkpoint import load, save
-from modiff.compiling import compile
-from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
-from modiff.conversion import describe, quantize, restore
-from modiff.cost import cost
-from modiff.layers.state import trajectory
-from modiff.pipeline import quantize_pipeline, restore_pipeline
+from modiff.compiling.modes import compile
+from modiff.config.quant import Modulation, QuantConfig, QuantSpec, Rule
+from modiff.student.checkpoint import load, save
+from modiff.student.cost import cost
+from modiff.student.pipeline import quantize_pipeline, restore_pipeline
+from modiff.student.swap import describe, quantize, restore
+from modiff.trajectory.session import trajectory
 
 __all__ = [
     "Modulation",

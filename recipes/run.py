@@ -7,7 +7,7 @@ srun python recipes/run.py evaluate --config recipes/mnist/w8a4_modiff.yaml --tr
 
 import sys
 
-from modiff.lit.cli import main
+from modiff.lit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

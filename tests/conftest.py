@@ -28,7 +28,7 @@ TINY_UNET = {
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers pipeline folder with an untrained UNet of 8x8 grey images."""
-    from modiff.lit.teacher import LitTeacher
+    from modiff.lit.modules.teacher import LitTeacher
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher") / "tiny"

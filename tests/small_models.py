@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import modiff
-from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.state import trajectory
+from modiff.operators.modulated import ModulatedOperator
+from modiff.trajectory.session import trajectory
 
 
 class Denoiser(nn.Module):

@@ -1,6 +1,6 @@
 """Weights quantized by what the student's own trajectories show."""
 
-from modiff.calibration.front import calibrate
+from modiff.calibration.calibrate import calibrate
 from modiff.calibration.settings import CalibrationSettings
 
 __all__ = ["CalibrationSettings", "calibrate"]

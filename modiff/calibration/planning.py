@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from modiff.calibration.moments import moment_bytes, no_data
+from modiff.calibration.loop.moments import moment_bytes, no_data
+from modiff.calibration.loop.structure import find_blocks
+from modiff.calibration.loop.tracing import Trace
 from modiff.calibration.settings import CalibrationSettings
-from modiff.calibration.structure import find_blocks
-from modiff.calibration.tracing import Trace
 from modiff.errors import CalibrationError
-from modiff.layers.quantized import QuantizedOperator
+from modiff.operators.quantized import QuantizedOperator
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.kernels import onednn
 from modiff.quantizers.packing import PackedWeight
 

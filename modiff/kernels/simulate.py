@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.quantizers.affine import scale_from_range
 from modiff.quantizers.granularity import Partition
 

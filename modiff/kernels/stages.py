@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.quantizers.granularity import Partition
 
 INT16_TOP = 32767

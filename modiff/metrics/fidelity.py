@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from modiff.errors import ConfigError
 from modiff.metrics.features import count_features, extract, network_name
-from modiff.metrics.neighbours import keep_smallest, precision_recall, priorities
+from modiff.metrics.precision_recall import keep_smallest, precision_recall, priorities
 from modiff.metrics.statistics import FeatureStatistics, frechet_distance
 
 __all__ = ["MAX_KEPT", "SOURCES", "FeatureStatistics", "ImageFidelity", "frechet_distance"]

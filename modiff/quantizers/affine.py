@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.quantizers.granularity import Partition
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from modiff.errors import CheckpointError, ConfigError
 from modiff.teachers.architectures import ARCHITECTURES, random_denoiser
-from modiff.teachers.convert_dit import OriginalDiTTransformer2DModel
-from modiff.teachers.convert_ldm import FixedHeadsUNet2DModel
+from modiff.teachers.convert.dit import OriginalDiTTransformer2DModel
+from modiff.teachers.convert.ldm import FixedHeadsUNet2DModel
 from modiff.teachers.families import FAMILIES, Family
 from modiff.teachers.teacher import Teacher, decoder_factor
 from modiff.teachers.text import make_encoder

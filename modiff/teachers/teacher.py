@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff.errors import ConfigError
 from modiff.teachers.families import FAMILIES, TEXT, Family, first_tensor
-from modiff.teachers.noise import indexed_noise
+from modiff.teachers.sampling.noise import indexed_noise
 
 DECODE_BATCH = 4  # a decoder at full size needs gigabytes per image
 EMPTY_TEXT = 2**40  # index of a tiny model's embedding of the empty prompt

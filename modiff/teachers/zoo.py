@@ -51,7 +51,7 @@ class Entry:
 
 
 _CONVERT = (
-    "convert CompVis' model.ckpt (modiff.teachers.convert_ldm.convert_ldm), save the parts with save_pretrained "
+    "convert CompVis' model.ckpt (modiff.teachers.convert.ldm.convert_ldm), save the parts with save_pretrained "
     "as unet/, vqvae/ and scheduler/, and give model.teacher.path that folder"
 )
 # Embeddings of time, size and text and the last projection: a few operators without a neighbour to hide their error.
@@ -108,7 +108,7 @@ ZOO: dict[str, Entry] = {
         pipeline="DiTPipeline",
         family="dit",
         image_size=256,
-        convert="its weights were never published; train it and convert (modiff.teachers.convert_dit.convert_dit), "
+        convert="its weights were never published; train it and convert (modiff.teachers.convert.dit.convert_dit), "
         "or measure its architecture with --model.teacher.random true",
     ),
     "pixart-sigma": Entry(

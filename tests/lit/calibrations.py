@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modiff.lit.calibration import CalibrationConfig
-from modiff.lit.student import LitStudent
+from modiff.lit.cli.calibration import CalibrationConfig
+from modiff.lit.modules.student import LitStudent
 from modiff.teachers.zoo import TeacherSpec
 
 RANGES = "{bits: 4, granularity: tensor, range: calibrated}"

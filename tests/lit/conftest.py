@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modiff.lit.cli import main
+from modiff.lit.cli.main import main
 
 RECIPE = """
 seed: 0

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import modiff as library
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.errors import ConfigError
 from modiff.kernels.select import IntegerProduct
-from modiff.lit import bench, timing
-from modiff.lit.bench_arms import COMPILED, EAGER, TEACHER, Arm, Warm, staged, summary
-from modiff.lit.bench_report import sentence
-from modiff.lit.timing import Inputs, Stages, interleave, peak_memory, stages
+from modiff.lit.bench import timing
+from modiff.lit.bench.arms import COMPILED, EAGER, TEACHER, Arm, Warm, staged, summary
+from modiff.lit.bench.report import sentence
+from modiff.lit.bench.timing import Inputs, Stages, interleave, peak_memory, stages
+from modiff.lit.commands import bench
 from modiff.quantizers.calibrated import CalibratedRange
 from tests.small_models import config, denoiser, noise
 
@@ -42,7 +43,7 @@ def benched(tmp_path_factory, recipes) -> tuple[Path, str]:
     import contextlib
     import io
 
-    from modiff.lit.cli import main
+    from modiff.lit.cli.main import main
 
     out, said = tmp_path_factory.mktemp("benched") / "out", io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -158,9 +159,9 @@ def test_both_modes_take_turns_in_one_round(recipe, modiff, tmp_path, monkeypatc
         seen = {name: lambda x, t, c=c, n=name: (order.append(n), c(x, t))[1] for name, c in calls.items()}
         return plain(seen, *args)
 
-    monkeypatch.setattr("modiff.lit.bench_arms.interleave", spied)
+    monkeypatch.setattr("modiff.lit.bench.arms.interleave", spied)
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
-    monkeypatch.setattr("modiff.lit.bench_arms.compile_student", lambda module, mode: compiled.append(module) or module)
+    monkeypatch.setattr("modiff.lit.bench.arms.compile_student", lambda module, mode: compiled.append(module) or module)
     monkeypatch.setattr(bench, "compiler_problem", lambda device: None)
     options = ("--compile", "both", "--rounds", "2", "--evaluations", "1", "--batch_sizes", "1", "2")
     status, _, err = modiff("bench", recipe, *options, "--output", tmp_path / "out")

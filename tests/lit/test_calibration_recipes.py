@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from modiff.calibration.settings import METHODS, CalibrationSettings
 from modiff.errors import CalibrationError
-from modiff.lit import quantize as quantize_module
-from modiff.lit.calibration import CalibrationConfig, calibration_key
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import calibration_parts
-from modiff.lit.cli import main
-from modiff.lit.student_cli import StudentCLI
+from modiff.lit.cli.calibration import CalibrationConfig, calibration_key
+from modiff.lit.cli.main import main
+from modiff.lit.cli.student import StudentCLI
+from modiff.lit.commands import quantize as quantize_module
 
 FAST = ("--timing_rounds", "0", "--error_images", "0")
 

@@ -16,11 +16,11 @@ import rich.progress
 from calibrations import RANGES, module_of, tensors_of
 
 from modiff.errors import CheckpointError
-from modiff.lit.calibration import locked
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import Calibration
 from modiff.lit.callbacks.progress import EvaluationProgressBar, LineProgress
-from modiff.lit.student import LitStudent
+from modiff.lit.cli.calibration import locked
+from modiff.lit.modules.student import LitStudent
 
 # --- progress ---------------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,16 @@ def test_two_ranks_pack_the_student_of_one(calibrated, tmp_path) -> None:
     options += ["--model.config.activation", RANGES]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     for name, extra in (("one", []), ("two", two)):
-        command = [sys.executable, "-m", "modiff.lit.cli", "quantize", "--config", str(calibrated), *options, *extra]
+        command = [
+            sys.executable,
+            "-m",
+            "modiff.lit.cli.main",
+            "quantize",
+            "--config",
+            str(calibrated),
+            *options,
+            *extra,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["MODIFF_CACHE"] = str(tmp_path / f"cache-{name}")
         command += ["--output", str(tmp_path / name)]
@@ -121,7 +130,7 @@ def test_ctrl_c_then_the_same_command_goes_on(calibrated, modiff, tmp_path, monk
 def test_killed_process_goes_on_and_gives_the_same_bits(calibrated, tmp_path, method) -> None:
     options = ["--model.calibration.method", method, "--model.calibration.stage_size", "2"]
     options += ["--model.calibration.iterations", "20", "--model.calibration.num_images", "8"]
-    base = [sys.executable, "-m", "modiff.lit.cli", "quantize", "--config", str(calibrated), *options]
+    base = [sys.executable, "-m", "modiff.lit.cli.main", "quantize", "--config", str(calibrated), *options]
 
     def start(name: str) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -189,7 +198,7 @@ def test_cache_that_cannot_be_written(calibrated, modiff, tmp_path, monkeypatch)
 
 
 def test_full_disk_while_a_stage_is_kept(calibrated, modiff, tmp_path, monkeypatch, cache) -> None:
-    import modiff.storage as storage
+    import modiff.storage.folder as storage
 
     real, written = storage.save_file, []
 

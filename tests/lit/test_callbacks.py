@@ -10,13 +10,13 @@ import torch
 
 import modiff
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.layers.state import state_of
 from modiff.lit.callbacks import activation_cache
 from modiff.lit.callbacks.activation_cache import ActivationCache, free_mib
 from modiff.lit.callbacks.costs import Cost
 from modiff.lit.callbacks.trajectory_errors import measure, relative_error
-from modiff.lit.student import LitStudent
+from modiff.lit.modules.student import LitStudent
 from modiff.teachers.zoo import TeacherSpec
+from modiff.trajectory.session import state_of
 
 BATCH = {"index": torch.arange(2), "valid": torch.ones(2, dtype=torch.bool)}
 TRAINER = SimpleNamespace(

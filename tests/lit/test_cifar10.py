@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from modiff.errors import ConfigError
-from modiff.lit.batches import DeviceBatches, ImageDataset, flip
-from modiff.lit.teacher import LitTeacher, compiler_problem
+from modiff.lit.data.batches import DeviceBatches, ImageDataset, flip
+from modiff.lit.modules.teacher import LitTeacher, compiler_problem
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -63,7 +63,7 @@ def rgb_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(data: Path, rgb_features: Path) -> Path:
-    from modiff.lit.cli import main
+    from modiff.lit.cli.main import main
 
     path = rgb_features.parent / "reference.safetensors"
     args = ["statistics", "--features", rgb_features, "--output", path, "--device", "cpu"]
@@ -195,7 +195,7 @@ def test_too_few_images_for_a_batch_are_refused() -> None:
 
 
 def test_statistics_are_those_of_the_features_themselves(data, rgb_features, reference) -> None:
-    from modiff.lit.data import ImageDataModule
+    from modiff.lit.data.modules import ImageDataModule
     from modiff.metrics.features import load_feature_network
     from modiff.metrics.statistics import FeatureStatistics
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modiff.lit.cli import COMMANDS, main
+from modiff.lit.cli.main import COMMANDS, main
 
 
 def test_help_names_every_command_and_imports_nothing_heavy(modiff) -> None:
@@ -17,7 +17,7 @@ def test_help_names_every_command_and_imports_nothing_heavy(modiff) -> None:
     assert status == 0
     assert all(command in out for command in COMMANDS)
     code = (
-        "import sys; from modiff.lit.cli import main; main(['--help']); "
+        "import sys; from modiff.lit.cli.main import main; main(['--help']); "
         "sys.exit(any(m in sys.modules for m in ('lightning', 'diffusers', 'wandb', 'jsonargparse')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
@@ -131,7 +131,7 @@ def test_preset_expands_before_overrides(recipe, capsys) -> None:
     ],
 )
 def test_one_field_is_overridden_null_included(recipe, options, path, value) -> None:
-    from modiff.lit.student_cli import StudentCLI
+    from modiff.lit.cli.student import StudentCLI
 
     found = StudentCLI("evaluate", ["--config", str(recipe), *options]).model.config
     for name in path:
@@ -141,7 +141,7 @@ def test_one_field_is_overridden_null_included(recipe, options, path, value) -> 
 
 
 def test_null_overrides_a_value_of_the_recipe(recipe, tmp_path) -> None:
-    from modiff.lit.student_cli import StudentCLI
+    from modiff.lit.cli.student import StudentCLI
 
     other = tmp_path / "refreshed.yaml"
     config = "  config:\n    activation: {bits: 4}\n    modulation: {refresh_every: 5}\n"
@@ -154,7 +154,7 @@ def test_null_overrides_a_value_of_the_recipe(recipe, tmp_path) -> None:
 
 
 def test_later_recipe_wins_field_by_field(recipe, tmp_path) -> None:
-    from modiff.lit.student_cli import StudentCLI
+    from modiff.lit.cli.student import StudentCLI
 
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("model:\n  preset: null\n  config:\n    weight: {bits: 8, clip: 0.9}\n    activation: {bits: 4}\n")
@@ -206,7 +206,7 @@ def test_launcher_that_disagrees_is_refused(modiff, recipe, tmp_path, monkeypatc
 
 
 def test_launcher_that_agrees_is_accepted(recipe, monkeypatch) -> None:
-    from modiff.lit.student_cli import StudentCLI
+    from modiff.lit.cli.student import StudentCLI
 
     for key, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from modiff.lit.student import LitStudent
+from modiff.lit.modules.student import LitStudent
 
 QUICK = ("--num_images", "6", "--wandb", "disabled")
 
@@ -31,7 +31,7 @@ def compared(tmp_path_factory, recipes) -> tuple[Path, list[tuple[str, int]], st
     import contextlib
     import io
 
-    from modiff.lit.cli import main
+    from modiff.lit.cli.main import main
 
     calls, said = [], io.StringIO()
     draw = LitStudent.draw
@@ -133,7 +133,7 @@ def test_wrong_option_is_refused(recipes, modiff, tmp_path, args, message) -> No
 
 
 def test_forwarded_options_reach_every_recipe(recipes, tmp_path) -> None:
-    from modiff.lit.compare import _parse, make_parser, split_forwarded
+    from modiff.lit.commands.compare import _parse, make_parser, split_forwarded
 
     args = [str(recipes[0]), "--model.steps=2", "--model.config.modulation.refresh_every", "null", "--num_images", "3"]
     own, forwarded = split_forwarded(args)

@@ -11,8 +11,8 @@ import torch
 
 import modiff
 from modiff.errors import CheckpointError, ConfigError
-from modiff.lit.conditions import LabelDataModule, PromptDataModule, SampleDataModule
-from modiff.lit.student import LitStudent
+from modiff.lit.data.conditions import LabelDataModule, PromptDataModule, SampleDataModule
+from modiff.lit.modules.student import LitStudent
 from modiff.teachers.loading import find_family
 from modiff.teachers.zoo import ZOO, TeacherSpec, load_teacher
 

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modiff.lit.student import LitStudent
+from modiff.lit.modules.student import LitStudent
 
 FILES = {
     "config.yaml",
@@ -60,7 +60,7 @@ def drawn(monkeypatch) -> list[tuple[str, int]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, recipe_text) -> tuple[Path, Path]:
     """A recipe of 10 images in batches of 4, and its finished run."""
-    from modiff.lit.cli import main
+    from modiff.lit.cli.main import main
 
     folder = tmp_path_factory.mktemp("finished")
     recipe = folder / "tiny.yaml"
@@ -231,7 +231,7 @@ def test_full_disk_leaves_no_half_file_and_what_was_there(recipe, modiff, tmp_pa
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("modiff.lit.store.save_file", full)
+        patch.setattr("modiff.lit.runs.batches.save_file", full)
         status, _, err = modiff("evaluate", "--config", recipe, "--output", out)
     assert status == 1
     assert err == f"modiff evaluate: No space left on device ({out}/partial/batch_00000004.safetensors).\n"
@@ -350,7 +350,7 @@ def test_packed_student_gives_the_same_images(finished, recipe, modiff, tmp_path
 
 
 def test_packed_student_shares_what_is_not_quantized_and_leaves_the_teacher_alone(recipe, modiff, tmp_path) -> None:
-    from modiff.lit.student_cli import StudentCLI
+    from modiff.lit.cli.student import StudentCLI
 
     assert modiff("quantize", "--config", recipe, "--output", tmp_path / "packed")[0] == 0
     options = ("--config", str(recipe), "--model.preset", "null")
@@ -371,7 +371,9 @@ def test_compile_compiles_the_student_once_before_anything_is_drawn(
 ) -> None:
     happened: list[str] = []
     draw = LitStudent.draw
-    monkeypatch.setattr("modiff.lit.student.compile_student", lambda student: happened.append(type(student).__name__))
+    monkeypatch.setattr(
+        "modiff.lit.modules.student.compile_student", lambda student: happened.append(type(student).__name__)
+    )
     monkeypatch.setattr(LitStudent, "draw", lambda self, who, i: (happened.append(who), draw(self, who, i))[1])
     quick = ("--num_images", "4", "--output", tmp_path / "out")
     quick += ("--timing_rounds", "0", "--error_images", "0") if command == "evaluate" else ()

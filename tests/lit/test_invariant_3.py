@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from modiff.config import QuantConfig
-from modiff.layers.state import trajectory
-from modiff.lit.data import NoiseDataModule
-from modiff.lit.student import LitStudent
-from modiff.teachers.noise import indexed_noise
+from modiff.config.quant import QuantConfig
+from modiff.lit.data.modules import NoiseDataModule
+from modiff.lit.modules.student import LitStudent
+from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.zoo import TeacherSpec
+from modiff.trajectory.session import trajectory
 
 
 def images(
@@ -107,7 +107,7 @@ def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> N
     real.mkdir()
     for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
         Image.fromarray(picture).save(real / f"{i:02d}.png")
-    base = [sys.executable, "-m", "modiff.lit.cli", "evaluate", "--config", str(recipe), "--timing_rounds", "0"]
+    base = [sys.executable, "-m", "modiff.lit.cli.main", "evaluate", "--config", str(recipe), "--timing_rounds", "0"]
     base += ["--model.reference", str(real)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from modiff.errors import ConfigError
-from modiff.lit.pictures import image_grid, labelled_rows
-from modiff.lit.plots import compare_plot, cost_plot, trajectory_errors_plot
+from modiff.lit.report.pictures import image_grid, labelled_rows
+from modiff.lit.report.plots import compare_plot, cost_plot, trajectory_errors_plot
 
 
 def make_errors(operators=6, steps=5, scale=0.01):

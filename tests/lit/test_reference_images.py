@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modiff.errors import ConfigError
-from modiff.lit import reference as reference_module
-from modiff.lit.reference import ReferenceImages, network_identity
+from modiff.lit.data import reference as reference_module
+from modiff.lit.data.reference import ReferenceImages, network_identity
 from modiff.metrics.features import load_feature_network
-from modiff.metrics.neighbours import precision_recall
+from modiff.metrics.precision_recall import precision_recall
 from modiff.metrics.statistics import FeatureStatistics
 
 SHAPE = (3, 8, 8)

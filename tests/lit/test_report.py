@@ -9,10 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 from modiff.errors import ConfigError
-from modiff.lit import page
-from modiff.lit.pictures import image_grid, save_picture
-from modiff.lit.report import markdown_table, metrics_table, write_compare_report, write_report
-from modiff.lit.summary import describe_errors, headline, worst_operators
+from modiff.lit.report import page
+from modiff.lit.report.pictures import image_grid, save_picture
+from modiff.lit.report.report import markdown_table, metrics_table, write_compare_report, write_report
+from modiff.lit.report.summary import describe_errors, headline, worst_operators
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 NASTY = "<script>alert(1)</script>\"'&"
@@ -209,7 +209,7 @@ def test_page_is_written_whole_or_not_at_all(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modiff.lit.rundir.os.replace", full)
+    monkeypatch.setattr("modiff.lit.runs.directory.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         report(folder, recipe="another")
     assert (folder / "report.html").read_bytes() == before

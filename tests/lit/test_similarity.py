@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.lit.similarity import Similarity
-from modiff.metrics.trajectory import ssim
+from modiff.lit.callbacks.similarity import Similarity
+from modiff.metrics.pairwise import ssim
 
 PROMPTS = ["a cat", "two dogs", "three"]
 TINY = """
@@ -50,8 +50,8 @@ class Distance(nn.Module):
 
 @pytest.fixture
 def extras(monkeypatch) -> None:
-    monkeypatch.setattr("modiff.lit.similarity.ClipScore", Words)
-    monkeypatch.setattr("modiff.lit.similarity.PerceptualDistance", Distance)
+    monkeypatch.setattr("modiff.lit.callbacks.similarity.ClipScore", Words)
+    monkeypatch.setattr("modiff.lit.callbacks.similarity.PerceptualDistance", Distance)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from modiff.errors import ConfigError
-from modiff.lit.data import ImageDataModule
-from modiff.lit.teacher import LitTeacher
+from modiff.lit.data.modules import ImageDataModule
+from modiff.lit.modules.teacher import LitTeacher
 from modiff.metrics.features import load_feature_network
 from modiff.metrics.statistics import FeatureStatistics
 from modiff.teachers.zoo import TeacherSpec, load_teacher
@@ -20,7 +20,7 @@ from modiff.teachers.zoo import TeacherSpec, load_teacher
 TEACHER = """
 seed: 0
 model:
-  class_path: modiff.lit.teacher.LitTeacher
+  class_path: modiff.lit.modules.teacher.LitTeacher
   init_args:
     denoiser: {sample_size: 8, in_channels: 1, out_channels: 1, layers_per_block: 1, block_out_channels: [4],
       down_block_types: [DownBlock2D], up_block_types: [UpBlock2D], norm_num_groups: 2, attention_head_dim: 4}
@@ -38,7 +38,7 @@ trainer: {max_steps: 3, val_check_interval: 2, check_val_every_n_epoch: null, ac
 CLASSIFIER = """
 seed: 0
 model:
-  class_path: modiff.lit.teacher.LitClassifier
+  class_path: modiff.lit.modules.teacher.LitClassifier
   init_args: {num_features: 4, name: tiny-classifier}
 data: {path: DATA, image_size: 8, batch_size: 4}
 ema_decay: null

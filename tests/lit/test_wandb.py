@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from modiff.lit import wandb_logger
-from modiff.lit.wandb_logger import finish_wandb, has_credentials, make_wandb_logger
+from modiff.lit.runs import wandb as wandb_logger
+from modiff.lit.runs.wandb import finish_wandb, has_credentials, make_wandb_logger
 
 
 @pytest.fixture(autouse=True)

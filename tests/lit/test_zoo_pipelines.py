@@ -16,9 +16,9 @@ from torch import Tensor
 
 import modiff
 from modiff.errors import ConfigError
-from modiff.lit.student import LitStudent, to_unit_range
+from modiff.lit.modules.student import LitStudent, to_unit_range
 from modiff.teachers.families import FAMILIES, pack
-from modiff.teachers.schedulers import make_scheduler
+from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.tiny import tiny_model
 from modiff.teachers.zoo import ZOO, TeacherSpec, load_teacher
 

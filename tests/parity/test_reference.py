@@ -11,7 +11,7 @@ from torch import nn
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
-from modiff.layers.reference import ReferenceOperator, activation_labels
+from modiff.operators.reference import ReferenceOperator, activation_labels
 
 EVALUATIONS = 20
 

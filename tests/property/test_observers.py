@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.errors import ConfigError
 from modiff.quantizers.affine import fake_quantize, scale_from_range
 from modiff.quantizers.granularity import Partition

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.kernels.simulate import fake_quantize_
-from modiff.layers import reference
+from modiff.operators import reference
 from modiff.quantizers.affine import dequantize, fake_quantize, quantize, scale_from_range
 from modiff.quantizers.granularity import Partition, activation_partition, weight_partition
 from modiff.quantizers.rounding import round_nearest

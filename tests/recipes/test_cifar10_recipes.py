@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from modiff.config import Modulation
-from modiff.lit.evaluate import StudentCLI
-from modiff.lit.student import LitStudent
+from modiff.config.quant import Modulation
+from modiff.lit.commands.evaluate import StudentCLI
+from modiff.lit.modules.student import LitStudent
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -79,8 +79,8 @@ def test_arms_of_the_same_bits_differ_in_the_arm_only(built) -> None:
 def test_a_teacher_recipe_builds_a_network_of_its_size(name: str, millions: float) -> None:
     from lightning.pytorch import LightningModule
 
-    from modiff.lit.data import ImageDataModule
-    from modiff.lit.train import TrainCLI
+    from modiff.lit.commands.train import TrainCLI
+    from modiff.lit.data.modules import ImageDataModule
 
     with torch.random.fork_rng(devices=[]):
         args = ["--config", str(FOLDER / f"{name}.yaml"), "--trainer.precision", "32-true"]

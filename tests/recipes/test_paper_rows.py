@@ -17,15 +17,15 @@ import yaml
 
 import modiff
 from modiff.calibration import calibrate
-from modiff.config import QuantConfig
-from modiff.conversion import operators
-from modiff.lit.calibration import CalibrationConfig
+from modiff.config.quant import QuantConfig
 from modiff.lit.callbacks.calibration import draw
-from modiff.lit.cli import main
-from modiff.lit.conditions import SampleDataModule
-from modiff.lit.student import LitStudent
-from modiff.lit.student_cli import StudentCLI
-from modiff.teachers.schedulers import make_scheduler
+from modiff.lit.cli.calibration import CalibrationConfig
+from modiff.lit.cli.main import main
+from modiff.lit.cli.student import StudentCLI
+from modiff.lit.data.conditions import SampleDataModule
+from modiff.lit.modules.student import LitStudent
+from modiff.student.swap import operators
+from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import ZOO, TeacherSpec
 
 RECIPES = Path(__file__).parents[2] / "recipes"

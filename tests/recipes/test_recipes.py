@@ -12,7 +12,7 @@ import yaml
 from small_models import tiny_unet
 
 import modiff
-from modiff.config import QuantConfig
+from modiff.config.quant import QuantConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -27,7 +27,7 @@ IDS = {"ids": lambda path: str(path.relative_to(FOLDER))}
 
 def build(path: Path, *options: str):
     """The parsed and built command of a recipe of images."""
-    from modiff.lit.student_cli import StudentCLI
+    from modiff.lit.cli.student import StudentCLI
 
     return StudentCLI("evaluate", ["--config", str(path), *options])
 
@@ -59,7 +59,7 @@ def test_recipe_is_built_by_evaluate(path) -> None:
 
 @pytest.mark.parametrize("path", TRAINED, **IDS)
 def test_recipe_is_built_by_train(path) -> None:
-    from modiff.lit.train import make_cli
+    from modiff.lit.commands.train import make_cli
 
     cli = make_cli(["--config", str(path)])
     assert type(cli.model).__name__ in ("LitTeacher", "LitClassifier")
@@ -100,7 +100,7 @@ def test_calibrated_recipes_are_what_they_are_called(bits) -> None:
     "kind", ["qdiffusion", "gptq_modiff", pytest.param("qdiffusion_modiff", marks=pytest.mark.slow)]
 )
 def test_calibrated_recipe_runs_on_a_tiny_teacher(kind, tiny_teacher, tmp_path, monkeypatch, capsys) -> None:
-    from modiff.lit.cli import main
+    from modiff.lit.cli.main import main
 
     monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
     options = [
@@ -178,4 +178,4 @@ def test_dumped_recipe_is_the_same_recipe(path, tmp_path) -> None:
 def test_script_for_launchers_is_the_command(capsys) -> None:
     import runpy
 
-    assert runpy.run_path(str(FOLDER / "run.py"))["main"] is __import__("modiff.lit.cli").lit.cli.main
+    assert runpy.run_path(str(FOLDER / "run.py"))["main"] is __import__("modiff.lit.cli.main").lit.cli.main

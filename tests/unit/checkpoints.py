@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import modiff
-from modiff.config import QuantConfig
+from modiff.config.quant import QuantConfig
 from modiff.errors import CheckpointError
-from modiff.layers.slots import slots
+from modiff.student.tensors import slots
 
 
 class Denoiser(nn.Module):

@@ -9,8 +9,8 @@ from small_models import denoiser, noise
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.conversion import operators
-from modiff.layers.modulated import ModulatedOperator
+from modiff.operators.modulated import ModulatedOperator
+from modiff.student.swap import operators
 
 EVALUATIONS = 6
 FAST = CalibrationSettings(lsq_iterations=20, samples=64, batch_size=8, bins=256, stage_size=2)

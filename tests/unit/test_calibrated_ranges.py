@@ -11,13 +11,14 @@ from small_models import denoiser, drift, modulated, noise, run
 from torch import nn
 
 import modiff
-from modiff import Modulation, QuantConfig, QuantSpec, storage
-from modiff.conversion import convert, operators
+from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.errors import CalibrationError, CheckpointError, ConfigError, TrajectoryError
-from modiff.layers.quantized import QuantizedOperator
-from modiff.layers.reference import ReferenceOperator
+from modiff.operators.quantized import QuantizedOperator
+from modiff.operators.reference import ReferenceOperator
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of
-from modiff.storage import CONFIG
+from modiff.storage import folder as storage
+from modiff.storage.folder import CONFIG
+from modiff.student.swap import convert, operators
 
 LENGTH = 12
 OPERATORS = {

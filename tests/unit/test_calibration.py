@@ -9,11 +9,12 @@ from small_models import noise
 from torch import nn
 
 import modiff
-from modiff.calibration import CalibrationSettings, calibrate, front
-from modiff.calibration.samples import SampleStore
-from modiff.conversion import operators
+from modiff.calibration import CalibrationSettings, calibrate
+from modiff.calibration import calibrate as front
+from modiff.calibration.loop.samples import SampleStore
 from modiff.errors import CalibrationError, ConfigError
-from modiff.layers.modulated import ModulatedOperator
+from modiff.operators.modulated import ModulatedOperator
+from modiff.student.swap import operators
 
 DATA = ("gptq", "adaround", "brecq")
 

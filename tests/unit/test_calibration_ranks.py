@@ -11,14 +11,14 @@ from torch import distributed, multiprocessing, nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.reduction import Reducer, TorchReducer
-from modiff.calibration.samples import SampleStore
-from modiff.calibration.structure import shared_copy
-from modiff.calibration.tracing import Trace, merged
-from modiff.config import QuantConfig, QuantSpec
-from modiff.conversion import convert, operators
+from modiff.calibration.loop.capture import ClosedLoop
+from modiff.calibration.loop.reduction import Reducer, TorchReducer
+from modiff.calibration.loop.samples import SampleStore
+from modiff.calibration.loop.structure import shared_copy
+from modiff.calibration.loop.tracing import Trace, merged
+from modiff.config.quant import QuantConfig, QuantSpec
 from modiff.errors import CalibrationError
+from modiff.student.swap import convert, operators
 
 FAST = CalibrationSettings(
     iterations=6, tuning_iterations=2, evaluations=2, positions=200, samples=10, batch_size=4, stage_size=2

@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 
-from modiff.calibration.adaround import adaround, penalty_beta
-from modiff.calibration.gptq import gptq
-from modiff.calibration.moments import Moments
+from modiff.calibration.loop.moments import Moments
 from modiff.calibration.settings import CalibrationSettings
-from modiff.config import QuantSpec
+from modiff.calibration.weights.adaround import adaround, penalty_beta
+from modiff.calibration.weights.gptq import gptq
+from modiff.config.quant import QuantSpec
 from modiff.errors import CalibrationError, ConfigError
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import (

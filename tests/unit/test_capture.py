@@ -8,15 +8,15 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings
-from modiff.calibration import samples as samples_module
-from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.moments import input_vectors, output_vectors
+from modiff.calibration.loop import samples as samples_module
+from modiff.calibration.loop.capture import ClosedLoop
+from modiff.calibration.loop.moments import input_vectors, output_vectors
+from modiff.calibration.loop.samples import SampleStore
+from modiff.calibration.loop.structure import Structure, find_blocks, shared_copy
+from modiff.calibration.loop.tracing import Trace
 from modiff.calibration.planning import plan_stages
-from modiff.calibration.samples import SampleStore
-from modiff.calibration.structure import Structure, find_blocks, shared_copy
-from modiff.calibration.tracing import Trace
-from modiff.conversion import convert, operators
 from modiff.errors import CalibrationError
+from modiff.student.swap import convert, operators
 
 
 def loop(preset="w4a4-modiff", run=None, teacher=None):

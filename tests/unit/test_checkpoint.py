@@ -14,10 +14,10 @@ from small_models import tiny_unet
 from torch import nn
 
 import modiff
-from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
+from modiff.config.quant import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import CheckpointError, ConfigError, TrajectoryError
-from modiff.layers.slots import slots
-from modiff.storage import CONFIG, TENSORS
+from modiff.storage.folder import CONFIG, TENSORS
+from modiff.student.tensors import slots
 
 WEIGHTS = [QuantSpec(bits, "channel") for bits in range(2, 9)]
 WEIGHTS += [QuantSpec(bits, "group", symmetric=False, group_size=3) for bits in range(2, 9)]
@@ -296,11 +296,11 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, when, e
         raise error("disk full")
 
     if when == "tensors":
-        monkeypatch.setattr("modiff.storage.save_file", fail)
+        monkeypatch.setattr("modiff.storage.folder.save_file", fail)
     else:
         replace = os.replace
         monkeypatch.setattr(
-            "modiff.storage.os.replace",
+            "modiff.storage.folder.os.replace",
             lambda a, b: fail() if os.path.basename(b) == "ckpt" and not str(a).endswith(".old") else replace(a, b),
         )
     with pytest.raises(CheckpointError, match="cannot be written: disk full"):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import modiff
-from modiff.config import QuantConfig
+from modiff.config.quant import QuantConfig
 from modiff.errors import CheckpointError, ConfigError
-from modiff.storage import CONFIG, TENSORS
+from modiff.storage.folder import CONFIG, TENSORS
 
 
 def test_missing_and_foreign_directories_are_refused(tmp_path):
@@ -136,7 +136,9 @@ def test_other_networks_with_the_same_tensors_are_refused(tmp_path):
 def test_a_quantization_of_a_later_release_is_refused(tmp_path, monkeypatch):
     student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a4-ptq"))
     real = dataclasses.asdict
-    monkeypatch.setattr("modiff.checkpoint.dataclasses.asdict", lambda config: {**real(config), "sparsity": 0.5})
+    monkeypatch.setattr(
+        "modiff.student.checkpoint.dataclasses.asdict", lambda config: {**real(config), "sparsity": 0.5}
+    )
     modiff.save(student, tmp_path / "ckpt")
     refuses(tmp_path / "ckpt", "its quantization is not known to this release: QuantConfig has no field 'sparsity'")
 

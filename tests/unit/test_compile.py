@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 
 import modiff
 from modiff import compiling
-from modiff.config import Split
-from modiff.conversion import convert
+from modiff.config.quant import Split
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.layers import execution
+from modiff.operators import execution
+from modiff.student.swap import convert
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from torch import nn
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec, Rule
-from modiff.conversion import operators
 from modiff.errors import ConfigError
-from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.operators import find_adapter
-from modiff.layers.quantized import QuantizedOperator
+from modiff.operators.adapters import find_adapter
+from modiff.operators.modulated import ModulatedOperator
+from modiff.operators.quantized import QuantizedOperator
+from modiff.student.swap import operators
 
 BASE = QuantConfig.preset("w8a4-modiff")
 

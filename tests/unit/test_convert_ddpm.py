@@ -10,8 +10,8 @@ from originals import DDPM, randomize
 from safetensors.torch import save_file
 
 from modiff.errors import CheckpointError
-from modiff.teachers.checkpoints import read_checkpoint
-from modiff.teachers.convert_ddpm import convert_ddpm
+from modiff.teachers.convert.checkpoints import read_checkpoint
+from modiff.teachers.convert.ddpm import convert_ddpm
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from original_latents import DiT, LatentUNet, grid_embedding
 from originals import FirstStage, randomize
 
 from modiff.errors import CheckpointError
-from modiff.teachers.convert_dit import OriginalDiTTransformer2DModel, convert_dit
-from modiff.teachers.convert_first_stage import convert_first_stage
-from modiff.teachers.convert_ldm import FixedHeadsUNet2DModel, convert_ldm, convert_ldm_unet
+from modiff.teachers.convert.dit import OriginalDiTTransformer2DModel, convert_dit
+from modiff.teachers.convert.first_stage import convert_first_stage
+from modiff.teachers.convert.ldm import FixedHeadsUNet2DModel, convert_ldm, convert_ldm_unet
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([3, 977])

@@ -9,8 +9,8 @@ from torch import nn
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec, Rule
-from modiff.cost import warm_evaluations, weight_bytes
 from modiff.errors import ConfigError, TrajectoryError
+from modiff.student.cost import warm_evaluations, weight_bytes
 
 ARGS = noise(1, batch=2)[0]
 # Denoiser on 3x8x8 images: outputs x inputs of one output.

@@ -23,7 +23,7 @@ from modiff.metrics.features import (
     network_name,
 )
 from modiff.metrics.fidelity import FeatureStatistics, ImageFidelity, frechet_distance
-from modiff.metrics.neighbours import _squared_distances, precision_recall, priorities
+from modiff.metrics.precision_recall import _squared_distances, precision_recall, priorities
 
 D, S, K = 6, 5, 4
 

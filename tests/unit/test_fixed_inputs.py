@@ -9,7 +9,7 @@ import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.errors import TrajectoryError
 from modiff.kernels.select import IntegerProduct
-from modiff.layers.operators import LinearAdapter
+from modiff.operators.adapters import LinearAdapter
 
 
 class Prompted(nn.Module):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from modiff.teachers.schedulers import make_scheduler
+from modiff.teachers.sampling.schedulers import make_scheduler
 
 
 def test_levels_fall_evenly_from_one_and_end_at_zero() -> None:

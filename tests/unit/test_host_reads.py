@@ -12,9 +12,9 @@ from small_models import tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modiff
-from modiff.layers.state import trajectory
-from modiff.teachers.sampling import sample
-from modiff.teachers.schedulers import make_scheduler
+from modiff.teachers.sampling.loop import sample
+from modiff.teachers.sampling.schedulers import make_scheduler
+from modiff.trajectory.session import trajectory
 
 READS = {
     torch.ops.aten._local_scalar_dense.default,  # .item(), int(), bool(), `if tensor:`

@@ -155,7 +155,7 @@ def test_invariant_7_without_specs_the_student_equals_the_teacher(modulation):
 
 @pytest.mark.parametrize("modulation", [{}, {"error_compensation": False}, {"refresh_every": 3}, {"warmup": "refine"}])
 def test_invariant_7_with_an_identity_quantizer_the_student_equals_the_teacher(modulation, monkeypatch):
-    monkeypatch.setattr("modiff.layers.execution.encode_", identity)
+    monkeypatch.setattr("modiff.operators.execution.encode_", identity)
     model, inputs = denoiser().double(), noise(10, dtype=torch.float64)
     expected = [model(*args) for args in inputs]
     base = config(**modulation)

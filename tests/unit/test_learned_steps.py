@@ -9,11 +9,11 @@ from small_models import denoiser
 from torch import nn
 
 from modiff import QuantSpec
-from modiff.calibration import lsq
-from modiff.calibration.lsq import learned_quantize, quantizer_of
-from modiff.calibration.ranges import RangeCalibration
-from modiff.conversion import convert, operators
+from modiff.calibration.ranges import lsq
+from modiff.calibration.ranges.lsq import learned_quantize, quantizer_of
+from modiff.calibration.ranges.observe import RangeCalibration
 from modiff.quantizers.calibrated import CalibratedRange
+from modiff.student.swap import convert, operators
 
 
 def test_the_gradient_of_the_step_size_is_that_of_lsq():

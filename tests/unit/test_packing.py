@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modiff.config import QuantSpec
+from modiff.config.quant import QuantSpec
 from modiff.errors import CheckpointError
 from modiff.quantizers.packing import PackedWeight, pack_codes, packed_bytes, unpack_codes
 from modiff.quantizers.rounding import round_nearest

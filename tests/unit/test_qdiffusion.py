@@ -12,11 +12,11 @@ from torch import nn
 
 import modiff
 from modiff import QuantConfig, QuantSpec, Rule
-from modiff.config import Split
-from modiff.conversion import operators
+from modiff.config.quant import Split
 from modiff.errors import CheckpointError, ConfigError
-from modiff.teachers.checkpoints import read_checkpoint
-from modiff.teachers.qdiffusion import convert_qdiffusion
+from modiff.student.swap import operators
+from modiff.teachers.convert.checkpoints import read_checkpoint
+from modiff.teachers.convert.qdiffusion import convert_qdiffusion
 
 BITS = 4
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 from sampler_noise import SHAPE, start_noise, step_noise
 
 from modiff.errors import ConfigError
-from modiff.teachers.sampling import sample
-from modiff.teachers.schedulers import QuadraticDDIMScheduler, make_scheduler
+from modiff.teachers.sampling.loop import sample
+from modiff.teachers.sampling.schedulers import QuadraticDDIMScheduler, make_scheduler
 
 
 @pytest.fixture

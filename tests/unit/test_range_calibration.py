@@ -13,14 +13,14 @@ from torch import nn
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.calibration import calibrate
-from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.ranges import RangeCalibration, by_set, with_dynamic_ranges
-from modiff.calibration.reduction import Reducer
-from modiff.calibration.structure import shared_copy
-from modiff.conversion import convert, operators
+from modiff.calibration.loop.capture import ClosedLoop
+from modiff.calibration.loop.reduction import Reducer
+from modiff.calibration.loop.structure import shared_copy
+from modiff.calibration.ranges.observe import RangeCalibration, by_set, with_dynamic_ranges
 from modiff.errors import CalibrationError
-from modiff.layers.modulated import ModulatedOperator
+from modiff.operators.modulated import ModulatedOperator
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of
+from modiff.student.swap import convert, operators
 
 KINDS = ("minmax", "moving_average", "percentile", "lp", "lsq")
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration import ranges as ranges_module
+from modiff.calibration.ranges import observe as ranges_module
 from modiff.errors import CalibrationError, ConfigError
-from modiff.layers.modulated import ModulatedOperator
+from modiff.operators.modulated import ModulatedOperator
 
 
 def test_more_buckets_than_steps():

@@ -9,14 +9,14 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.migration import find_divisors, find_splits
-from modiff.calibration.reduction import Reducer
-from modiff.config import QuantConfig, QuantSpec, Rule, Split
-from modiff.conversion import convert, operators
+from modiff.calibration.loop.capture import ClosedLoop
+from modiff.calibration.loop.reduction import Reducer
+from modiff.calibration.prepare.inputs import find_divisors, find_splits
+from modiff.config.quant import QuantConfig, QuantSpec, Rule, Split
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.kernels import onednn
-from modiff.layers.rewrites import SplitOperator, rewrite, undo
+from modiff.operators.rewrites import SplitOperator, rewrite, undo
+from modiff.student.swap import convert, operators
 
 SETTINGS = CalibrationSettings(
     evaluations=2, positions=200, samples=8, batch_size=4, iterations=5, tuning_iterations=2, stage_size=4
@@ -201,7 +201,7 @@ def test_trap_6_scale_and_zero_point_of_one_half_in_the_other():
 
 
 def shared(model):
-    from modiff.calibration.structure import shared_copy
+    from modiff.calibration.loop.structure import shared_copy
 
     return shared_copy(model)
 

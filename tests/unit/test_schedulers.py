@@ -13,8 +13,8 @@ from small_models import tiny_unet
 
 import modiff
 from modiff.errors import ConfigError
-from modiff.teachers.sampling import sample, set_timesteps
-from modiff.teachers.schedulers import SAMPLERS, QuadraticDDIMScheduler, make_scheduler
+from modiff.teachers.sampling.loop import sample, set_timesteps
+from modiff.teachers.sampling.schedulers import SAMPLERS, QuadraticDDIMScheduler, make_scheduler
 
 STOCHASTIC = {"ddpm", "euler_ancestral"}
 # Evaluations of 5 steps. PNDM without skip_prk_steps starts with a Runge-Kutta phase of 12 evaluations for 3 steps, and

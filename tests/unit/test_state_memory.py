@@ -12,7 +12,7 @@ import modiff
 from modiff import Modulation, QuantConfig
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.kernels import stages
-from modiff.layers.modulated import ModulatedOperator
+from modiff.operators.modulated import ModulatedOperator
 
 DIET = {"state_dtype": "float16", "reconstruction_dtype": "int16"}
 

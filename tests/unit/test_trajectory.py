@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.errors import ModiffError, TrajectoryError
-from modiff.layers.reference import ReferenceOperator
+from modiff.operators.reference import ReferenceOperator
 
 ARGS = noise(1)[0]
 

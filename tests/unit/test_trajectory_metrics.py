@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.metrics.trajectory import PerceptualDistance, finite_mean, mean_psnr_db, psnr_db, relative_l2, ssim
+from modiff.metrics.pairwise import PerceptualDistance, finite_mean, mean_psnr_db, psnr_db, relative_l2, ssim
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_metrics_import_neither_lightning_nor_optional_extras():
     import subprocess
 
     code = (
-        "import sys, modiff.metrics.fidelity, modiff.metrics.trajectory;"
+        "import sys, modiff.metrics.fidelity, modiff.metrics.pairwise;"
         "print([m for m in ('lightning', 'torch_fidelity', 'torchvision', 'diffusers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

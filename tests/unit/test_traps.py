@@ -10,10 +10,10 @@ from small_models import noise, run, student
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
-from modiff.layers.caches import Trajectory
-from modiff.layers.modulated import ModulatedOperator
-from modiff.layers.state import ModulationState
+from modiff.operators.modulated import ModulatedOperator
 from modiff.quantizers.granularity import Partition
+from modiff.trajectory.cache import Trajectory
+from modiff.trajectory.session import ModulationState
 
 fails = pytest.raises(AssertionError)
 
@@ -142,7 +142,7 @@ def test_trap_4_granularities_are_named_by_what_keeps_its_own_scale():
 
 @pytest.mark.parametrize("wrong", [Partition(keep=(0,)), Partition(keep=(0, 1))])
 def test_trap_4_built_in_channel_that_is_per_image(monkeypatch, wrong):
-    from modiff.layers import quantized
+    from modiff.operators import quantized
     from modiff.quantizers import granularity
 
     right = granularity.activation_partition
@@ -201,7 +201,7 @@ def test_trap_12_no_inference_tensors_are_kept_as_state():
 
 
 def test_trap_12_built_in_inference_tensors_as_state(monkeypatch):
-    monkeypatch.setattr("modiff.layers.modulated.dense_like", lambda x, dtype: torch.empty_like(x, dtype=dtype))
+    monkeypatch.setattr("modiff.operators.modulated.dense_like", lambda x, dtype: torch.empty_like(x, dtype=dtype))
     with pytest.raises((AssertionError, RuntimeError), match="assert|[Ii]nference"):
         check_state_outlives_inference_mode()
 

@@ -9,13 +9,13 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration.capture import ClosedLoop
-from modiff.calibration.samples import SampleStore
-from modiff.calibration.structure import shared_copy
-from modiff.calibration.tuning import first_tensor, record_outputs, tune
-from modiff.conversion import convert, operators
+from modiff.calibration.loop.capture import ClosedLoop
+from modiff.calibration.loop.samples import SampleStore
+from modiff.calibration.loop.structure import shared_copy
+from modiff.calibration.weights.tuning import first_tensor, record_outputs, tune
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.quantizers.packing import PackedWeight
+from modiff.student.swap import convert, operators
 
 SETTINGS = CalibrationSettings(evaluations=3, samples=24, batch_size=16, tuning_iterations=150, tuning_rate=0.01)
 FAST = dataclasses.replace(SETTINGS, tuning_iterations=5, positions=200)

@@ -9,10 +9,10 @@ import psutil
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from modiff.cost import cost
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.layers.state import Trajectory, trajectory
-from modiff.lit.student import LitStudent
+from modiff.lit.modules.student import LitStudent
+from modiff.student.cost import cost
+from modiff.trajectory.session import Trajectory, trajectory
 
 
 class ActivationCache(Callback):

@@ -15,18 +15,18 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from modiff.calibration import calibrate
-from modiff.calibration.ranges import with_dynamic_ranges
-from modiff.calibration.reduction import Reducer, TorchReducer
-from modiff.checkpoint import load, save
-from modiff.conversion import quantize
+from modiff.calibration.loop.reduction import Reducer, TorchReducer
+from modiff.calibration.ranges.observe import with_dynamic_ranges
 from modiff.errors import CalibrationError, CheckpointError
-from modiff.layers.state import trajectory
-from modiff.lit.calibration import NOISE_STREAM, CalibrationConfig, cache_folder, calibration_key, locked
 from modiff.lit.callbacks.activation_cache import refuse_overflow, state_of_one_image
 from modiff.lit.callbacks.progress import duration
-from modiff.lit.running import rank_zero
-from modiff.lit.student import LitStudent
-from modiff.teachers.noise import indexed_noise
+from modiff.lit.cli.calibration import NOISE_STREAM, CalibrationConfig, cache_folder, calibration_key, locked
+from modiff.lit.modules.student import LitStudent
+from modiff.lit.runs.running import rank_zero
+from modiff.student.checkpoint import load, save
+from modiff.student.swap import quantize
+from modiff.teachers.sampling.noise import indexed_noise
+from modiff.trajectory.session import trajectory
 
 
 class Calibration(Callback):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from modiff.cost import cost
-from modiff.layers.state import trajectory
-from modiff.lit.student import LitStudent
+from modiff.lit.modules.student import LitStudent
+from modiff.student.cost import cost
+from modiff.trajectory.session import trajectory
 
 
 class Cost(Callback):

@@ -11,13 +11,13 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from modiff.errors import ConfigError
-from modiff.lit.reference import ReferenceImages, is_statistics, network_identity
-from modiff.lit.similarity import Similarity
-from modiff.lit.student import LitStudent, to_unit_range
+from modiff.lit.callbacks.similarity import Similarity
+from modiff.lit.data.reference import ReferenceImages, is_statistics, network_identity
+from modiff.lit.modules.student import LitStudent, to_unit_range
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
+from modiff.metrics.pairwise import psnr_db, relative_l2
 from modiff.metrics.statistics import FeatureStatistics
-from modiff.metrics.trajectory import psnr_db, relative_l2
 
 DISTANCES = ("teacher.fid", "student.fid", "student.fid_to_teacher")
 NO_FEATURES = "the teacher has no feature network; give model.features"
@@ -35,7 +35,7 @@ class Fidelity(Callback):
             are measured once; None: no distance to real images.
         image_shape: ``(C, H, W)`` of the images, on which the network is tried.
         prompted: Whether the teacher draws from prompts.
-        clip: CLIP model, as for :class:`modiff.lit.similarity.Similarity`.
+        clip: CLIP model, as for :class:`modiff.lit.callbacks.similarity.Similarity`.
 
     Raises:
         ConfigError: ``reference`` without ``features``, or of another network; ``clip`` without its extra or prompts.

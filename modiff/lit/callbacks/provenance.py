@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import modiff
-from modiff.lit.rundir import digest
+from modiff.lit.runs.directory import digest
 
 
 class Provenance(Callback):

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modiff.errors import ModiffError
-from modiff.lit.pictures import image_grid, save_picture, to_pixels
-from modiff.lit.rundir import atomic_write
-from modiff.lit.store import BatchStore
-from modiff.lit.student import LitStudent, to_unit_range
+from modiff.lit.modules.student import LitStudent, to_unit_range
+from modiff.lit.report.pictures import image_grid, save_picture, to_pixels
+from modiff.lit.runs.batches import BatchStore
+from modiff.lit.runs.directory import atomic_write
 
 
 class Samples(Callback):

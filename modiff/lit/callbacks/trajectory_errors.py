@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from modiff.conversion import describe
-from modiff.layers.state import trajectory
-from modiff.lit.student import LitStudent
+from modiff.lit.modules.student import LitStudent
+from modiff.student.swap import describe
 from modiff.teachers.families import first_tensor
+from modiff.trajectory.session import trajectory
 
 
 class TrajectoryErrors(Callback):

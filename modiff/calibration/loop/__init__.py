@@ -1,0 +1,1 @@
+"""Closed-loop runs of a student, and what is recorded of them."""

@@ -1,0 +1,1 @@
+"""What is done before weights are rounded: splits, divisors of channels."""

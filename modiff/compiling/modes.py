@@ -1,0 +1,161 @@
+"""``modiff.compile``: the parts of a student that ``torch.compile`` makes faster."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from modiff.compiling.regions import CompiledForward, Regions
+from modiff.errors import ConfigError
+from modiff.kernels import stages
+from modiff.operators import execution
+from modiff.operators.execution import CompiledStages
+from modiff.operators.quantized import QuantizedOperator
+from modiff.operators.rewrites import RewrittenOperator
+from modiff.student.swap import operators
+from modiff.trajectory.session import state_of
+
+log = logging.getLogger("modiff")
+
+Mode = Literal["auto", "stages", "blocks", "whole"]
+MODES = ("auto", "stages", "blocks", "whole")
+RECOMPILES = 64
+"""Graphs that one stage may have: dtypes, layouts, kinds of scales; PyTorch would fall back to eager after 8."""
+
+
+def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001 (modiff.compile)
+    """Compile a student, in place; it is compiled when it is first called.
+
+    ``stages``: only the element-wise stages around each product (difference, range, codes, reconstruction; scale and
+    add), once for all operators and shapes: seconds. ``blocks``: each repeated block of the denoiser. ``whole``: the
+    denoiser as one graph (``fullgraph=True`` where it allows that). In the last two the first evaluation of a
+    trajectory and refreshes run eagerly; all others share one graph for each shape. ``auto`` takes ``stages``, the
+    fastest of the three where they were measured, compile time left aside or not (``benchmarks/cpu.md``).
+
+    Where no C++ compiler is installed (on the CPU), one line says so and the student stays as it is.
+
+    Args:
+        student: What :func:`modiff.quantize` or :func:`modiff.load` returned.
+        mode: See above. Another mode replaces an earlier one.
+
+    Returns:
+        The same student.
+
+    Raises:
+        ConfigError: The mode is unknown, the denoiser has no repeated blocks, or its offloading would be lost.
+        TrajectoryError: The module is not a student, or a trajectory is open.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode is {mode!r}; allowed are {', '.join(MODES)}.")
+    state = state_of(student)
+    state.refuse_inside("compiled")
+    modules = [] if mode in ("auto", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    if any("_hf_hook" in vars(module) for module in modules):
+        raise ConfigError(
+            f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "
+            "take its place. Compile before enable_model_cpu_offload, or use mode 'stages'."
+        )
+    uncompile(student)
+    missing = _missing_compiler(student)
+    if missing:
+        log.warning("modiff.compile: %s, so the student runs eagerly. Install one, such as g++.", missing)
+        return student
+    # Operators outside of the graphs, and evaluations that run eagerly, use the stages.
+    state.stages = compiled_stages()
+    if modules:
+        state.regions = Regions(modules, operators(student))
+        for module in modules:
+            module.forward = CompiledForward(module, state.regions, _Graph)  # type: ignore[method-assign, assignment]
+    return student
+
+
+def uncompile(student: nn.Module) -> nn.Module:
+    """Have a student run eagerly again; the inverse of :func:`compile`.
+
+    Raises:
+        TrajectoryError: The module is not a student, or a trajectory is open.
+    """
+    state = state_of(student)
+    state.refuse_inside("compiled")
+    if state.regions is not None:
+        state.regions.undo()
+    state.regions = state.stages = None
+    return student
+
+
+@functools.cache
+def compiled_stages() -> CompiledStages:
+    """The two stages, compiled once for all students of the process."""
+    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": RECOMPILES}
+    return CompiledStages(torch.compile(execution.encode_into, **options), torch.compile(stages.accumulate, **options))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Modules of a class that occurs at least twice, each holding several quantized operators and no other such module.
+
+    Where the model names its repeated blocks itself (``_repeated_blocks``, as diffusers' do), those.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    named = set(getattr(model, "_repeated_blocks", None) or ())
+    held = {m: sum(isinstance(x, QuantizedOperator) for x in m.modules()) for m in model.modules() if m is not model}
+    usual = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    # The halves of one operator belong to the block around it.
+    several = [m for m, count in held.items() if count > 1 and not isinstance(m, (*usual, RewrittenOperator))]
+    if named:
+        several = [m for m in several if type(m).__name__ in named]
+    counts = Counter(type(m) for m in several)
+    found = [m for m in several if counts[type(m)] > 1]
+    found = [m for m in found if not any(other is not m and _contains(m, other) for other in found)]
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no repeated blocks: no class of modules with several operators occurs twice. "
+            "Use mode 'stages' or 'whole'."
+        )
+    return found
+
+
+def _contains(module: nn.Module, other: nn.Module) -> bool:
+    return any(m is other for m in module.modules())
+
+
+class _Graph:
+    """A function compiled as one graph; where it does not allow that, in several, which one line says."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.compiled = torch.compile(function, fullgraph=True, dynamic=False, recompile_limit=RECOMPILES)
+        self.full = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.Unsupported as error:
+            if not self.full:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            log.warning("modiff.compile: not one graph (%s); compiled in parts.", reason)
+            self.full = False
+            self.compiled = torch.compile(self.function, dynamic=False, recompile_limit=RECOMPILES)
+            return self.compiled(*args, **kwargs)
+
+
+def _missing_compiler(student: nn.Module) -> str | None:
+    """What is missing for ``torch.compile`` on the student's device; None where it can run."""
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    if device.type != "cpu":
+        return None
+    from torch._inductor import cpp_builder, exc  # importing it takes a second
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError, OSError):
+        return "no C++ compiler is installed"
+    return None

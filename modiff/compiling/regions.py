@@ -1,0 +1,162 @@
+"""Parts of a student that run compiled: what they may not do inside a graph is done here, around each evaluation."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff.operators.modulated import ModulatedOperator
+from modiff.operators.quantized import QuantizedOperator
+from modiff.trajectory.cache import Context
+
+if TYPE_CHECKING:
+    from modiff.trajectory.session import ModulationState
+
+
+class Regions:
+    """The compiled modules of a student, and the operators inside them.
+
+    The first evaluation of a trajectory, refreshes, and evaluations whose arguments have another shape run eagerly:
+    they allocate, and raise what there is to raise. All others find their state here and run in the graph, one for
+    each shape.
+
+    Args:
+        modules: What is compiled: the student itself, or its repeated blocks.
+        operators: All quantized operators of the student by name.
+    """
+
+    def __init__(self, modules: list[nn.Module], operators: Mapping[str, QuantizedOperator]) -> None:
+        inside = {id(m) for module in modules for m in module.modules()}
+        self.modules = modules
+        self.operators = {name: op for name, op in operators.items() if id(op) in inside}
+        self.ready = False
+
+    def prepare(self, state: ModulationState, tensors: list[Tensor]) -> None:
+        """Before an evaluation: decide whether the graphs may run, and give their operators the state.
+
+        Args:
+            state: Of the student.
+            tensors: Those among the arguments of the denoiser.
+        """
+        self.ready = False
+        run = state.trajectory
+        shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        if run is None:
+            self.ready = all(_runs_alone(op) for op in self.operators.values())
+            here = Context("")
+        else:
+            here = run.current
+            if here.total == 0:
+                here.shapes = shapes
+                return
+            self.ready = shapes == here.shapes and all(self._has_state(op, here) for op in self.operators.values())
+        if self.ready:
+            for name, operator in self.operators.items():
+                self._give(operator, here.caches.get(name, []), tensors)
+
+    def finish(self, state: ModulationState, calls: dict[str, int], quantized: list[int]) -> None:
+        """After an evaluation: count what ran in the graphs."""
+        run = state.trajectory
+        if not self.ready or run is None:
+            return
+        for name, operator in self.operators.items():
+            region = operator.region
+            if isinstance(operator, ModulatedOperator):
+                calls[name] = region.call
+                skipped = sum(region.constant)
+                if skipped:
+                    run.current.unchanged[name] = run.current.unchanged.get(name, 0) + skipped
+            if operator.activation_spec is not None:
+                quantized[0] += 1
+                quantized[1] += 1
+            for cache in region.caches:
+                cache.traced = None
+            region.caches = []
+
+    def release(self) -> None:
+        """Let go of the state of a trajectory that ended."""
+        self.ready = False
+        for operator in self.operators.values():
+            operator.region.caches = []
+
+    def undo(self) -> None:
+        """Put the eager forwards back; accelerate's offloading, which came after, stays around them."""
+        for module in self.modules:
+            inner = vars(module).get("_old_forward")
+            if isinstance(inner, CompiledForward):
+                module._old_forward = inner.eager  # type: ignore[assignment]
+            else:
+                vars(module).pop("forward", None)
+
+    def _has_state(self, operator: QuantizedOperator, here: Context) -> bool:
+        if operator.activation_spec is not None and operator.region.shape is None:
+            return False
+        if not isinstance(operator, ModulatedOperator):
+            return True
+        caches = here.caches.get(operator.name, [])
+        expected = (here.calls or {}).get(operator.name, 0)
+        # A leader outside of the graphs gives its codes to eager operators only.
+        led = all(cache.leader is None or self._holds(cache.leader, here) for cache in caches)
+        leads = all(not cache.followers or self._all_inside(cache, here) for cache in caches)
+        return expected == len(caches) > 0 and led and leads and not operator.refreshes()
+
+    def _holds(self, leader: Any, here: Context) -> bool:
+        return any(leader is cache for name in self.operators for cache in here.caches.get(name, []))
+
+    def _all_inside(self, leader: Any, here: Context) -> bool:
+        outside = (cache for name, caches in here.caches.items() if name not in self.operators for cache in caches)
+        return all(cache.leader is not leader for cache in outside)
+
+    def _give(self, operator: QuantizedOperator, caches: list[Any], tensors: list[Tensor]) -> None:
+        region = operator.region
+        region.call, region.caches = 0, caches
+        region.constant = tuple(
+            cache.source is not None and any(cache.source.matches(t) for t in tensors) for cache in caches
+        )
+        for cache, constant in zip(caches, region.constant, strict=True):
+            cache.traced = None
+            cache.source = cache.source if constant else None
+        region.fixed = None
+        if operator.calibrated is not None:
+            assert region.shape is not None
+            region.fixed = operator.calibrated_scale(torch.empty(region.shape, device="meta"))
+
+
+class CompiledForward:
+    """Stands for the ``forward`` of a compiled module: the graph where it may run, else the module's own.
+
+    A copy or pickle of the module gets its own forward back: it is not compiled.
+
+    Args:
+        module: The module.
+        regions: Says whether the graph may run.
+        compile_: Compiles a function.
+    """
+
+    def __init__(
+        self, module: nn.Module, regions: Regions, compile_: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        self.eager: Callable[..., Any] = types.MethodType(type(module).forward, module)
+        self.module = module
+        self.regions = regions
+        self.compiled = compile_(self.eager)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        if not self.regions.ready or torch.compiler.is_compiling():
+            return self.eager(*args, **kwargs)
+        return self.compiled(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.MethodType, (type(self.module).forward, self.module)
+
+
+def _runs_alone(operator: QuantizedOperator) -> bool:
+    """Whether an operator may run in a graph outside a trajectory."""
+    if isinstance(operator, ModulatedOperator) or (operator.calibrated is not None and operator.calibrated.buckets > 1):
+        return False
+    return operator.activation_spec is None or operator.region.shape is not None

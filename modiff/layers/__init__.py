@@ -1,1 +1,0 @@
-"""Quantized operators and their state."""

@@ -1,0 +1,1 @@
+"""The ``modiff`` command: options, parsing, errors in plain words."""

@@ -1,0 +1,148 @@
+"""What the commands on LightningCLI share: options, errors, the output directory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, Namespace
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from modiff.errors import ConfigError
+from modiff.lit.callbacks.progress import progress_bar
+from modiff.lit.cli.errors import plain_error
+from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.launchers import check_world_size
+
+FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
+
+
+class ModiffCLI(LightningCLI):
+    """LightningCLI with the options every modiff command has; it parses and builds, the command runs."""
+
+    def __init__(self, command: str, args: Sequence[str], **kwargs: Any) -> None:
+        self.command = command
+        self.raw_args = list(args)
+        self.callbacks: list[Any] = []
+        quiet()
+        kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
+            warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
+            super().__init__(
+                run=False,
+                args=self.raw_args,
+                save_config_callback=None,
+                trainer_defaults={**FIXED_TRAINER, "enable_model_summary": False},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                **kwargs,
+            )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The shared options."""
+        parser.add_argument("--output", type=str | None, default=None, help="Directory; default runs/<recipe>.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Replace another run in --output.")
+        parser.add_argument("--num_images", type=int | None, default=None, help="Images to draw.")
+        parser.add_argument("--ckpt", type=str | None, default=None, help="Checkpoint to start from.")
+        parser.add_argument("--seed", type=int, default=0, help="Image i depends on the seed and on i only.")
+        parser.add_argument(
+            "--wandb",
+            type=Literal["auto", "online", "offline", "disabled"],
+            default="auto",
+            help="Weights & Biases; auto: online with credentials, else offline.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a wrong field is said once, plainly."""
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(plain_error(error, parser)) from error
+        for key, value in FIXED_TRAINER.items():
+            if self.config.trainer[key] != value:
+                raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
+        if not 0 <= self.config.seed < 2**32:
+            raise ConfigError(f"seed is {self.config.seed}; allowed are whole numbers, 0 to {2**32 - 1}.")
+        check_world_size(self.config.trainer)
+
+    def instantiate_classes(self) -> None:
+        """Build; fields that only their class can check are refused here, as plainly."""
+        try:
+            super().instantiate_classes()
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ConfigError(plain_error(error)) from error
+
+    def _set_seed(self) -> None:
+        seed_everything(self.config.seed, workers=True, verbose=False)
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe: its path below ``recipes/`` without the ending, else its stem."""
+        files = self.config.get("config") or []
+        return recipe_name(str(files[0])) if files else self.command
+
+    def output_directory(self, identity: dict[str, Any]) -> RunDirectory:
+        """The run's directory, refused when it holds another run."""
+        path = Path(self.config.output or Path("runs") / self.recipe)
+        return RunDirectory(path, {"command": self.command, **identity}, self.config.overwrite)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Built later by :meth:`make_trainer`, when the output directory is known."""
+        return None  # type: ignore[return-value]
+
+    def make_trainer(self, callbacks: list[Any], **kwargs: Any) -> Trainer:
+        """The Trainer of the recipe with our callbacks first; kwargs fill what the recipe left unset.
+
+        Raises:
+            ConfigError: Lightning refuses its arguments.
+        """
+        config = dict(self.config_init.trainer)
+        given = config.pop("callbacks") or []
+        config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
+        if config.get("enable_progress_bar") is not False:
+            config["callbacks"].insert(0, progress_bar())
+        for key, value in kwargs.items():
+            if config.get(key) is None:
+                config[key] = value
+        try:
+            return Trainer(**config)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
+
+    def dump(self) -> str:
+        """The full recipe as YAML, nulls kept."""
+        config = Namespace(self.config)
+        config.pop("config", None)
+        return self.parser.dump(config, skip_unset=False, skip_validation=True)
+
+
+def quiet() -> None:
+    """Silence advertisements, device lists and warnings of Lightning that nobody here can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
+
+
+def recipe_name(path: str) -> str:
+    """Name of a recipe file.
+
+    >>> recipe_name("recipes/mnist/w8a4_ptq.yaml"), recipe_name("/tmp/mine.yaml")
+    ('mnist/w8a4_ptq', 'mine')
+    """
+    file = Path(path)
+    parts = file.with_suffix("").parts
+    if "recipes" in parts[:-1]:
+        below = len(parts) - 1 - parts[::-1].index("recipes")
+        return "/".join(parts[below + 1 :])
+    return file.stem

@@ -1,0 +1,87 @@
+"""The ``modiff`` command: a light front door, so that ``modiff --help`` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from modiff.errors import ModiffError
+
+COMMANDS = {
+    "evaluate": (
+        "modiff.lit.commands.evaluate",
+        "teacher against student from the same noise: metrics, pictures, report",
+    ),
+    "compare": (
+        "modiff.lit.commands.compare",
+        "several recipes against the same teacher images: one table, one picture",
+    ),
+    "bench": (
+        "modiff.lit.commands.bench",
+        "teacher against students: time by stage, compilation, memory; eager and compiled",
+    ),
+    "quantize": ("modiff.lit.commands.quantize", "calibrate the student of a recipe and pack it into a folder"),
+    "sample": (
+        "modiff.lit.commands.evaluate",
+        "draw images with the student, or without quantization with the teacher",
+    ),
+    "train": ("modiff.lit.commands.train", "train a small teacher, or the classifier that measures its images"),
+    "statistics": (
+        "modiff.lit.commands.statistics",
+        "feature statistics of real images, the reference of a Fréchet distance",
+    ),
+}
+
+
+def help_text() -> str:
+    """The text of ``modiff --help``."""
+    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: modiff COMMAND --config RECIPE.yaml [--FIELD VALUE ...]
+
+Quantize diffusion models without training, and measure what it costs.
+
+commands:
+{rows}
+
+Every field of a recipe can be overridden by its dotted name:
+  modiff evaluate --config recipes/mnist/w8a4_modiff.yaml --model.config.activation.bits 3 --num_images 256
+  modiff compare recipes/mnist/w8a4_ptq.yaml recipes/mnist/w8a4_modiff.yaml
+  modiff evaluate --help              all fields of a command
+  modiff evaluate --config RECIPE.yaml --print_config    the recipe with every default filled in
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 refused or failed, 2 wrong usage, 130 interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"modiff {version('modiff')}")
+        return 0
+    command, *rest = args
+    if command not in COMMANDS:
+        print(f"modiff: unknown command {command!r}; allowed are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[command][0])
+    try:
+        return int(getattr(module, command)(rest) or 0)
+    except ModiffError as error:
+        print(f"modiff {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"modiff {command}: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"modiff {command}: {os.strerror(error.errno) if error.errno else error}{where}.", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The options and the parsing of the commands that draw images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from modiff.errors import CalibrationError, CheckpointError, ConfigError
+from modiff.lit.cli.base import ModiffCLI
+from modiff.lit.cli.quantization import resolve_quantization
+from modiff.lit.data.conditions import SampleDataModule
+from modiff.lit.modules.student import LitStudent
+from modiff.lit.runs.directory import digest
+from modiff.storage.folder import read_manifest
+from modiff.teachers.zoo import ZOO
+
+
+class StudentCLI(ModiffCLI):
+    """The commands that draw images: a LitStudent and a SampleDataModule."""
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        super().__init__(command, args, model_class=LitStudent, datamodule_class=SampleDataModule)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of drawing only."""
+        parser.add_argument("--save_images", type=bool, default=False, help="Write every image as a PNG file.")
+        parser.add_argument("--sample_count", type=int, default=24, help="Samples in samples.png.")
+        parser.add_argument("--error_images", type=int, default=4, help="Samples for the error curves; 0: none.")
+        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of the timing; 0: none.")
+        if self.command == "quantize":
+            parser.add_argument(
+                "--remainder_dtype",
+                type=Literal["float32", "float16", "bfloat16"] | None,
+                default=None,
+                help="Of what is not quantized, in the file; None: as it is. Narrower ones lose bits.",
+            )
+        parser.link_arguments("num_images", "data.num_images")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Resolve the quantization first: ``--model.config.FIELD`` overrides a field of the preset too."""
+        if any(str(arg).endswith(".help") for arg in args):
+            super().parse_arguments(parser, args)  # prints it and exits
+        rest, quantization, calibration = resolve_quantization(args)
+        # The last option wins over the recipes, which jsonargparse reads as well.
+        rest += ["--model.preset=null", f"--model.config={json.dumps(quantization)}"]
+        rest += [f"--model.calibration={json.dumps(calibration)}"]
+        super().parse_arguments(parser, rest)
+        if self.config.ckpt is not None:
+            self._check_checkpoint(Path(self.config.ckpt), quantization, calibration)
+        self._fill_in_teacher_defaults()
+
+    def _check_checkpoint(self, path: Path, quantization: Any, calibration: Any) -> None:
+        """A recipe may come with the checkpoint that was made by it, and with no other."""
+        if quantization is None and calibration is None:
+            return
+        manifest = read_manifest(path)
+        if quantization is not None and manifest["quant_config"] != json.loads(json.dumps(quantization)):
+            raise ConfigError(
+                f"--ckpt {path} holds a quantization of its own, but the recipe gives another one. Add "
+                "--model.preset null (and --model.config null), or remove --ckpt."
+            )
+        made = (manifest.get("origin") or {}).get("calibration")
+        if calibration is None or made == (wanted := json.loads(json.dumps(calibration))):
+            return
+        how = "without calibration"
+        if made is not None:
+            field = next((key for key in wanted if made.get(key) != wanted[key]), "set of fields")
+            how = f"by another calibration than the recipe's ({field} is {made.get(field)!r})"
+        raise CalibrationError(
+            f"--ckpt {path} was made {how}. Make it with this recipe by modiff quantize, add --model.calibration null, "
+            "or remove --ckpt."
+        )
+
+    def _fill_in_teacher_defaults(self) -> None:
+        """Write what the zoo decides into the recipe, so that the saved one says it."""
+        model = self.config.model
+        entry = ZOO.get(model.teacher.name)
+        for key in ("scheduler", "steps", "guidance"):
+            if entry is not None and model[key] is None:
+                model[key] = getattr(entry, key)
+
+    def instantiate_classes(self) -> None:
+        """Build; the student comes from ``--ckpt`` where that is given."""
+        super().instantiate_classes()
+        self.model.ckpt = self.config.ckpt
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the same run: everything that the images and figures depend on."""
+        config = self.config
+        return {
+            "model": plain_values(config.model),
+            "num_images": self.num_images,
+            "batch_size": config.data.batch_size,
+            "seed": config.seed,
+            "precision": config.trainer.precision,
+            "ckpt": None if config.ckpt is None else checkpoint_digest(Path(config.ckpt)),
+            **self.datamodule.identity(),
+        }
+
+    @property
+    def num_images(self) -> int:
+        """Images to keep."""
+        return int(self.datamodule.num_images)
+
+
+def plain_values(value: Any) -> Any:
+    """A parsed config as plain containers; ``Namespace.as_dict`` leaves those inside lists (rules) as they are."""
+    if isinstance(value, Namespace):
+        return {key: plain_values(item) for key, item in value.as_dict().items()}
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items()}
+    return [plain_values(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Content hash of a packed student, which names the hash of its weights.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    manifest = folder / "config.json"
+    if not manifest.is_file():
+        raise CheckpointError(f"--ckpt {folder} holds no config.json. Give a folder that `modiff quantize` wrote.")
+    return digest(manifest.read_text())

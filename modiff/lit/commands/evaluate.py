@@ -1,0 +1,126 @@
+"""``modiff evaluate`` and ``modiff sample``: from a recipe to images, metrics and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+
+from modiff.errors import ConfigError
+from modiff.lit.callbacks.activation_cache import ActivationCache
+from modiff.lit.callbacks.calibration import Calibration
+from modiff.lit.callbacks.costs import Cost
+from modiff.lit.callbacks.fidelity import Fidelity
+from modiff.lit.callbacks.provenance import Provenance
+from modiff.lit.callbacks.samples import Samples
+from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
+from modiff.lit.cli.student import StudentCLI
+from modiff.lit.modules.student import LitStudent
+from modiff.lit.runs.batches import BatchStore
+from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.runs.running import interruptible, rank_zero
+from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
+from modiff.lit.runs.writer import Writer
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """``modiff evaluate``."""
+    cli = StudentCLI("evaluate", args)
+    evaluate_recipe(cli)
+    return 0
+
+
+def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: str | None = None) -> dict[str, Any]:
+    """Evaluate one recipe into its directory; returns the content of ``metrics.json``.
+
+    Args:
+        cli: The parsed recipe.
+        teacher_images: Folder in which recipes of one comparison share the teacher's images.
+        group: Of the W&B run.
+
+    Raises:
+        ConfigError: Nothing is quantized, or the directory holds another run.
+    """
+    if cli.model.config is None and cli.config.ckpt is None:
+        raise ConfigError(
+            "Nothing is quantized: give --model.preset, for example w8a4-modiff, --model.config or --ckpt. "
+            "`modiff sample` draws with the teacher alone."
+        )
+    cli.model.configure_model()
+    run = cli.output_directory(cli.identity())
+    if run.complete and run.resumed:
+        rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
+        return json.loads((run.path / "metrics.json").read_text())
+    fidelity = Fidelity.of(cli.model)
+    module = prepare(cli, run)
+    module.teacher_store = BatchStore(teacher_images) if teacher_images else None
+    logger = make_wandb_logger(cli.config.wandb, run.path, cli.recipe, cli.identity(), group)
+    writer = Writer(cli, run, logger)
+    config = cli.config
+    callbacks = [
+        Calibration(),
+        ActivationCache(),
+        Provenance(cli.recipe, cli.identity(), config.seed),
+        fidelity,
+        TrajectoryErrors(config.error_images),
+        Cost(config.timing_rounds),
+        Samples(run.path, config.sample_count, config.save_images),
+    ]
+    trainer = cli.make_trainer(
+        callbacks,
+        logger=[CSVLogger(run.path, name="", version="logs"), *([logger] if logger else [])],
+        default_root_dir=run.path,
+    )
+    start = time.perf_counter()
+    try:
+        interruptible(run, trainer, lambda: trainer.test(module, datamodule=cli.datamodule, verbose=False))
+        if trainer.is_global_zero:
+            writer.write(trainer, module, time.perf_counter() - start)
+    finally:
+        finish_wandb(logger)
+    trainer.strategy.barrier("written")
+    return json.loads((run.path / "metrics.json").read_text())
+
+
+def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
+    """Build the student first, so that a wrong recipe leaves no trace; then claim the directory."""
+    module: LitStudent = cli.model
+    module.seed = cli.config.seed
+    module.conditions = cli.datamodule.conditions
+    module.configure_model()
+    rank_zero(run.claim, cli.recipe)
+    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
+    module.store = BatchStore(run.path / "partial")
+    return module
+
+
+def sample(args: Sequence[str]) -> int:
+    """``modiff sample``: images only; with no quantization, the teacher's."""
+    cli = StudentCLI("sample", args)
+    cli.model.configure_model()
+    run = cli.output_directory(cli.identity())
+    if run.complete and run.resumed:
+        rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
+        return 0
+    module = prepare(cli, run)
+    config = cli.config
+    callbacks = [
+        Calibration(),
+        ActivationCache(),
+        Provenance(cli.recipe, cli.identity(), config.seed),
+        Samples(run.path, config.sample_count, save_images=True),
+    ]
+    trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
+    interruptible(run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
+    if trainer.is_global_zero:
+        facts = {"num_images": cli.num_images, "seed": config.seed, **module.results}
+        write_json(run.path / "sample.json", facts)
+        run.mark("complete")
+        shutil.rmtree(run.path / "partial", ignore_errors=True)
+        print(f"{cli.num_images} images in {run.path / 'images'}; a grid in {run.path / 'samples.png'}.")
+    return 0

@@ -1,0 +1,1 @@
+"""Data modules: images, noise by index, conditions, reference images."""

@@ -1,0 +1,1 @@
+"""Lightning modules: the full-precision teacher and the quantized student."""

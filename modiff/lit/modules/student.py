@@ -1,0 +1,334 @@
+"""The Lightning module of a quantized student beside its full-precision teacher."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from modiff.calibration.loop.tracing import fingerprint
+from modiff.compiling.modes import compile as compile_student
+from modiff.config.quant import QuantConfig
+from modiff.errors import CalibrationError, ConfigError
+from modiff.lit.cli.calibration import CalibrationConfig
+from modiff.lit.runs.batches import BatchStore
+from modiff.storage.folder import read_manifest
+from modiff.student.checkpoint import load
+from modiff.student.swap import operators, quantize
+from modiff.student.tensors import slots
+from modiff.teachers.sampling.loop import sample, set_timesteps
+from modiff.teachers.sampling.noise import indexed_noise
+from modiff.teachers.sampling.schedulers import make_scheduler
+from modiff.teachers.zoo import Teacher, TeacherSpec, load_teacher
+
+OnEvaluation = Callable[[int, Any, Tensor], None]
+Conditions = Callable[[list[int]], "Sequence[int] | Sequence[str] | None"]
+Noise = Callable[[Tensor, int], Tensor]
+
+
+class LitStudent(LightningModule):
+    """Draws images with the teacher and with its quantized student, from the same noise.
+
+    Args:
+        teacher: The pretrained denoiser.
+        preset: Quantization by name, such as ``w8a4-modiff``; excludes ``config``.
+        config: Quantization in full; excludes ``preset``.
+        scheduler: Sampler: ``ddim``, ``ddim_trailing``, ``ddim_quadratic``, ... or a class path; None: the teacher's
+            in the zoo.
+        steps: Time steps of the sampler; None: the teacher's in the zoo.
+        eta: Noise added by DDIM in each step, 0 (none) to 1 (DDPM).
+        features: Feature network for the Fréchet distance (safetensors or TorchScript); None: the teacher's own.
+        reference: Real images, as feature statistics (safetensors, npz), a parquet file or a folder of images; None:
+            the teacher's own.
+        guidance: Scale of the classifier-free guidance, 1: none; None: the teacher's in the zoo.
+        clip: CLIP model of the CLIP score, a name in the hub's cache or a folder; None:
+            ``openai/clip-vit-base-patch16`` where it is there. It needs prompts and ``modiff[clip]``.
+        calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
+        compile: Draw with the student compiled (:func:`modiff.compile`), never the teacher; where there is no compiler,
+            one line says so. ``modiff bench`` compiles both, and compares them.
+
+    Raises:
+        ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherSpec = TeacherSpec(),  # noqa: B008 (frozen)
+        preset: str | None = None,
+        config: QuantConfig | None = None,
+        scheduler: str | None = None,
+        steps: int | None = None,
+        eta: float = 0.0,
+        features: str | None = None,
+        reference: str | None = None,
+        guidance: float | None = None,
+        clip: str | None = None,
+        calibration: CalibrationConfig | None = None,
+        compile: bool = False,  # noqa: A002 (its name in recipes)
+    ) -> None:
+        super().__init__()
+        if preset is not None and config is not None:
+            raise ConfigError("preset and config are both given. Remove one of them.")
+        steps = teacher.entry.steps if steps is None else steps
+        if steps < 1:
+            raise ConfigError(f"steps is {steps}; allowed are whole numbers, 1 or more.")
+        if not 0 <= eta <= 1:
+            raise ConfigError(f"eta is {eta}; allowed is 0 to 1.")
+        if guidance is not None and guidance < 0:
+            raise ConfigError(f"guidance is {guidance}; allowed are 0 or more, 1 for none.")
+        self.spec = teacher
+        self.config = QuantConfig.preset(preset) if preset is not None else config
+        self.scheduler_name = teacher.entry.scheduler if scheduler is None else scheduler
+        self.steps = steps
+        self.eta = eta
+        self.features = features
+        self.reference = reference
+        self.clip = clip
+        self.guidance = teacher.entry.guidance if guidance is None else guidance
+        self.calibration = calibration
+        self.calibrated = calibration is None
+        self.use_compile = compile
+        self.conditions: Conditions = lambda indices: None
+        self.seed = 0
+        self.ckpt: str | None = None
+        self.store: BatchStore | None = None
+        self.teacher_store: BatchStore | None = None
+        self.loaded: Teacher | None = None
+        self._conditioning: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
+        self.teacher: nn.Module | None = None
+        self.student: nn.Module | None = None
+        self.decoder: nn.Module | None = None
+        self.results: dict[str, Any] = {}
+
+    def configure_model(self) -> None:
+        """Load the teacher, unless it is there; make the student, which shares every tensor it does not quantize."""
+        if self.teacher is not None:
+            return
+        if self.loaded is None:
+            self.loaded = load_teacher(self.spec)
+        set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
+        self.teacher = self.loaded.denoiser
+        self.decoder = self.loaded.decoder
+        self._refuse_guidance()
+        if self.config is None and self.ckpt is None:
+            return
+        if self.ckpt is not None:
+            self._refuse_foreign(self.ckpt)
+            self.calibrated = True
+        self.student = self.make_student()
+        self._refuse_useless_calibration()
+
+    def _refuse_useless_calibration(self) -> None:
+        """A calibration with nothing to find, and ranges that nothing finds."""
+        if self.ckpt is not None or self.student is None:
+            return
+        found = operators(self.student).values()
+        if self.calibration is None:
+            if any(op.activation_spec is not None and op.activation_spec.range == "calibrated" for op in found):
+                raise CalibrationError(
+                    "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method "
+                    "nearest, which finds ranges only, or give a checkpoint that has them: --ckpt."
+                )
+            return
+        if self.calibration.method != "nearest" and all(op.weight_spec is None for op in found):
+            raise CalibrationError(
+                f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
+                "quantizes none. Give model.config.weight, or set model.calibration to null."
+            )
+        _ = self.teacher_hash  # before the Trainer changes dtypes
+
+    def make_student(self) -> nn.Module:
+        """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
+        assert self.teacher is not None
+        if self.ckpt is not None:
+            return load(self.ckpt, self.shared_copy())  # puts other tensors in place of the teacher's, which stay
+        assert self.config is not None
+        return quantize(self.shared_copy(), self.config)
+
+    @cached_property
+    def teacher_hash(self) -> str:
+        """Content hash of the teacher's weights, as they were loaded."""
+        assert self.teacher is not None
+        return fingerprint({slot.name: slot.tensor for slot in slots(self.teacher)})
+
+    def origin(self) -> dict[str, Any]:
+        """How the student was made, for its checkpoint."""
+        calibration = None if self.calibration is None else dataclasses.asdict(self.calibration)
+        return {"teacher_hash": self.teacher_hash, "calibration": calibration}
+
+    def _refuse_foreign(self, ckpt: str) -> None:
+        """Compare hashes of the teacher, where the checkpoint says its own."""
+        made_of = (read_manifest(Path(ckpt)).get("origin") or {}).get("teacher_hash")
+        if made_of not in (None, self.teacher_hash):
+            raise CalibrationError(
+                f"--ckpt {ckpt} was made of another teacher (weights {made_of[:12]}..., those of {self.spec.title!r} "
+                f"are {self.teacher_hash[:12]}...). Give the teacher it was made of, or quantize this one."
+            )
+
+    def shared_copy(self) -> nn.Module:
+        """The teacher again: modules of its own, the teacher's tensors."""
+        assert self.teacher is not None
+        tensors = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
+        return copy.deepcopy(self.teacher, tensors)
+
+    def use_calibrated(self, student: nn.Module) -> None:
+        """Take the student that a calibration found."""
+        self.student = student
+        self.calibrated = True
+
+    def on_test_start(self) -> None:
+        """Compile, where asked for: after callbacks have calibrated, on the device, outside of trajectories."""
+        if self.use_compile and self.student is not None:
+            compile_student(self.student)
+
+    on_predict_start = on_test_start
+
+    def _refuse_guidance(self) -> None:
+        assert self.loaded is not None
+        distilled = bool(getattr(self.loaded.denoiser.config, "guidance_embeds", False))
+        if self.guidance not in (1.0, self.spec.entry.guidance) and not self.loaded.family.guided and not distilled:
+            raise ConfigError(f"guidance is {self.guidance}, but teacher {self.spec.title!r} takes none. Remove it.")
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of x_t."""
+        assert self.loaded is not None
+        return self.loaded.sample_shape
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of the images."""
+        assert self.loaded is not None
+        return self.loaded.image_shape
+
+    def noise(self, indices: Tensor, stream: int = 0) -> Tensor:
+        """x_T (or the noise of a step) of samples ``indices`` ``[B]``, float32 ``[B, C, H, W]``."""
+        return indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream).to(self.device)
+
+    def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
+        """What the denoiser is told about samples ``indices`` ``[B]``; that of the last batch is kept."""
+        assert self.loaded is not None
+        key = tuple(indices.tolist())
+        if self._conditioning is None or self._conditioning[0] != key:
+            found = self.loaded.conditioning(list(key), self.conditions(list(key)), self.guidance)
+            self._conditioning = key, {name: tensor.to(self.device) for name, tensor in found.items()}
+        return self._conditioning[1]
+
+    def bind(self, denoiser: nn.Module, indices: Tensor) -> Callable[[Tensor, Any], Any]:
+        """``denoiser(x, t)`` with the conditions and the guidance of samples ``indices`` ``[B]``."""
+        assert self.loaded is not None
+        return self.loaded.bind(denoiser, self.conditioning(indices), self.guidance)
+
+    def inputs(self, x: Tensor, indices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of one forward of the denoiser at time 0, for figures of cost."""
+        assert self.loaded is not None
+        return self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the denoiser's batch for one image: 2 under guidance."""
+        assert self.loaded is not None
+        return 2 if self.loaded.doubled(self.guidance) else 1
+
+    def trace(
+        self,
+        denoiser: Callable[..., Any],
+        indices: Tensor,
+        on_evaluation: OnEvaluation | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """Run the sampler on a denoiser of :meth:`bind`; returns x_0 in the model's own range, ``[B, C, H, W]``.
+
+        ``noise(indices, stream)`` is that of :meth:`noise`, unless another is given.
+        """
+        assert self.loaded is not None
+        noise = noise or self.noise
+        scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
+        return sample(
+            denoiser,
+            scheduler,
+            noise(indices, 0),
+            self.steps,
+            eta=self.eta,
+            step_noise=lambda step: noise(indices, step + 1),
+            on_evaluation=on_evaluation,
+        ).float()
+
+    def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:
+        """Images of one batch and the seconds it took."""
+        denoiser = self.teacher if who == "teacher" else self.student
+        assert denoiser is not None
+        if who == "student" and not self.calibrated:
+            raise CalibrationError(
+                "The recipe asks for a calibration, and the student has none yet. Give the Trainer the callback "
+                "modiff.lit.callbacks.calibration.Calibration, or set model.calibration to null."
+            )
+        start = time.perf_counter()
+        assert self.loaded is not None
+        bound = self.bind(denoiser, indices)
+        images = self.loaded.decode(self.trace(bound, indices, lambda step, *_: self.tell(step + 1, who)))
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return images, time.perf_counter() - start
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Draw a batch with both, or read it from disk.
+
+        Returns:
+            ``teacher`` and ``student`` ``[B, C, H, W]`` in the model's own range (latents decoded), ``index`` and
+            ``valid`` ``[B]``, and ``facts`` (seconds; evaluations are added by ``ActivationCache``).
+        """
+        stored = self.stored(batch)
+        if stored is None:
+            teacher, teacher_s = self.draw_teacher(batch["index"])
+            student, student_s = self.draw("student", batch["index"])
+            images, facts = {"teacher": teacher, "student": student}, {"teacher_s": teacher_s, "student_s": student_s}
+        else:
+            images, facts = stored
+        return {**{k: v.to(self.device) for k, v in images.items()}, **batch, "facts": facts, "new": stored is None}
+
+    def draw_teacher(self, indices: Tensor) -> tuple[Tensor, float]:
+        """The teacher's images, drawn once for all recipes that share a store."""
+        first = int(indices[0])
+        stored = self.teacher_store.load(first) if self.teacher_store else None
+        if stored is not None and len(stored[0]["teacher"]) == len(indices):
+            return stored[0]["teacher"].to(self.device), stored[1]["teacher_s"]
+        images, seconds = self.draw("teacher", indices)
+        if self.teacher_store:
+            self.teacher_store.save(first, {"teacher": images}, {"teacher_s": seconds})
+        return images, seconds
+
+    def stored(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """What an earlier, interrupted run left of this batch."""
+        if self.store is None:
+            return None
+        found = self.store.load(int(batch["index"][0]))
+        return found if found is not None and len(found[0]["student"]) == len(batch["index"]) else None
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Draw a batch with the student, or with the teacher where nothing is quantized."""
+        stored = self.stored(batch)
+        if stored is not None:
+            return {**stored[0], **batch, "facts": stored[1], "new": False}
+        images, seconds = self.draw("student" if self.student is not None else "teacher", batch["index"])
+        return {"student": images, **batch, "facts": {"student_s": seconds}, "new": True}
+
+    def tell(self, step: int, who: str) -> None:
+        """Tell the callbacks that an evaluation ended; ``step`` counts from 1."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            hook = getattr(callback, "on_evaluation_end", None)
+            if hook is not None:
+                hook(step, self.steps, who)
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Images for metrics and pictures: [-1, 1] to [0, 1], clamped, not rounded."""
+    return (images / 2 + 0.5).clamp(0, 1)

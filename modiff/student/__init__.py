@@ -1,0 +1,1 @@
+"""A denoiser made of operators, and back."""

@@ -1,0 +1,333 @@
+"""What a student costs: bit operations, weight bytes, state bytes. The warm-up and refreshes are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count, shape_wrapper
+
+from modiff.config.quant import Modulation
+from modiff.errors import ConfigError
+from modiff.operators.adapters import OperatorAdapter, find_adapter
+from modiff.operators.modulated import ModulatedOperator
+from modiff.operators.quantized import QuantizedOperator
+from modiff.student.tensors import slots
+from modiff.trajectory.session import ATTRIBUTE, Trajectory, state_of, trajectory
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """Cost of one operator.
+
+    Args:
+        name: Qualified name.
+        macs: Multiply-accumulates per image and evaluation.
+        weight_bits: Width of its weight codes; in full precision, of the dtype its product runs in.
+        activation_bits: Width of its input codes; in full precision, likewise.
+        bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
+        state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
+            of them.
+        weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
+        constant: Its input was fixed throughout the last trajectory before: its product is counted once per context.
+    """
+
+    name: str
+    macs: float
+    weight_bits: int
+    activation_bits: int
+    bops: float
+    state_bytes: float
+    weight_bytes: float
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a denoiser. A GBOP is 1e9 bit operations, a MiB 2^20 bytes.
+
+    Args:
+        operators: One row each.
+        other_macs: Multiply-accumulates outside the operators per image and evaluation: products of two activations
+            (attention), modules without an adapter.
+        other_bops: Their bit operations, at the precision of the very tensors that were multiplied.
+        other_weight_bytes: Parameters outside the operators (norms, embeddings), as stored.
+        evaluations: Length of the trajectory over which the warm-ups are averaged.
+        contexts: Contexts of the trajectory, each with a warm-up and a state of its own.
+        gbops_per_evaluation: Bit operations per image, ``other_bops`` included.
+        weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
+            :func:`modiff.save` without buffers.
+        state_mib_per_image: â and ô as allocated, of all contexts.
+    """
+
+    operators: tuple[OperatorCost, ...]
+    other_macs: float
+    other_bops: float
+    other_weight_bytes: float
+    evaluations: int
+    contexts: int
+    gbops_per_evaluation: float
+    weight_mib: float
+    state_mib_per_image: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.gbops_per_evaluation:.2f} GBOPs per image and evaluation (mean of {self.evaluations}), "
+            f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image"
+        )
+
+
+def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | None = None, **kwargs: Any) -> Cost:
+    """Measure a student, or a full-precision teacher, by running one evaluation.
+
+    Operators whose input was fixed throughout the student's last trajectory (keys and values of a prompt) are counted
+    once per context; before any trajectory none is known.
+
+    Args:
+        model: Student or teacher.
+        *args: As for the denoiser's forward; dim 0 of the first tensor is the batch.
+        evaluations: Denoiser calls per trajectory, in all contexts.
+        contexts: Contexts that share these calls evenly, such as 2 for guidance in two calls per step: each warms up,
+            refreshes and holds a state of its own. None: as many as the student's last trajectory had, else 1.
+        **kwargs: Likewise.
+
+    Raises:
+        ConfigError: ``evaluations`` is below 1, ``contexts`` is not from 1 to ``evaluations``, or no argument is a
+            tensor with a batch.
+        TrajectoryError: A trajectory is open on the student.
+    """
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
+        raise ConfigError(f"evaluations is {evaluations}; allowed are whole numbers, 1 or more.")
+    images = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 0), 0)
+    if images == 0:
+        raise ConfigError(
+            "cost() got no tensor with a batch in dim 0. Give the arguments of the denoiser's forward: "
+            "cost(student, x, t)."
+        )
+    found = _find(model)
+    last = state_of(model).last if hasattr(model, ATTRIBUTE) else None
+    constant = last.constant if last else frozenset()
+    contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if contexts is None else contexts
+    if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
+        raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
+    counter, state = _count_one(model, found, args, kwargs)
+    weights = stored_bytes(model)
+    rows = []
+    for name, (module, _) in found.items():
+        macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
+        weight_bits, activation_bits, bops = _bit_operations(
+            module, macs, bits, (evaluations, contexts), name in constant
+        )
+        held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
+        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
+    other_bops = counter.other.bops / images
+    return Cost(
+        operators=tuple(rows),
+        other_macs=counter.other.macs / images,
+        other_bops=other_bops,
+        other_weight_bytes=sum(weights.values()),
+        evaluations=evaluations,
+        contexts=contexts,
+        gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
+        weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
+        state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+    )
+
+
+def _count_one(
+    model: nn.Module, found: dict[str, tuple[nn.Module, OperatorAdapter]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[_Counter, dict[str, int]]:
+    """Run one evaluation: its products, and the bytes of the state by operator."""
+    counter = _Counter()
+    student = state_of(model) if hasattr(model, ATTRIBUTE) else None
+    last = None if student is None else student.last
+    with ExitStack() as stack:
+        run = None if student is None else stack.enter_context(trajectory(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(counter.watch(found))
+        model(*args, **kwargs)
+        state = {} if run is None else _state_bytes(run)
+    if student is not None:
+        student.last = last  # measuring is no trajectory of the user's
+    return counter, state
+
+
+def weight_bytes(model: nn.Module) -> float:
+    """Bytes of a model's parameters as :func:`modiff.save` stores them: codes packed, scales float32."""
+    return sum(stored_bytes(model).values())
+
+
+def stored_bytes(model: nn.Module) -> dict[str, float]:
+    """The same by operator; everything outside of operators under ``""``."""
+    found: dict[str, float] = {}
+    owners = {}
+    for name, (module, _) in _find(model).items():
+        owners[id(module.module if isinstance(module, QuantizedOperator) else module)] = name
+        if isinstance(module, QuantizedOperator):
+            packed, ranges = module.packed, module.calibrated
+            parts = [] if packed is None else [packed.codes, packed.scale, packed.zero_point, packed.shift]
+            parts += [] if ranges is None else [ranges.scale, ranges.zero_point]
+            found[name] = float(sum(_bytes(part) for part in parts if part is not None))
+    packed_owners = {id(m.module) for m in model.modules() if isinstance(m, QuantizedOperator) and m.packed}
+    seen: set[int] = set()
+    for slot in slots(model):
+        # A parameter that is tied to a quantized weight is still there in full precision.
+        if slot.buffer or (slot.key == "weight" and id(slot.owner) in packed_owners) or id(slot.tensor) in seen:
+            continue
+        seen.add(id(slot.tensor))
+        name = owners.get(id(slot.owner), "")
+        found[name] = found.get(name, 0.0) + _bytes(slot.tensor)
+    return found
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state_bytes(run: Trajectory) -> dict[str, int]:
+    """Bytes of the state as allocated, by operator."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, caches in run.caches.items():
+        for tensor in (t for cache in caches for t in (cache.a_hat, cache.o_hat)):
+            storage = tensor.untyped_storage()
+            found[name] = found.get(name, 0) + (0 if storage._cdata in seen else storage.nbytes())
+            seen.add(storage._cdata)
+    return found
+
+
+def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: int = 1) -> tuple[int, int]:
+    """Evaluations with full-precision activations, and products at low bits of the rest (refining rounds counted).
+
+    Each context has its own; the evaluations are shared evenly.
+
+    >>> warm_evaluations(Modulation(), 50), warm_evaluations(Modulation(warmup="refine"), 50)
+    ((1, 49), (0, 52))
+    >>> warm_evaluations(Modulation(refresh_every=10), 50), warm_evaluations(None, 50)
+    ((5, 45), (0, 50))
+    >>> warm_evaluations(Modulation(), 100, contexts=2), warm_evaluations(Modulation(warmup="refine"), 100, contexts=2)
+    ((2, 98), (0, 104))
+    """
+    if contexts > 1:
+        lengths = [evaluations // contexts + (i < evaluations % contexts) for i in range(contexts)]
+        full, low = zip(*(warm_evaluations(modulation, length) for length in lengths), strict=True)
+        return sum(full), sum(low)
+    if modulation is None:
+        return 0, evaluations
+    every = modulation.refresh_every
+    refreshes = (evaluations - 1) // every if every else 0
+    if modulation.warmup == "refine":
+        return refreshes, evaluations - refreshes - 1 + modulation.warmup_rounds
+    return 1 + refreshes, evaluations - 1 - refreshes
+
+
+def _bit_operations(
+    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
+) -> tuple[int, int, float]:
+    """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
+
+    Args:
+        module: An operator, quantized or not.
+        macs: Its multiply-accumulates in one product.
+        bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
+        length: Evaluations of the trajectory, and its contexts.
+        constant: Its input is fixed.
+    """
+    evaluations, contexts = length
+    if not isinstance(module, QuantizedOperator):
+        bits = 8 * module.weight.element_size() if bits is None else bits
+        return bits, bits, macs * bits * bits
+    full = 8 * module.module.weight.element_size()
+    weight_bits = module.weight_spec.bits if module.weight_spec else full
+    activation_bits = module.activation_spec.bits if module.activation_spec else full
+    modulation = module.modulation if isinstance(module, ModulatedOperator) else None
+    # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
+    at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
+    bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
+    return weight_bits, activation_bits, bops
+
+
+def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
+    found: dict[str, tuple[nn.Module, OperatorAdapter]] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedOperator):
+            inside.add(id(module.module))
+            found[name] = (module, module.adapter)
+        elif id(module) not in inside:
+            try:
+                adapter = find_adapter(module)
+            except ConfigError:
+                continue
+            if adapter is not None:
+                found[name] = (module, adapter)
+    return found
+
+
+@dataclass
+class _Sum:
+    macs: float = 0.0
+    bops: float = 0.0
+
+
+class _Counter:
+    """Counts the multiply-accumulates of one evaluation: operators' from shapes, all others by PyTorch's counter."""
+
+    def __init__(self) -> None:
+        # PyTorch's registry lacks the attention of the CPU.
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops)}
+        formulas = {op: self._recorded(formula) for op, formula in {**flop_registry, **attention}.items()}
+        self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
+        self._depth = 0
+        self.macs: dict[str, int] = {}
+        self.bits: dict[str, int] = {}
+        self.other = _Sum()
+
+    def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
+        """A formula that also sees the tensors: outside of operators, their dtype makes the bit operations."""
+
+        def raw(*args: Any, **kwargs: Any) -> int:
+            flops = int(formula(*args, **kwargs))
+            if not self._depth:
+                size = next((a.element_size() for a in args if isinstance(a, Tensor)), 4)
+                self.other.macs += flops / 2  # PyTorch counts two operations for each multiply-accumulate
+                self.other.bops += flops / 2 * (8 * size) ** 2
+            return flops
+
+        raw._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then hands over tensors, not shapes
+        return raw
+
+    @contextmanager
+    def watch(self, found: dict[str, tuple[nn.Module, OperatorAdapter]]) -> Iterator[None]:
+        """Count what runs inside; fused attention layers, which hide their products, are off."""
+        handles = [handle for name, (module, adapter) in found.items() for handle in self._hook(name, module, adapter)]
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with self._flops:
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, module: nn.Module, adapter: OperatorAdapter) -> list[Any]:
+        original = module.module if isinstance(module, QuantizedOperator) else module
+
+        def before(_: nn.Module, __: Any) -> None:
+            self._depth += 1
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+            self._depth -= 1
+            self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
+            self.bits[name] = 8 * output.element_size()
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))

@@ -1,0 +1,387 @@
+"""Walk a denoiser, match rules, swap its linear operators; and the way back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from modiff.config.quant import QuantConfig, Rule
+from modiff.errors import ConfigError
+from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
+from modiff.operators.modulated import ModulatedOperator
+from modiff.operators.quantized import QuantizedOperator
+from modiff.operators.rewrites import RewrittenOperator, rewrite, rewritten, undo
+from modiff.quantizers.calibrated import CalibratedRange
+from modiff.quantizers.granularity import activation_partition
+from modiff.quantizers.packing import PackedWeight
+from modiff.student.describe import Description, Row
+from modiff.student.fixed import projections
+from modiff.student.tensors import Slot, slots
+from modiff.trajectory.session import ATTRIBUTE, ModulationState, state_of
+
+__all__ = ["RECORD", "Description", "Record", "Row", "convert", "describe", "operators", "plan", "quantize", "restore"]
+
+RECORD = "_modiff_record"
+
+
+@dataclass
+class Record:
+    """What :func:`quantize` or :func:`modiff.load` did, kept on the student.
+
+    Args:
+        config: The quantization.
+        keep_teacher: The original weights are still there.
+        description: One row for each operator.
+        names: Every name of each quantized operator, by its first one.
+        hooks: On the student itself.
+        loaded: The student was loaded: nothing says that what the model held before was its teacher.
+        replaced: Tensors of the model that loading replaced.
+    """
+
+    config: QuantConfig
+    keep_teacher: bool
+    description: Description
+    names: dict[str, list[str]] = field(default_factory=dict)
+    hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    loaded: bool = False
+    replaced: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class _Plan:
+    row: Row
+    module: nn.Module
+    adapter: OperatorAdapter | None
+    names: list[str]
+    wholes: list[str] = field(default_factory=list)  # names of the operator of which this is a part
+
+
+def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -> nn.Module:
+    """Swap the linear operators of a denoiser for quantized ones, in place.
+
+    Args:
+        model: Any module; its forward is one evaluation.
+        config: What to quantize, and how.
+        keep_teacher: Keep the original weights, so that :func:`restore` works without the teacher.
+
+    Returns:
+        The same module, now the student.
+
+    Raises:
+        ConfigError: The model has no linear operators or is a student already, a rule's pattern matches nothing, a
+            granularity does not exist for an operator, or a weight is no number. The model is then unchanged.
+    """
+    return convert(model, config, keep_teacher)
+
+
+def convert(
+    model: nn.Module,
+    config: QuantConfig,
+    keep_teacher: bool,
+    weights: Mapping[str, PackedWeight] | None = None,
+    ranges: Mapping[str, CalibratedRange] | None = None,
+    divisors: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """:func:`quantize`, with what is known from a calibration.
+
+    Args:
+        model: As for :func:`quantize`.
+        config: Likewise.
+        keep_teacher: Likewise.
+        weights: Quantized weight by operator; None: the model's are rounded to nearest.
+        ranges: Calibrated ranges of activations by operator, as many as there are.
+        divisors: Of the input channels of each smoothed operator.
+
+    Raises:
+        CalibrationError: A range is for another quantizer than the operator's.
+        ConfigError: As for :func:`quantize`.
+    """
+    _require_quantizable(model, config)
+    changed = rewrite(model, config, divisors)
+    state = ModulationState()
+    # Everything is built before anything is swapped: an error leaves the model as it was.
+    try:
+        plans = _plan(model, config)
+        built = [(plan, _build(plan, state, weights, config.backend)) for plan in plans if plan.row.skipped is None]
+        for plan, operator in built:
+            _require_backend(operator, config.backend)
+            operator.use_range((ranges or {}).get(plan.row.name))
+    except Exception:
+        if changed:
+            undo(model)
+        raise
+    record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
+    _swap(model, built, record)
+    record.hooks = _watch(model, state)
+    setattr(model, ATTRIBUTE, state)
+    setattr(model, RECORD, record)
+    return model
+
+
+def _require_quantizable(model: nn.Module, config: QuantConfig) -> None:
+    """Refuse what is no configuration, and models that cannot become students.
+
+    Raises:
+        ConfigError: One of them.
+    """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
+    if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
+        raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
+    if find_adapter(model) is not None:
+        raise ConfigError(
+            f"A bare {type(model).__name__} cannot be swapped in place. Wrap it: nn.Sequential(operator)."
+        )
+
+
+def _swap(model: nn.Module, built: list[tuple[_Plan, QuantizedOperator]], record: Record) -> None:
+    """Put the quantized operators in the places of the original ones, under all their names."""
+    for plan, operator in built:
+        record.names[plan.row.name] = plan.names
+        for name in plan.names:
+            _set(model, name, operator)
+        if not record.keep_teacher:
+            operator.drop_original()
+    for _, whole in rewritten(model) if not record.keep_teacher else ():
+        whole.release()
+
+
+def _watch(model: nn.Module, state: ModulationState) -> list[torch.utils.hooks.RemovableHandle]:
+    """Tell the state where evaluations begin and end; let it keep the output of projections whose input is fixed."""
+    hooks = [
+        model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
+        model.register_forward_hook(state.end_evaluation),
+    ]
+    for name in projections(model):
+        hook = functools.partial(state.keep_output, name)
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+    return hooks
+
+
+def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+    """Put the original operators back, in place; the teacher's outputs come back bit for bit.
+
+    Args:
+        student: What :func:`quantize` returned.
+        teacher: Where the weights come from if the student was made with ``keep_teacher=False``, or loaded. Of a
+            student loaded into its teacher, the student itself: the model is then as it was before.
+
+    Returns:
+        The same module, in full precision.
+
+    Raises:
+        ConfigError: The weights were not kept and no teacher is given, or the teacher is another architecture. The
+            student is then unchanged.
+        TrajectoryError: The module is not a student, or a trajectory is open.
+    """
+    state_of(student).refuse_inside("restored")
+    record: Record = getattr(student, RECORD)
+    if teacher is None and (record.loaded or not record.keep_teacher):
+        why = "was loaded" if record.loaded else "was made with keep_teacher=False"
+        raise ConfigError(f"The student {why}. Give the teacher: restore(student, teacher=...).")
+    if teacher is student and not record.keep_teacher:
+        raise ConfigError("The teacher is the student itself, whose weights were not kept. Give another copy of it.")
+    own = teacher is None or teacher is student
+    copies = [] if own else _tensors_of(teacher, student)  # type: ignore[arg-type]
+    for name, names in record.names.items():
+        original = student.get_submodule(name).module
+        assert isinstance(original, nn.Module)
+        for alias in names:
+            _set(student, alias, original)
+    undo(student)
+    for slot, old in record.replaced if own else []:
+        slot.put(old)
+    _copy(copies)
+    for hook in record.hooks:
+        hook.remove()
+    regions = state_of(student).regions
+    if regions is not None:
+        regions.undo()
+    delattr(student, ATTRIBUTE)
+    delattr(student, RECORD)
+    return student
+
+
+def _tensors_of(teacher: nn.Module, student: nn.Module) -> list[tuple[Slot, torch.Tensor]]:
+    """The teacher's tensor for each slot of the student."""
+    advice = "Give the model that the student was made from; restore it first if it is a student too."
+    first = next(iter(getattr(student, RECORD).names), "")
+    if hasattr(teacher, ATTRIBUTE):
+        raise ConfigError(
+            f"The teacher given has no full-precision operator {first!r} of the student's shape. {advice}"
+        )
+    theirs = {slot.name: slot.tensor for slot in slots(teacher)}
+    found = []
+    wholes = dict(rewritten(student))
+    inside = tuple(f"{name}." for name in wholes)
+    ours = [(slot, slot.shape) for slot in slots(student) if not slot.name.startswith(inside)]
+    for name, whole in wholes.items():  # the teacher has the original, not its parts
+        ours += [(Slot(f"{name}.{key}", whole.original, key, False), shape) for key, shape in whole.shapes.items()]
+    for slot, shape in ours:
+        tensor = theirs.get(slot.name)
+        if tensor is None or tensor.shape != shape or tensor.is_meta:
+            module, _, key = slot.name.rpartition(".")
+            has = "none" if tensor is None else f"{list(tensor.shape)} on {tensor.device}"
+            raise ConfigError(
+                f"The teacher given has no full-precision operator {module!r} of the student's shape: the student has "
+                f"{key} {list(shape)}, the teacher {has}. {advice}"
+            )
+        found.append((slot, tensor))
+    return found
+
+
+@torch.no_grad()
+def _copy(copies: list[tuple[Slot, torch.Tensor]]) -> None:
+    """Copy tensors into the slots, in the dtype and on the device that these have."""
+    for slot, tensor in copies:
+        if slot.dropped is None and slot.tensor.shape == tensor.shape:
+            slot.tensor.copy_(tensor)
+        elif slot.tensor.numel() != tensor.numel():  # else a module with several names, filled already
+            empty = slot.tensor
+            slot.put(nn.Parameter(tensor.to(empty, copy=True), requires_grad=empty.requires_grad))
+
+
+def describe(student: nn.Module) -> Description:
+    """One row for each linear operator: name, type, bits, granularity, the rule that matched, or why it was skipped.
+
+    For each it names the execution on the device where it is now, in float32, and why it is not in integers.
+    After a trajectory it also says which operators had a fixed input, and were computed once (``constant``).
+
+    Raises:
+        TrajectoryError: The module is not a student.
+    """
+    state = state_of(student)
+    rows = getattr(student, RECORD).description.rows
+    fixed = state.last.constant if state.last else frozenset()
+    found = operators(student)
+    return Description(tuple(replace(row, constant=row.name in fixed, backend=_backend(found, row)) for row in rows))
+
+
+def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
+    operator = found.get(row.name)
+    if operator is None:
+        return ""
+    weight = operator.module.weight
+    return str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+
+
+def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
+    """The quantized operators of a student by name, in the order of the walk."""
+    state_of(student)
+    return {name: student.get_submodule(name) for name in getattr(student, RECORD).names}  # type: ignore[misc]
+
+
+def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
+    found: dict[int, _Plan] = {}
+    bypassed = bypassed_operators(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in found:
+            found[id(module)].names.append(name)
+            continue
+        row, adapter = Row(name, type(module).__name__), None
+        try:
+            adapter = find_adapter(module)
+            if adapter is None and not is_unsupported(module):
+                continue
+            if adapter is None:
+                row = Row(name, row.type, skipped="no adapter for this type")
+        except ConfigError as error:
+            row = Row(name, row.type, skipped=str(error))
+        if name in bypassed:
+            row, adapter = Row(name, row.type, skipped=bypassed[name]), None
+        found[id(module)] = _Plan(row, module, adapter, [name])
+    plans = list(found.values())
+    for plan in plans:
+        parents = {name.rpartition(".")[0] for name in plan.names}
+        plan.wholes = [name for name in parents if isinstance(model.get_submodule(name), RewrittenOperator)]
+    if not any(plan.adapter for plan in plans):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear operators that can be quantized (Linear, Conv1d, Conv2d, Conv3d)."
+        )
+    for rule in config.rules:
+        if not any(plan.adapter and _match(rule, plan) for plan in plans):
+            names = ", ".join(plan.row.name for plan in plans[:4])
+            kind = "" if rule.type == "any" else f" of type {rule.type!r}"
+            raise ConfigError(f"Rule pattern {rule.pattern!r} matches no operator{kind}. Names here are like: {names}.")
+    for plan in plans:
+        if plan.adapter is not None:
+            plan.row = _decide(plan, config)
+    return plans
+
+
+def _match(rule: Rule, plan: _Plan) -> bool:
+    assert plan.adapter is not None
+    return any(rule.matches(name, plan.adapter.kind) for name in (*plan.names, *plan.wholes))
+
+
+def _decide(plan: _Plan, config: QuantConfig) -> Row:
+    assert plan.adapter is not None
+    name, kind = plan.row.name, plan.row.type
+    rule = next((r for r in reversed(config.rules) if _match(r, plan)), None)
+    pattern = rule.pattern if rule else None
+    if rule is not None and rule.skip:
+        return Row(name, kind, rule=pattern, skipped="the rule says skip")
+    if plan.module._forward_hooks or plan.module._forward_pre_hooks:
+        raise ConfigError(
+            f"Operator {name!r} ({kind}) has forward hooks, which its quantized twin would not run. Remove them before "
+            f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
+        )
+    weight, activation, modulation = config.weight, config.activation, config.modulation
+    if rule is not None:
+        weight = config.weight if isinstance(rule.weight, str) else rule.weight
+        activation = config.activation if isinstance(rule.activation, str) else rule.activation
+        modulation = config.modulation if isinstance(rule.modulation, str) else rule.modulation
+    if activation is None:
+        modulation = None
+    else:
+        try:
+            activation_partition(activation, 3, plan.adapter.kind)
+        except ConfigError as error:
+            raise ConfigError(f"Operator {name!r} ({kind}): {error}") from error
+    return Row(name, kind, weight, activation, modulation, pattern)
+
+
+def plan(model: nn.Module, config: QuantConfig) -> Description:
+    """What :func:`quantize` would do.
+
+    Raises:
+        ConfigError: As for :func:`quantize`.
+    """
+    return Description(tuple(plan.row for plan in _plan(model, config)))
+
+
+def _build(
+    plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, backend: str
+) -> QuantizedOperator:
+    row = plan.row
+    assert plan.adapter is not None
+    packed = None if weights is None or row.weight is None else weights[row.name]
+    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed, backend)
+    if row.modulation is None:
+        return QuantizedOperator(*args)
+    return ModulatedOperator(*args, modulation=row.modulation)
+
+
+def _require_backend(operator: QuantizedOperator, backend: str) -> None:
+    """Refuse a backend that was asked for by name and cannot run an operator exactly.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    weight = operator.module.weight
+    # Choosing may try the processor, which is better done here than inside a trajectory.
+    choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    if backend == "onednn" and choice.backend != backend:
+        raise ConfigError(
+            f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
+            f"which simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."
+        )
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,1 @@
+"""Original checkpoints as diffusers modules."""

@@ -1,0 +1,1 @@
+"""From noise to image: the loop, the schedulers, noise by index."""
