@@ -18,6 +18,7 @@ from modiff.lit.callbacks.training import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.data.modules import ImageDataModule
 from modiff.lit.runs.directory import atomic_write
+from modiff.lit.runs.launchers import wanted_devices
 from modiff.lit.runs.running import interruptible, rank_zero
 
 
@@ -70,6 +71,7 @@ def train(args: Sequence[str]) -> int:
     if config.ema_decay is not None:
         decay = config.ema_decay**config.ema_every  # the same memory in optimizer steps
         callbacks.append(EMAWeightAveraging(decay=decay, update_every_n_steps=config.ema_every))
+    count_in_steps(cli)
     trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path)
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
@@ -80,6 +82,25 @@ def train(args: Sequence[str]) -> int:
         run.mark("complete")
         print(f"Trained; exported to {run.path / 'export'}.")
     return 0
+
+
+def count_in_steps(cli: TrainCLI) -> None:
+    """Say how long to train in optimizer steps, where the recipe says it in epochs.
+
+    Lightning goes on from the middle of an epoch to the very step only where it counts in steps.
+    """
+    trainer, data = cli.config_init.trainer, cli.datamodule
+    if trainer.max_steps != -1 or trainer.max_epochs == -1 or trainer.fast_dev_run:
+        return
+    world = wanted_devices(trainer.devices, trainer.accelerator) * int(trainer.num_nodes)
+    if data.train_set is None:
+        data.setup("fit")
+    batches, limit = len(data.train_set) // world // data.batch_size, trainer.limit_train_batches
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    epochs = 1000 if trainer.max_epochs is None else trainer.max_epochs  # Lightning's default
+    trainer.max_steps = epochs * -(-batches // trainer.accumulate_grad_batches)
+    trainer.max_epochs = -1
 
 
 def distance_callback(config: Namespace) -> list[TrainingDistance]:
