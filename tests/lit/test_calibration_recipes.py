@@ -18,10 +18,11 @@ from modiff.calibration.settings import METHODS, CalibrationSettings
 from modiff.errors import CalibrationError
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import calibration_parts
-from modiff.lit.cli.calibration import CalibrationConfig, calibration_key
 from modiff.lit.cli.main import main
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands import quantize as quantize_module
+from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.runs.cache import calibration_key
 
 FAST = ("--timing_rounds", "0", "--error_images", "0")
 

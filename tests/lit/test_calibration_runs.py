@@ -19,8 +19,8 @@ from modiff.errors import CheckpointError
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import Calibration
 from modiff.lit.callbacks.progress import EvaluationProgressBar, LineProgress
-from modiff.lit.cli.calibration import locked
 from modiff.lit.modules.student import LitStudent
+from modiff.lit.runs.cache import locked
 
 # --- progress ---------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.lit.runs.cache import cache_folder
 from modiff.metrics.features import count_features, network_name
 from modiff.metrics.fidelity import MAX_KEPT, ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
@@ -96,7 +96,7 @@ class ReferenceImages:
         """
         name = network_name(network)
         key = hashlib.sha256(f"{self.digest()} {identity} {name}".encode()).hexdigest()[:32]
-        cached = cache_folder() / f"{key}.safetensors"
+        cached = cache_folder() / "statistics" / f"{key}.safetensors"
         found = _read_cached(cached)
         if found is not None:
             return found
@@ -133,12 +133,6 @@ def is_statistics(path: str | Path) -> bool:
 def network_identity(path: str | Path) -> str:
     """Content hash of a feature network's file; ``inception`` has one set of weights and stands for itself."""
     return _hash_file(Path(path)).hex() if Path(path).is_file() else str(path)
-
-
-def cache_folder() -> Path:
-    """``$MODIFF_CACHE``, else ``modiff`` in the user's cache folder; then ``statistics``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MODIFF_CACHE") or Path(home) / "modiff") / "statistics"
 
 
 def _hash_file(path: Path) -> bytes:
