@@ -45,7 +45,9 @@ class ReferenceImages:
             self.files = [f for f in everything if f.suffix.lower() in IMAGES]
             parquet = [f for f in everything if _is_parquet(f)]
             self.files = parquet or self.files
-            read = "parquet files alone where there are any" if parquet else f"read are {', '.join(IMAGES)} and .parquet"
+            read = (
+                "parquet files alone where there are any" if parquet else f"read are {', '.join(IMAGES)} and .parquet"
+            )
             say_left_out(path, everything, self.files, read)
         first = next(iter(self), None)
         if first is None:
