@@ -18,7 +18,7 @@ from modiff.errors import ConfigError
 from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.cli.errors import plain_error
 from modiff.lit.runs.directory import RunDirectory
-from modiff.lit.runs.launchers import check_world_size
+from modiff.lit.runs.launchers import settle_rank
 
 FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
 
@@ -71,7 +71,7 @@ class ModiffCLI(LightningCLI):
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
         if not 0 <= self.config.seed < 2**32:
             raise ConfigError(f"seed is {self.config.seed}; allowed are whole numbers, 0 to {2**32 - 1}.")
-        check_world_size(self.config.trainer)
+        settle_rank(self.config.trainer)
 
     def instantiate_classes(self) -> None:
         """Build; fields that only their class can check are refused here, as plainly."""

@@ -34,6 +34,8 @@ COMMANDS = {
     ),
 }
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
 
 def help_text() -> str:
     """The text of ``modiff --help``."""
@@ -68,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"modiff: unknown command {command!r}; allowed are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    for name in RANKS:  # Lightning reads them when it is imported
+        if not os.environ.get(name, "0").isdecimal():
+            print(f"modiff: {name} is {os.environ[name]!r}; allowed are whole numbers. Unset it.", file=sys.stderr)
+            return 1
     module = importlib.import_module(COMMANDS[command][0])
     try:
         return int(getattr(module, command)(rest) or 0)

@@ -25,6 +25,7 @@ from modiff.lit.commands.compare import split_forwarded, unique_names
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.modules.teacher import compiler_problem
 from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.runs.launchers import settle_single_rank
 from modiff.lit.runs.running import rank_zero
 from modiff.student.swap import describe
 from modiff.teachers.zoo import load_teacher
@@ -68,6 +69,7 @@ def make_parser() -> ArgumentParser:
 
 def bench(args: Sequence[str]) -> int:
     """``modiff bench A.yaml B.yaml ...``."""
+    settle_single_rank("bench")
     own, forwarded = split_forwarded(args)
     options = parse(own)
     names = unique_names(options.recipes)

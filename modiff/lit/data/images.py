@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from modiff.errors import ConfigError
 from modiff.lit.data.batches import DeviceBatches, ImageDataset
+from modiff.lit.data.decoding import byte_pixels, say_left_out
 
 
 class ImageDataModule(LightningDataModule):
@@ -112,6 +112,7 @@ class ImageDataModule(LightningDataModule):
             if all(files.values()):
                 return datasets.load_dataset("parquet", data_files=files)
             if (folder / "train").is_dir() and (folder / "test").is_dir():
+                _say_left_out(folder)
                 return datasets.load_dataset("imagefolder", data_dir=str(folder))
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -138,8 +139,6 @@ class ImageDataModule(LightningDataModule):
         return datasets.load_dataset(self.name)
 
     def _decode(self, split: Any, limit: int | None) -> ImageDataset:
-        import numpy as np
-
         column = next((c for c in ("image", "img") if c in split.column_names), None)
         if column is None or "label" not in split.column_names:
             raise ConfigError(
@@ -147,15 +146,22 @@ class ImageDataModule(LightningDataModule):
             )
         if limit is not None:
             split = split.select(range(min(limit, len(split))))
-        mode = "L" if self.channels == 1 else "RGB"
         size = self.image_size
         out = torch.zeros(len(split), self.channels, size, size, dtype=torch.uint8)
         for i, image in enumerate(split[column]):
             if max(image.size) > size:
                 raise ConfigError(f"Image {i} is {image.size}, larger than data.image_size {size}. Raise it.")
-            pixels = torch.from_numpy(np.array(image.convert(mode)))
+            pixels = torch.from_numpy(byte_pixels(image, self.channels, str(i)))
             pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
             top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
             out[i, :, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
         return ImageDataset(out, torch.as_tensor(split["label"]))
 
+
+def _say_left_out(folder: Path) -> None:
+    """Say which files of an image folder the loader of ``datasets`` does not read."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    everything = [f for split in ("train", "test") for f in sorted((folder / split).rglob("*"))]
+    taken = [f for f in everything if f.suffix.lower() in ImageFolder.EXTENSIONS]
+    say_left_out(folder, everything, taken, "the loader of image folders does not read them")
