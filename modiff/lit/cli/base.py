@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modiff.errors import ConfigError
+from modiff.lit.callbacks.agreement import Agreement, own_signals
 from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.cli.errors import plain_error
 from modiff.lit.runs.directory import RunDirectory
@@ -112,8 +113,9 @@ class ModiffCLI(LightningCLI):
         for key, value in kwargs.items():
             if config.get(key) is None:
                 config[key] = value
+        config["callbacks"].append(Agreement(config["default_root_dir"]))
         try:
-            return Trainer(**config)
+            return own_signals(Trainer(**config))
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 

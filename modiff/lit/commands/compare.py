@@ -21,7 +21,7 @@ from modiff.lit.report import plots
 from modiff.lit.report.image_grids import labelled_rows, save_picture
 from modiff.lit.report.pages import markdown_table, metrics_table, write_compare_report
 from modiff.lit.runs.directory import RunDirectory, atomic_write, digest, write_json
-from modiff.lit.runs.running import rank_zero
+from modiff.lit.runs.running import rank_zero, running
 
 TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
@@ -58,18 +58,15 @@ def compare(args: Sequence[str]) -> int:
     shared = shared_identity(clis)
     identity = {"command": "compare", "recipes": {name: cli.identity() for name, cli in clis.items()}}
     run = RunDirectory(folder, identity, options.overwrite)
-    rank_zero(run.claim, "compare")
     teacher_images = folder / "teacher"
     rows: list[tuple[str, dict[str, Any]]] = []
-    try:
+    with running(run):
+        rank_zero(run.claim, "compare")
         for position, (name, cli) in enumerate(clis.items(), start=1):
             images = f"{cli.num_images} images, {cli.config.model.steps} steps"
             rank_zero(print, f"\n[{position}/{len(clis)}] {name}: {images}")
             rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{digest(shared)}")))
-    except KeyboardInterrupt:
-        rank_zero(run.mark, "interrupted")
-        raise
-    rank_zero(_finish, run, rows)
+        rank_zero(_finish, run, rows)
     return 0
 
 

@@ -24,7 +24,7 @@ from modiff.lit.modules.student import LitStudent
 from modiff.lit.runs.batch_store import BatchStore
 from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
 from modiff.lit.runs.results import Writer
-from modiff.lit.runs.running import interruptible, rank_zero
+from modiff.lit.runs.running import interruptible, rank_zero, running
 from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
 
 
@@ -57,7 +57,20 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return json.loads((run.path / "metrics.json").read_text())
     fidelity = Fidelity.of(cli.model)
-    module = prepare(cli, run)
+    module = build(cli)
+    with running(run):
+        claim(cli, run, module)
+        return _evaluate(cli, run, module, fidelity, teacher_images, group)
+
+
+def _evaluate(
+    cli: StudentCLI,
+    run: RunDirectory,
+    module: LitStudent,
+    fidelity: Fidelity,
+    teacher_images: Path | None,
+    group: str | None,
+) -> dict[str, Any]:
     module.teacher_store = BatchStore(teacher_images) if teacher_images else None
     logger = make_wandb_logger(cli.config.wandb, run.path, cli.recipe, cli.identity(), group)
     writer = Writer(cli, run, logger)
@@ -78,7 +91,7 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     )
     start = time.perf_counter()
     try:
-        interruptible(run, trainer, lambda: trainer.test(module, datamodule=cli.datamodule, verbose=False))
+        interruptible(trainer, lambda: trainer.test(module, datamodule=cli.datamodule, verbose=False))
         if trainer.is_global_zero:
             writer.write(trainer, module, time.perf_counter() - start)
     finally:
@@ -87,16 +100,20 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     return json.loads((run.path / "metrics.json").read_text())
 
 
-def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
-    """Build the student first, so that a wrong recipe leaves no trace; then claim the directory."""
+def build(cli: StudentCLI) -> LitStudent:
+    """Build the student before anything is written, so that a wrong recipe leaves no trace."""
     module: LitStudent = cli.model
     module.seed = cli.config.seed
     module.conditions = cli.datamodule.conditions
     module.configure_model()
+    return module
+
+
+def claim(cli: StudentCLI, run: RunDirectory, module: LitStudent) -> None:
+    """Take the output directory."""
     rank_zero(run.claim, cli.recipe)
     rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
     module.store = BatchStore(run.path / "partial")
-    return module
 
 
 def sample(args: Sequence[str]) -> int:
@@ -107,7 +124,14 @@ def sample(args: Sequence[str]) -> int:
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return 0
-    module = prepare(cli, run)
+    module = build(cli)
+    with running(run):
+        claim(cli, run, module)
+        _sample(cli, run, module)
+    return 0
+
+
+def _sample(cli: StudentCLI, run: RunDirectory, module: LitStudent) -> None:
     config = cli.config
     callbacks = [
         Calibration(),
@@ -116,11 +140,10 @@ def sample(args: Sequence[str]) -> int:
         Samples(run.path, config.sample_count, save_images=True),
     ]
     trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
-    interruptible(run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
+    interruptible(trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
     if trainer.is_global_zero:
         facts = {"num_images": cli.num_images, "seed": config.seed, **module.results}
         write_json(run.path / "sample.json", facts)
         run.mark("complete")
         shutil.rmtree(run.path / "partial", ignore_errors=True)
         print(f"{cli.num_images} images in {run.path / 'images'}; a grid in {run.path / 'samples.png'}.")
-    return 0

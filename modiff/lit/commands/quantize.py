@@ -13,7 +13,7 @@ from modiff.errors import ConfigError
 from modiff.lit.callbacks.calibration import Calibration
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.running import interruptible, rank_zero
+from modiff.lit.runs.running import interruptible, rank_zero, running
 from modiff.storage.folder import check_target
 from modiff.student.checkpoint import save
 
@@ -35,7 +35,8 @@ def quantize(args: Sequence[str]) -> int:
         rank_zero(pack.write, module)
         return 0
     trainer = cli.make_trainer([Calibration(), pack], logger=False)
-    interruptible(None, trainer, lambda: trainer.predict(module, DataLoader(Nothing()), return_predictions=False))
+    with running(None):
+        interruptible(trainer, lambda: trainer.predict(module, DataLoader(Nothing()), return_predictions=False))
     return 0
 
 

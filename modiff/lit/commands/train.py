@@ -17,9 +17,9 @@ from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.data.images import ImageDataModule
-from modiff.lit.runs.directory import atomic_write
+from modiff.lit.runs.directory import RunDirectory, atomic_write
 from modiff.lit.runs.launchers import wanted_devices
-from modiff.lit.runs.running import interruptible, rank_zero
+from modiff.lit.runs.running import interruptible, rank_zero, running
 
 
 class TrainCLI(ModiffCLI):
@@ -58,7 +58,14 @@ def train(args: Sequence[str]) -> int:
     run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
     distance = distance_callback(config)  # refuses wrong files before anything is written
     rank_zero(cli.datamodule.setup, "fit")  # and this wrong data
-    rank_zero(run.claim, cli.recipe)
+    with running(run):
+        rank_zero(run.claim, cli.recipe)
+        _train(cli, run, distance)
+    return 0
+
+
+def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -> None:
+    config = cli.config
     rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
@@ -76,12 +83,11 @@ def train(args: Sequence[str]) -> int:
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
     fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
-    interruptible(run, trainer, fit)
+    interruptible(trainer, fit)
     if trainer.is_global_zero:
         cli.model.export(run.path / "export")
         run.mark("complete")
         print(f"Trained; exported to {run.path / 'export'}.")
-    return 0
 
 
 def count_in_steps(cli: TrainCLI) -> None:

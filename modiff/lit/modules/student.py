@@ -20,6 +20,7 @@ from modiff.config.quant import QuantConfig
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.runs.batch_store import BatchStore
+from modiff.lit.runs.control import current
 from modiff.storage.folder import read_manifest
 from modiff.student.checkpoint import load
 from modiff.student.swap import operators, quantize
@@ -252,6 +253,13 @@ class LitStudent(LightningModule):
         assert self.loaded is not None
         noise = noise or self.noise
         scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
+        control, batch = current(), f"images {int(indices[0])} to {int(indices[-1])}"
+
+        def step(number: int, timestep: Any, x: Tensor) -> None:
+            control.step(f"{batch}, evaluation {number + 1}, time step {int(timestep)}")
+            if on_evaluation is not None:
+                on_evaluation(number, timestep, x)
+
         return sample(
             denoiser,
             scheduler,
@@ -259,7 +267,7 @@ class LitStudent(LightningModule):
             self.steps,
             eta=self.eta,
             step_noise=lambda step: noise(indices, step + 1),
-            on_evaluation=on_evaluation,
+            on_evaluation=step,
         ).float()
 
     def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:

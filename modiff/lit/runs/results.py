@@ -12,7 +12,7 @@ from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.report import plots
 from modiff.lit.report.pages import write_report
-from modiff.lit.runs.directory import RunDirectory, write_json
+from modiff.lit.runs.directory import RunDirectory, flatten, write_json
 from modiff.student.swap import describe
 
 
@@ -81,15 +81,3 @@ class Writer:
                     self.logger.log_image(name, [str(folder / f"{name}.png")])
         except Exception as error:  # whatever W&B raises must not stop a run
             print(f"W&B: logging failed ({type(error).__name__}: {error}); everything is in {folder}.")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted names.
-
-    >>> flatten({"a": {"b": 1}, "c": 2})
-    {'a.b': 1, 'c': 2}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
