@@ -109,7 +109,7 @@ def write_compare_report(
         "lead": closest(rows),
         "stamp": stamp("modiff compare", first) | {"recipe_hash": None},
         "recipes": table,
-        "recipes_note": f"{first.num_images} images from the same noise (seed {first.seed}); the row “{FULL_PRECISION}” "
+        "recipes_note": f"{first.num_images} images from the same noise, seed {first.seed}; the row “{FULL_PRECISION}” "
         + "is the teacher that all recipes start from and are measured against.",
         "notes": notes(rows),
         "points": _points(rows),
