@@ -76,7 +76,7 @@ class Control:
         self.marked: list[RunDirectory] = []
         self.launcher: Any = None
         self.deferred = 0
-        self.finished = False
+        self.finished = self.parted = False
         self.peers: Any = None
         self.waiting = False
         self._steps = self._still = 0
@@ -183,7 +183,8 @@ class Control:
         self._ask(number)
         if number == signal.SIGINT and self._signals > 1:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for anything
-        if not self.deferred and self._signals == 1:
+        # Before the first step there is nothing to finish, and the other ranks may be long in coming.
+        if self._signals == 1 and not (self.deferred and self._steps):
             assert self.stop is not None
             raise Interrupted(self.stop)
 
@@ -203,6 +204,8 @@ class Control:
             if self.finished:
                 return
             steps, self._still = self._steps, self._still + 1 if steps == self._steps else 0
+            if self.parted:
+                continue
             self._look_at_children()
             self._look_at_peers()
             if parent is not None and os.getppid() != parent and self.stop is None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 
 from modiff.errors import ConfigError
+from modiff.lit.report.result import flatten
 from modiff.storage.locks import HOLDER, LOCK, FolderHeld, FolderLock, umask
 
 MARKER = "run.json"
@@ -67,18 +68,6 @@ def attempt() -> int:
     """How often the scheduler has started this job again."""
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "MODIFF_ATTEMPT")
     return sum(int(os.environ.get(name) or 0) for name in counts if (os.environ.get(name) or "0").isdecimal())
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted names.
-
-    >>> flatten({"a": {"b": 1}, "c": 2})
-    {'a.b': 1, 'c': 2}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 class RunDirectory:

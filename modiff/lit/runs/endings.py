@@ -112,6 +112,7 @@ def _last_barrier(control: Control) -> BaseException | None:
         except (Interrupted, PeerLost) as found:
             return found
         return PeerLost(f"The ranks did not end together: {str(broken).splitlines()[0]}")
+    control.parted = True  # each may go now, and none is missed
     return None
 
 
