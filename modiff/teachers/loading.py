@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.storage.hashing import hash_files, hash_text
 from modiff.teachers.architectures import ARCHITECTURES, random_denoiser
 from modiff.teachers.convert.dit import OriginalDiTTransformer2DModel
 from modiff.teachers.convert.ldm import FixedHeadsUNet2DModel
@@ -51,7 +51,7 @@ def load(spec: TeacherSpec) -> Teacher:
         ) from error
     files = [*_weights(part), part / "config.json", scheduler]
     files += [*_weights(folder / decoder_part), folder / decoder_part / "config.json"] if decoder is not None else []
-    teacher = _assemble(spec, family, denoiser, decoder, scheduler_config, fingerprint(*files))
+    teacher = _assemble(spec, family, denoiser, decoder, scheduler_config, hash_files(files, trust_names=True)[:16])
     if family.condition == "text":
         teacher.encode = make_encoder(folder, family, lambda: next(denoiser.parameters()).device)
     return teacher
@@ -77,7 +77,7 @@ def load_random(spec: TeacherSpec) -> Teacher:
     denoiser = random_denoiser(spec.title, config or ARCHITECTURES.get(spec.name))
     decoder = tiny_model(kind)[1] if family.latent else None
     content = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
-    content = f"random-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    content = f"random-{hash_text(content)[:16]}"
     return _assemble(spec, family, denoiser, decoder, dict(family.schedule), content)
 
 
@@ -212,17 +212,3 @@ def _size(spec: TeacherSpec, denoiser: nn.Module, decoder: nn.Module | None) -> 
 
 def _first(folder: Path, *names: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def fingerprint(*paths: Path) -> str:
-    """Content hash of files; of large ones in the hub's cache their name there, which is one already."""
-    digest = hashlib.sha256()
-    for path in paths:
-        blob = path.resolve().name
-        if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
-            digest.update(blob.encode())
-            continue
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]

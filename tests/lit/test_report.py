@@ -209,7 +209,7 @@ def test_page_is_written_whole_or_not_at_all(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modiff.lit.runs.directory.os.replace", full)
+    monkeypatch.setattr("modiff.storage.atomic.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         report(folder, recipe="another")
     assert (folder / "report.html").read_bytes() == before

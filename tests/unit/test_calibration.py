@@ -182,13 +182,13 @@ def test_an_operator_that_is_never_called_is_named():
 
 
 def test_runs_that_cannot_be_used_are_refused():
-    with pytest.raises(CalibrationError, match="evaluated the student not once"):
+    with pytest.raises(CalibrationError, match="never called the student"):
         calibrate(residual_net(), config(), lambda student: None, "gptq", settings=FAST)
     with pytest.raises(CalibrationError, match="outside a trajectory"):
         calibrate(residual_net(), config("w4a32-ptq"), lambda s: s(*noise(1)[0]), "gptq", settings=FAST)
     with pytest.raises(ConfigError, match="method 'gptq' needs data"):
         calibrate(residual_net(), config(), method="gptq")
-    with pytest.raises(ConfigError, match="method is 'best'; allowed are nearest, lp"):
+    with pytest.raises(ConfigError, match="method is 'best'; allowed are adaround, brecq"):
         calibrate(residual_net(), config(), sampler(), "best")
     with pytest.raises(ConfigError, match="seed is -1"):
         calibrate(residual_net(), config(), sampler(), seed=-1)

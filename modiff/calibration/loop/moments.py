@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +46,6 @@ class Moments:
         self.cross.baddbmm_(y.mT, x)
         self.power += y.square().sum()
         self.count += x.shape[1]
-
-    def reduce(self, all_reduce: Callable[[Tensor, str], Tensor]) -> None:
-        """Add up the moments of all processes; sums are taken in float64, so their order hardly matters."""
-        for tensor in (self.hessian, self.cross, self.power):
-            for part in tensor.view(-1).split(2**20):  # a few MiB beyond the moments themselves
-                part.copy_(all_reduce(part.double(), "sum"))
-        self.count = int(all_reduce(torch.tensor(self.count), "sum"))
 
     def damped(self, damping: float) -> Tensor:
         """The Hessian with ``damping`` times its mean diagonal added to the diagonal, ``[groups, K, K]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modiff.calibration.loop.moments import Moments, input_vectors, num_positions, output_vectors
+from modiff.calibration.loop.arguments import CallArguments
+from modiff.calibration.loop.moments import input_vectors, num_positions, output_vectors
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import Structure
 from modiff.calibration.loop.tracing import Evaluation, Trace, removed
 from modiff.errors import CalibrationError
 from modiff.operators.modulated import ModulatedOperator
@@ -21,7 +21,7 @@ from modiff.quantizers.affine import fake_quantize
 
 
 class MomentRecorder:
-    """Adds up :class:`.Moments` of operators' inputs, and of the teacher's outputs at the same places.
+    """Takes vectors of operators' inputs, and of the teacher's outputs at the same places, for :class:`.Moments`.
 
     In each recorded evaluation the student's hooks draw places and keep the inputs there; at its end the teacher
     answers to the same input, and its hooks pair its outputs with them, call by call.
@@ -33,6 +33,7 @@ class MomentRecorder:
         evaluations: How many of a trajectory; None: all.
         positions: Input vectors of each operator, in all.
         generator: Draws them, on the CPU.
+        add: ``add(name, x, y)`` gets the vectors of each call.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class MomentRecorder:
         evaluations: int | None,
         positions: int,
         generator: torch.Generator,
+        add: Callable[[str, Tensor, Tensor], None],
     ) -> None:
         self.operators = operators
         self.teacher = teacher
         self.generator = generator
-        self.moments = {name: Moments.empty(operator) for name, operator in operators.items()}
+        self.add = add
         self._chosen = trace.choose(evaluations)
         recorded = trace.recorded(self._chosen)
         # What one call gives, rounded up.
@@ -86,7 +88,7 @@ class MomentRecorder:
         operator = self.operators[name]
         places, x = self._waiting[name].pop(0)
         y = _batched(operator, output, args[0].ndim)
-        self.moments[name].update(x, output_vectors(module, operator.adapter.kind, y, places))
+        self.add(name, x, output_vectors(module, operator.adapter.kind, y, places))
 
 
 class SampleRecorder:
@@ -103,7 +105,7 @@ class SampleRecorder:
 
     Attributes:
         keys: For each row of the store, the place in the whole run of the evaluation that it is from.
-        structures: How the inputs made up the block's arguments, in each recorded evaluation.
+        arguments: How the inputs made up the block's arguments, in each recorded evaluation.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class SampleRecorder:
         self.store = store
         self.generator = generator
         self.keys: list[int] = []
-        self.structures: list[Structure] = []
+        self.arguments: list[CallArguments] = []
         self._trace, self._most = trace, most
         self._chosen = trace.choose(evaluations)
         self._trajectory = 0
@@ -149,8 +151,8 @@ class SampleRecorder:
             return
         place = self._trace.ordinal(self._chosen, self._trajectory, self._evaluation.index)
         share = self._trace.share(self._chosen, place, self._most)
-        structure, tensors = Structure.of(args, kwargs)
-        self.structures.append(structure)
+        arguments, tensors = CallArguments.of(args, kwargs)
+        self.arguments.append(arguments)
         if share == 0:
             return
         batch = len(next(iter(tensors.values())))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from modiff.calibration.loop.structure import Structure
+from modiff.calibration.loop.arguments import CallArguments
 from modiff.operators.quantized import QuantizedOperator
+from modiff.storage.hashing import hash_text
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Trace:
     @property
     def digest(self) -> str:
         """Hash of the run; the same however its trajectories are dealt to processes."""
-        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+        return hash_text("".join(self.digests))
 
     def choose(self, count: int | None) -> list[int]:
         """Which evaluations are recorded: ``count`` of the longest trajectory, evenly from its first to its last.
@@ -131,7 +130,7 @@ class ModuleCalls:
     """Watches every module of a student but its operators, to find those that can be run alone."""
 
     def __init__(self, student: nn.Module) -> None:
-        self.structures: dict[str, Structure] = {}
+        self.arguments: dict[str, CallArguments] = {}
         self.refused: set[str] = set()
         self.seen: dict[str, set[int]] = {}
         self.hooks = []
@@ -142,8 +141,8 @@ class ModuleCalls:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            structure, tensors = Structure.of(args, kwargs)
-            again = name in self.seen or self.structures.setdefault(name, structure) != structure
+            arguments, tensors = CallArguments.of(args, kwargs)
+            again = name in self.seen or self.arguments.setdefault(name, arguments) != arguments
             if again or not tensors or not isinstance(output, Tensor) or any(t.ndim == 0 for t in tensors.values()):
                 self.refused.add(name)
             else:
@@ -157,28 +156,14 @@ class ModuleCalls:
 
     def end(self, output: Any) -> None:
         """Compare batches at the end of an evaluation, where the batch is known."""
-        first = output if isinstance(output, Tensor) else next(iter(Structure.of((output,), {})[1].values()), None)
+        first = output if isinstance(output, Tensor) else next(iter(CallArguments.of((output,), {})[1].values()), None)
         batch = None if first is None or first.ndim == 0 else len(first)
         self.refused |= {name for name, sizes in self.seen.items() if sizes != {batch}}
-        self.refused |= set(self.structures) - set(self.seen)
+        self.refused |= set(self.arguments) - set(self.seen)
 
     def usable(self) -> list[str]:
         """Those found so far: see :class:`Trace`."""
-        return [name for name in self.structures if name not in self.refused]
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    """The bits of a tensor, in the order of its elements."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return [name for name in self.arguments if name not in self.refused]
 
 
 @contextmanager

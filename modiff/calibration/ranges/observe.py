@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.moments import no_data
+from modiff.calibration.loop.reduction import Reducer
 from modiff.calibration.loop.samples import SampleStore
 from modiff.calibration.loop.tracing import Evaluation, Trace, removed
 from modiff.calibration.ranges.lsq import learn_steps
@@ -131,33 +133,33 @@ class RangeCalibration:
     def _observe(self, names: Sequence[str]) -> Ranges:
         """One closed-loop run; ranges of some operators."""
         settings, found = self.settings, operators(self.loop.student)
-        main: dict[str, Observer] = {}
-        fallback: dict[str, Observer] = {}
+        main: dict[str, Statistics] = {}
+        fallback: dict[str, Statistics] = {}
         for name in names:
             spec, sets = self.specs[name], found[name].num_sets(self.specs[name])
-            main[name] = make_observer(
-                settings.observer,
-                spec.timestep_buckets,
-                sets,
-                bins=settings.bins,
-                percentile=settings.percentile,
-                p=settings.range_norm,
+            main[name] = Statistics(
+                make_observer(
+                    settings.observer,
+                    spec.timestep_buckets,
+                    sets,
+                    bins=settings.bins,
+                    percentile=settings.percentile,
+                    p=settings.range_norm,
+                )
             )
-            fallback[name] = MinMax(1, sets)
+            fallback[name] = Statistics(MinMax(1, sets))
 
         def watch(name: str, index: int, x: Tensor, quantized: bool) -> None:
             buckets = self.specs[name].timestep_buckets if quantized else 1
-            observer, bucket = (main if quantized else fallback)[name], bucket_of(index, buckets, self.trace.steps)
+            observer = (main if quantized else fallback)[name].observer(self.loop.trajectory)
             for first, values in by_set(found[name], self.specs[name], x):
-                observer.update(bucket, first, values)
+                observer.update(bucket_of(index, buckets, self.trace.steps), first, values)
 
         self._watch(names, watch)
         ranges = {}
         for name in names:
-            if self.loop.reducer.world_size > 1:
-                main[name].reduce(self.loop.reducer.all_reduce)
-                fallback[name].reduce(self.loop.reducer.all_reduce)
-            low, high = fill(*main[name].range(self.specs[name]), *fallback[name].range(self.specs[name]))
+            whole, other = (each[name].merged(self.loop.reducer) for each in (main, fallback))
+            low, high = fill(*whole.range(self.specs[name]), *other.range(self.specs[name]))
             ranges[name] = CalibratedRange.from_range(low, high, self.specs[name], self.trace.steps)
         return ranges
 
@@ -236,6 +238,38 @@ class RangeCalibration:
 
         with removed([found[name].register_forward_pre_hook(hook) for name in names]):
             self.loop.drive(begin, end, generator)
+
+
+class Statistics:
+    """What an observer sees along the trajectories of all processes: the same bits for any number of them.
+
+    Args:
+        empty: An observer that has seen nothing.
+    """
+
+    def __init__(self, empty: Observer) -> None:
+        self._whole = empty
+        self._empty = None if empty.order_free else copy.deepcopy(empty)
+        self._parts: dict[int, Observer] = {}
+
+    def observer(self, trajectory: int) -> Observer:
+        """What observes a trajectory of this process: one of its own, where the order of merging matters."""
+        if self._empty is None:
+            return self._whole
+        if trajectory not in self._parts:
+            self._parts[trajectory] = copy.deepcopy(self._empty)
+        return self._parts[trajectory]
+
+    def merged(self, reducer: Reducer) -> Observer:
+        """The observer of all trajectories, merged in their order."""
+        if self._empty is None:
+            if reducer.world_size > 1:
+                self._whole.reduce(reducer.all_reduce)
+            return self._whole
+        parts = {place: part for found in reducer.gather(self._parts) for place, part in found.items()}
+        for place in sorted(parts):
+            self._whole.merge(parts[place])
+        return self._whole
 
 
 def _range_of(operator: QuantizedOperator) -> CalibratedRange:

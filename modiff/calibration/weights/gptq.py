@@ -8,6 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from modiff.calibration.loop.moments import Moments
+from modiff.calibration.settings import CalibrationSettings
+from modiff.calibration.weights.methods import WeightMethod, WeightProblem, register
 from modiff.config.quant import QuantSpec
 from modiff.errors import CalibrationError
 from modiff.quantizers.affine import dequantize, quantize
@@ -16,6 +19,22 @@ from modiff.quantizers.rounding import QuantizedWeight
 LOGGER = logging.getLogger(__name__)
 BLOCK = 128
 """Columns after which the errors are applied to the rest of the weight; it moves no result but by rounding."""
+
+
+@register("gptq")
+class Gptq(WeightMethod):
+    """Round a weight column by column; no targets are needed, so operators may share a run."""
+
+    uses_data = True
+
+    def operators_per_run(self, settings: CalibrationSettings) -> int:
+        """As many as ``stage_size`` says."""
+        return settings.stage_size
+
+    def solve(self, problem: WeightProblem, moments: Moments, settings: CalibrationSettings) -> QuantizedWeight:
+        """Quantize a weight from the moments of the operator's inputs."""
+        grid = problem.nearest()
+        return gptq(problem.weight, moments.hessian, grid, problem.spec, settings.damping, problem.name)
 
 
 @torch.no_grad()

@@ -22,10 +22,11 @@ from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.runs.batches import BatchStore
-from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import interruptible, rank_zero
 from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
 from modiff.lit.runs.writer import Writer
+from modiff.storage.atomic import write_json, write_text
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -94,7 +95,7 @@ def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
     module.conditions = cli.datamodule.conditions
     module.configure_model()
     rank_zero(run.claim, cli.recipe)
-    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
+    rank_zero(lambda: write_text(run.path / "config.yaml", cli.dump()))
     module.store = BatchStore(run.path / "partial")
     return module
 

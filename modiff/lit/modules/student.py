@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +13,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from modiff.calibration.loop.tracing import fingerprint
 from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.cli.calibration import CalibrationConfig
 from modiff.lit.runs.batches import BatchStore
 from modiff.storage.folder import read_manifest
+from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
+from modiff.student.copies import shared_copy
 from modiff.student.swap import operators, quantize
 from modiff.student.tensors import slots
 from modiff.teachers.sampling.loop import sample, set_timesteps
@@ -157,7 +157,7 @@ class LitStudent(LightningModule):
     def teacher_hash(self) -> str:
         """Content hash of the teacher's weights, as they were loaded."""
         assert self.teacher is not None
-        return fingerprint({slot.name: slot.tensor for slot in slots(self.teacher)})
+        return hash_tensors({slot.name: slot.tensor for slot in slots(self.teacher)})
 
     def origin(self) -> dict[str, Any]:
         """How the student was made, for its checkpoint."""
@@ -176,8 +176,7 @@ class LitStudent(LightningModule):
     def shared_copy(self) -> nn.Module:
         """The teacher again: modules of its own, the teacher's tensors."""
         assert self.teacher is not None
-        tensors = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
-        return copy.deepcopy(self.teacher, tensors)
+        return shared_copy(self.teacher)
 
     def use_calibrated(self, student: nn.Module) -> None:
         """Take the student that a calibration found."""

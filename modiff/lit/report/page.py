@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from modiff.errors import ConfigError
-from modiff.lit.runs.directory import atomic_write
+from modiff.storage.atomic import write_text
 
 STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #ffffff; --text: #1c2230; --soft: #5c6575; --line: #dde1e7;
@@ -141,5 +141,5 @@ def write_page(path: Path, title: str, content: Iterable[Html]) -> Path:
     )
     body = element("main", *content)
     text = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path

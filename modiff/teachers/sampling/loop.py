@@ -31,7 +31,8 @@ def sample(
 
     Args:
         denoiser: ``denoiser(x, t)``; returns a tensor, a tuple that starts with one, or an object with ``.sample``.
-        scheduler: Of :func:`~modiff.teachers.sampling.schedulers.make_scheduler`, or any with ``set_timesteps``, ``step``.
+        scheduler: Of :func:`~modiff.teachers.sampling.schedulers.make_scheduler`, or any that has ``set_timesteps`` and
+            ``step``.
         noise: ``[B, C, *spatial]``, standard normal; sets device and dtype.
         steps: Sampler steps.
         eta: Share of noise of a DDIM step, 0 to 1.

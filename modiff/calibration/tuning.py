@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modiff.calibration.loop.arguments import CallArguments
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import Structure, shared_copy
 from modiff.calibration.loop.tracing import Evaluation, Trace
 from modiff.calibration.settings import CalibrationSettings
 from modiff.errors import CalibrationError
@@ -21,6 +21,7 @@ from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.standin import StandIn
 from modiff.quantizers.packing import PackedWeight
+from modiff.student.copies import shared_copy
 from modiff.student.swap import operators
 
 
@@ -29,13 +30,13 @@ class RecordedEvaluation:
     """One evaluation of the closed loop: arguments of the denoiser, by row or whole.
 
     Args:
-        structure: How tensors make up the arguments.
+        arguments: How tensors make up the arguments.
         whole: Tensors that do not have a row for each sample (a time step, position ids).
         first: First of its rows in the store.
         count: How many rows it has.
     """
 
-    structure: Structure
+    arguments: CallArguments
     whole: dict[str, Tensor]
     first: int
     count: int
@@ -82,13 +83,13 @@ def record_outputs(
             target = first_tensor(loop.teacher(*args, **kwargs))
         if not torch.isfinite(target).all():
             raise CalibrationError(f"NaN or Inf in the teacher's answer in {evaluation}. Check it in this dtype.")
-        structure, tensors = Structure.of(args, kwargs)
+        arguments, tensors = CallArguments.of(args, kwargs)
         batch = len(target)
         rows = torch.randperm(batch, generator=generator)[:share].sort().values
         by_row = {name: t for name, t in tensors.items() if t.ndim and len(t) == batch}
         whole = {name: t.clone() for name, t in tensors.items() if name not in by_row}
         store.append({name: t[rows.to(t.device)] for name, t in {**by_row, "target": target}.items()})
-        found.append((key, RecordedEvaluation(structure, whole, 0, len(rows))))
+        found.append((key, RecordedEvaluation(arguments, whole, 0, len(rows))))
         keys.extend([key] * len(rows))
 
     loop.drive(begin, end, generator)
@@ -125,7 +126,7 @@ def first_tensor(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    tensors = Structure.of((output,), {})[1]
+    tensors = CallArguments.of((output,), {})[1]
     if not tensors:
         raise CalibrationError(
             f"The denoiser returns a {type(output).__name__}, in which no tensor is found. Return a tensor, a tuple or "
@@ -202,7 +203,7 @@ class _OutputError:
     def __call__(self, evaluation: RecordedEvaluation, rows: Tensor) -> Tensor:
         """Of some rows of an evaluation."""
         tensors = {key: t.to(self.device) for key, t in self.store.rows(rows + evaluation.first).items()}
-        args, kwargs = evaluation.structure.build({**evaluation.whole, **tensors})
+        args, kwargs = evaluation.arguments.build({**evaluation.whole, **tensors})
         output, target = first_tensor(self.denoiser(*args, **kwargs)), tensors["target"]
         return (output.float() - target.float()).square().mean()
 
