@@ -30,7 +30,9 @@ def cache_folder(kind: str, say: Callable[[str], Any] = print) -> Path:
         tempfile.TemporaryFile(dir=root / kind).close()
     except (OSError, ConfigError) as error:
         reason = f"{error.filename or ''}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        return _of_this_process(reason, say) / kind
+        folder = _of_this_process(reason, say) / kind
+        folder.mkdir(exist_ok=True)
+        return folder
     return root / kind
 
 

@@ -1,4 +1,4 @@
-"""The front of calibration on small students: methods, seeds, restarts, and what is refused."""
+"""Calibrations of small students: methods, seeds, restarts, and what is refused."""
 
 import os
 
@@ -10,7 +10,6 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration import calibrate as front
 from modiff.calibration.loop.samples import SampleStore
 from modiff.errors import CalibrationError, ConfigError
 from modiff.operators.modulated import ModulatedOperator
@@ -118,7 +117,9 @@ def test_killed_and_started_again_gives_the_same_bits(method, tmp_path):
 def test_samples_that_spill_change_nothing(tmp_path, monkeypatch):
     held = codes(calibrate(residual_net(), config(), sampler(), "brecq", settings=FAST))
     spilled = []
-    monkeypatch.setattr(front, "SampleStore", lambda folder, limit, owner: SampleStore(folder, 20_000, owner))
+    monkeypatch.setattr(
+        "modiff.calibration.job.SampleStore", lambda folder, limit, owner: SampleStore(folder, 20_000, owner)
+    )
     real = SampleStore._spill
     monkeypatch.setattr(SampleStore, "_spill", lambda self: (spilled.append(1), real(self)))
     student = calibrate(residual_net(), config(), sampler(), "brecq", settings=FAST, folder=tmp_path)
