@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import modiff
-from modiff import compiling
+from modiff.compiling import modes as compiling
 from modiff.config.quant import Split
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.operators import execution
