@@ -18,10 +18,11 @@ from modiff.calibration.weights import weight_methods
 from modiff.errors import CalibrationError
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import calibration_parts
-from modiff.lit.cli.calibration import CalibrationConfig, calibration_key
 from modiff.lit.cli.main import main
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands import quantize as quantize_module
+from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.runs.cache import calibration_key
 
 FAST = ("--timing_rounds", "0", "--error_images", "0")
 
@@ -220,7 +221,7 @@ def test_content_hash_is_of_the_algorithm_and_of_pytorch_too(tiny_teacher, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.11.0")
         keys.append(calibration_key(parts))
-    monkeypatch.setattr("modiff.lit.cli.calibration.ALGORITHM_VERSION", 0)
+    monkeypatch.setattr("modiff.lit.runs.cache.ALGORITHM_VERSION", 0)
     keys.append(calibration_key(parts))
     assert len(set(keys)) == 3
 

@@ -12,7 +12,7 @@ import modiff
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.lit.callbacks import activation_cache
 from modiff.lit.callbacks.activation_cache import ActivationCache, free_mib
-from modiff.lit.callbacks.costs import Cost
+from modiff.lit.callbacks.cost import Cost
 from modiff.lit.callbacks.trajectory_errors import measure, relative_error
 from modiff.lit.modules.student import LitStudent
 from modiff.teachers.zoo import TeacherSpec

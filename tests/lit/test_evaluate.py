@@ -208,7 +208,7 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, modiff, tmp_path, monkeyp
 
 def test_damaged_batch_is_drawn_again(recipe, modiff, tmp_path, monkeypatch, drawn) -> None:
     out = tmp_path / "out"
-    from modiff.lit.runs import writer
+    from modiff.lit.runs import results as writer
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -231,7 +231,7 @@ def test_full_disk_leaves_no_half_file_and_what_was_there(recipe, modiff, tmp_pa
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("modiff.lit.runs.batches.save_file", full)
+        patch.setattr("modiff.lit.runs.batch_store.save_file", full)
         status, _, err = modiff("evaluate", "--config", recipe, "--output", out)
     assert status == 1
     assert err == f"modiff evaluate: No space left on device ({out}/partial/batch_00000004.safetensors).\n"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from modiff.config.quant import QuantConfig
-from modiff.lit.data.modules import NoiseDataModule
+from modiff.lit.data.noise import NoiseDataModule
 from modiff.lit.modules.student import LitStudent
 from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.zoo import TeacherSpec

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from modiff.errors import ConfigError
-from modiff.lit.report.pictures import image_grid, labelled_rows
+from modiff.lit.report.image_grids import image_grid, labelled_rows
 from modiff.lit.report.plots import compare_plot, cost_plot, trajectory_errors_plot
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modiff.errors import ConfigError
-from modiff.lit.data import reference as reference_module
-from modiff.lit.data.reference import ReferenceImages, network_identity
+from modiff.lit.data import real_images as reference_module
+from modiff.lit.data.real_images import ReferenceImages, network_identity
 from modiff.metrics.features import load_feature_network
 from modiff.metrics.precision_recall import precision_recall
 from modiff.metrics.statistics import FeatureStatistics

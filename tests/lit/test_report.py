@@ -10,9 +10,9 @@ from rich.console import Console
 
 from modiff.errors import ConfigError
 from modiff.lit.report import page
-from modiff.lit.report.pictures import image_grid, save_picture
-from modiff.lit.report.report import markdown_table, metrics_table, write_compare_report, write_report
-from modiff.lit.report.summary import describe_errors, headline, worst_operators
+from modiff.lit.report.image_grids import image_grid, save_picture
+from modiff.lit.report.pages import markdown_table, metrics_table, write_compare_report, write_report
+from modiff.lit.report.sentences import describe_errors, headline, worst_operators
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 NASTY = "<script>alert(1)</script>\"'&"

@@ -19,10 +19,10 @@ import modiff
 from modiff.calibration import calibrate
 from modiff.config.quant import QuantConfig
 from modiff.lit.callbacks.calibration import draw
-from modiff.lit.cli.calibration import CalibrationConfig
 from modiff.lit.cli.main import main
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.data.conditions import SampleDataModule
+from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.modules.student import LitStudent
 from modiff.student.swap import operators
 from modiff.teachers.sampling.schedulers import make_scheduler

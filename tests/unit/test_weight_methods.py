@@ -69,7 +69,7 @@ def test_a_method_with_data_gets_moments_in_stages_of_its_size(registry):
 
 
 def test_recipes_know_a_registered_method(registry):
-    from modiff.lit.cli.calibration import CalibrationConfig
+    from modiff.lit.modules.calibration_config import CalibrationConfig
 
     with pytest.raises(ConfigError, match="method is 'toy'; allowed are adaround, brecq, gptq, lp, nearest"):
         CalibrationConfig(method="toy")

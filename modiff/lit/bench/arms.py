@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modiff.compiling.modes import compile
 from modiff.errors import ConfigError
-from modiff.lit.bench.timing import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
+from modiff.lit.bench.clocks import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
 from modiff.lit.modules.student import LitStudent
 from modiff.operators.adapters import find_adapter
 from modiff.student.cost import weight_bytes

@@ -20,8 +20,9 @@ from modiff.calibration.ranges.observe import with_dynamic_ranges
 from modiff.errors import CalibrationError, CheckpointError
 from modiff.lit.callbacks.activation_cache import refuse_overflow, state_of_one_image
 from modiff.lit.callbacks.progress import duration
-from modiff.lit.cli.calibration import NOISE_STREAM, CalibrationConfig, calibration_key
+from modiff.lit.modules.calibration_config import NOISE_STREAM, CalibrationConfig
 from modiff.lit.modules.student import LitStudent
+from modiff.lit.runs.cache import calibration_key
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.cache import cache_folder
 from modiff.storage.locks import locked

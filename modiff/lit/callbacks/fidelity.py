@@ -12,7 +12,7 @@ from torchmetrics import SumMetric
 
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.similarity import Similarity
-from modiff.lit.data.reference import ReferenceImages, is_statistics, network_identity
+from modiff.lit.data.real_images import ReferenceImages, is_statistics, network_identity
 from modiff.lit.modules.student import LitStudent, to_unit_range
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modiff.errors import ModiffError
 from modiff.lit.modules.student import LitStudent, to_unit_range
-from modiff.lit.report.pictures import image_grid, save_picture, to_pixels
-from modiff.lit.runs.batches import BatchStore
+from modiff.lit.report.image_grids import image_grid, save_picture, to_pixels
+from modiff.lit.runs.batch_store import BatchStore
 from modiff.storage.atomic import write_file
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
-from modiff.lit.cli.calibration import CalibrationConfig
+from modiff.lit.modules.calibration_config import CalibrationConfig
 
 
 class _Nested:

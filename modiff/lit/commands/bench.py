@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.bench.arms import COMPILED, EAGER, Bench
-from modiff.lit.bench.report import backends, bench_plot, markdown, sentences, terminal_table
+from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI

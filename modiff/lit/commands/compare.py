@@ -18,8 +18,8 @@ from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.evaluate import evaluate_recipe
 from modiff.lit.report import plots
-from modiff.lit.report.pictures import labelled_rows, save_picture
-from modiff.lit.report.report import markdown_table, metrics_table, write_compare_report
+from modiff.lit.report.image_grids import labelled_rows, save_picture
+from modiff.lit.report.pages import markdown_table, metrics_table, write_compare_report
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.atomic import write_json, write_text

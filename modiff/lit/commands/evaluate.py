@@ -14,18 +14,18 @@ from lightning.pytorch.loggers import CSVLogger
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.activation_cache import ActivationCache
 from modiff.lit.callbacks.calibration import Calibration
-from modiff.lit.callbacks.costs import Cost
+from modiff.lit.callbacks.cost import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.batches import BatchStore
+from modiff.lit.runs.batch_store import BatchStore
 from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.results import Writer
 from modiff.lit.runs.running import interruptible, rank_zero
 from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
-from modiff.lit.runs.writer import Writer
 from modiff.storage.atomic import write_json, write_text
 
 

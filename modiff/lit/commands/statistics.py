@@ -13,7 +13,7 @@ from modiff.errors import ConfigError
 from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.data.batches import DeviceBatches, ImageDataset
-from modiff.lit.data.modules import ImageDataModule
+from modiff.lit.data.images import ImageDataModule
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics

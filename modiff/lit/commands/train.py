@@ -14,9 +14,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.lit.callbacks.training import TrainingDistance, TrainingSamples
+from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
-from modiff.lit.data.modules import ImageDataModule
+from modiff.lit.data.images import ImageDataModule
 from modiff.lit.runs.running import interruptible, rank_zero
 from modiff.storage.atomic import write_text
 

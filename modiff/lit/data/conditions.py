@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff.errors import ConfigError
-from modiff.lit.data.modules import NoiseDataModule
+from modiff.lit.data.noise import NoiseDataModule
 from modiff.storage.hashing import short_hash
 
 PROMPT_COLUMNS = ("prompt", "caption", "text", "captions", "sentences")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
 from modiff.errors import CalibrationError, ConfigError
-from modiff.lit.cli.calibration import CalibrationConfig
-from modiff.lit.runs.batches import BatchStore
+from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.runs.batch_store import BatchStore
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modiff.errors import ConfigError
-from modiff.lit.report.summary import error_matrix, finite, mean, worst_operators
+from modiff.lit.report.sentences import error_matrix, finite, mean, worst_operators
 from modiff.storage.atomic import write_file
 
 DPI = 150

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from modiff.errors import ConfigError
-from modiff.lit.report.pictures import image_grid, save_picture
+from modiff.lit.report.image_grids import image_grid, save_picture
 from modiff.metrics.features import load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics

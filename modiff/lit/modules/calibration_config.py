@@ -1,4 +1,4 @@
-"""What a recipe says of its calibration, and the key under which a finished one is kept."""
+"""``model.calibration`` of a recipe: how the student's weights and ranges are found."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from modiff.calibration import CalibrationSettings
-from modiff.calibration.calibrate import ALGORITHM_VERSION
 from modiff.calibration.weights import weight_method
 from modiff.errors import ConfigError
-from modiff.storage.hashing import short_hash
 
 NOISE_STREAM = 2**40
 """Added to the stream of a calibration's noise: far beyond the time steps of any sampler, whose streams begin at 0."""
@@ -66,8 +62,3 @@ class CalibrationConfig(CalibrationSettings):
         if unknown:
             raise ConfigError(f"there is no field {unknown[0]!r}; allowed are {', '.join(known)}.")
         return cls(**values)
-
-
-def calibration_key(parts: dict[str, Any]) -> str:
-    """Content hash of a calibration: the same parts, algorithm and PyTorch have the same result."""
-    return short_hash({**parts, "algorithm": ALGORITHM_VERSION, "torch": torch.__version__})

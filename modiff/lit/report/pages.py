@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff.lit.report.page import Html, element, folded, link, picture, section, table, tiles, write_page
-from modiff.lit.report.summary import closest, describe_errors, headline, share
+from modiff.lit.report.sentences import closest, describe_errors, headline, share
 from modiff.lit.report.tables import (
     FULL_PRECISION,
     HEADERS,

@@ -11,8 +11,9 @@ from lightning.pytorch import Trainer
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.report import plots
-from modiff.lit.report.report import write_report
-from modiff.lit.runs.directory import RunDirectory, write_json
+from modiff.lit.report.pages import write_report
+from modiff.lit.runs.directory import RunDirectory
+from modiff.storage.atomic import write_json
 from modiff.student.swap import describe
 
 
