@@ -55,7 +55,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def write(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], overwrite: bool = False) -> None:
-    """Write a checkpoint into a temporary neighbour of ``path``, then rename it: readers see all of it or nothing.
+    """Write a checkpoint atomically: readers see all of it or nothing.
 
     Args:
         path: The directory; its parents are made.

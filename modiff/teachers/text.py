@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,6 @@ def _load(folder: Path) -> Any:
 
 def absent_parts(folder: Path) -> list[str]:
     """Parts of a pipeline that encoding text does not need, of those it has."""
-    import json
-
     index = json.loads((folder / "model_index.json").read_text())
     parts = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
     return [part for part in parts if part in index]

@@ -1,4 +1,4 @@
-"""Closed-loop data: what the operators of a student really see along its own trajectories (trap 7 of METHOD.md)."""
+"""Closed-loop data: what the operators of a student really see along its own trajectories (trap 7)."""
 
 from __future__ import annotations
 

@@ -134,3 +134,14 @@ def output_vectors(module: Any, kind: str, y: Tensor, positions: Tensor) -> Tens
 def num_positions(kind: str, y: Tensor) -> int:
     """How many input vectors an output ``y`` comes from."""
     return y.numel() // y.shape[-1 if kind == "linear" else 1]
+
+
+def batched(operator: QuantizedOperator, x: Tensor, ndim: int | None = None) -> Tensor:
+    """Give ``x`` a batch dim where the operator was called with a single sample.
+
+    Args:
+        operator: Of the student.
+        x: An input or output of the call.
+        ndim: Dims of the call's input; None: ``x`` is that input.
+    """
+    return x if operator.adapter.is_batched(operator.module, ndim or x.ndim) else x[None]

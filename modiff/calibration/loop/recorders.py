@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff.calibration.loop.arguments import CallArguments
-from modiff.calibration.loop.moments import input_vectors, num_positions, output_vectors
+from modiff.calibration.loop.moments import batched, input_vectors, num_positions, output_vectors
 from modiff.calibration.loop.samples import SampleStore
 from modiff.calibration.loop.tracing import Evaluation, Trace, removed
 from modiff.errors import CalibrationError
@@ -78,7 +78,7 @@ class MomentRecorder:
             return
         waiting = self._waiting.setdefault(name, [])
         x = effective_input(operator, args[0], len(waiting))
-        x, y = _batched(operator, x), _batched(operator, output, args[0].ndim)
+        x, y = batched(operator, x), batched(operator, output, args[0].ndim)
         kind = operator.adapter.kind
         places = torch.randperm(num_positions(kind, y), generator=self.generator)[: self._share[name]]
         places = places.sort().values.to(x.device)
@@ -87,7 +87,7 @@ class MomentRecorder:
     def _pair(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         operator = self.operators[name]
         places, x = self._waiting[name].pop(0)
-        y = _batched(operator, output, args[0].ndim)
+        y = batched(operator, output, args[0].ndim)
         self.add(name, x, output_vectors(module, operator.adapter.kind, y, places))
 
 
@@ -190,8 +190,3 @@ def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor
         return run.caches[operator.name][call].reconstruction() if operator.modulation.error_compensation else x
     from_float = x.to(torch.promote_types(x.dtype, torch.float32))
     return fake_quantize(from_float, operator.partition(x.ndim), operator.activation_spec)
-
-
-def _batched(operator: QuantizedOperator, x: Tensor, ndim: int | None = None) -> Tensor:
-    """``x`` with a batch dim, where the operator was called with a single sample."""
-    return x if operator.adapter.is_batched(operator.module, ndim or x.ndim) else x[None]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from typing_extensions import override
 
 from modiff.errors import CalibrationError, ModiffError
 
@@ -49,8 +50,8 @@ class TorchReducer(Reducer):
         self.rank = distributed.get_rank()
         self.world_size = distributed.get_world_size()
 
+    @override
     def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
-        """See the base class."""
         ops = {"sum": distributed.ReduceOp.SUM, "min": distributed.ReduceOp.MIN, "max": distributed.ReduceOp.MAX}
         # NCCL takes tensors of the GPU only.
         device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
@@ -58,22 +59,23 @@ class TorchReducer(Reducer):
         distributed.all_reduce(shared, ops[how])
         return shared.to(tensor.device)
 
+    @override
     def gather(self, value: Any) -> list[Any]:
-        """See the base class; the values travel as pickles, tensors best on the CPU."""
+        # The values travel as pickles, tensors best on the CPU.
         found: list[Any] = [None] * self.world_size
         distributed.all_gather_object(found, value)
         return found
 
+    @override
     def each(self, function: Callable[[], Result]) -> Result:
-        """See the base class."""
         result, error = self._attempt(function)
         for rank, other in enumerate(self.gather(_portable(error))):
             if other is not None:
                 raise (error if error is not None and rank == self.rank else other)
         return result  # type: ignore[return-value]
 
+    @override
     def once(self, function: Callable[[], Result]) -> Result:
-        """See the base class."""
         result, error = self._attempt(function) if self.rank == 0 else (None, None)
         box = [(result, _portable(error))]
         distributed.broadcast_object_list(box, src=0)

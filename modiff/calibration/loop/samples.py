@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from modiff.calibration.loop.reduction import Reducer
 from modiff.errors import CalibrationError
+from modiff.storage.atomic import write_file
 
 
 class SampleStore:
@@ -144,15 +146,10 @@ class SampleStore:
     def _spill(self) -> None:
         # One shard for each part that was appended: joining them first would take the memory twice.
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             while self._held:
                 part = self._held[0]
                 path = self.folder / f"samples-{len(self._shards):05d}.safetensors"
-                temporary = path.with_suffix(".part")
-                save_file(part, temporary)
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
+                write_file(path, partial(save_file, part))
                 self._shards.append((path, _rows(part)))
                 self._held.pop(0)
         except (OSError, SafetensorError) as error:

@@ -68,7 +68,7 @@ def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Redu
         teacher: The denoiser; left as it is.
         config: What is quantized; only such operators are split.
         run: As for :func:`modiff.calibration.calibrate`.
-        reducer: Likewise; every process that has a trajectory watches its first evaluation.
+        reducer: The processes that share the run; each one that has a trajectory watches its first evaluation.
 
     Returns:
         What to set :attr:`QuantConfig.splits` to.

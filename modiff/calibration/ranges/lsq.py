@@ -28,12 +28,12 @@ def learn_steps(
 
     ``A`` is the operator with its quantized weight; for residuals, what is lost is the change of its output, since
     ``a - â = x - Q(x)`` (equation 18). Scale and zero point come from the same two ends of a range, so that neither is
-    ever left behind (trap 6 of METHOD.md).
+    ever left behind (trap 6).
 
     Args:
         operator: Of the student.
         spec: Its quantizer.
-        start: Where learning begins; of ranges that got no better in a whole, it is what is returned.
+        start: Where learning begins; it is returned where learning made the ranges no better.
         store: Rows ``x`` (inputs, or residuals) and ``bucket`` (int64).
         settings: Steps, learning rate, batch size.
         generator: Draws batches, on the CPU.

@@ -1,4 +1,4 @@
-"""Calibrated ranges of activations, from closed-loop trajectories of the student (trap 7 of METHOD.md)."""
+"""Calibrated ranges of activations, from closed-loop trajectories of the student (trap 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modiff.calibration.loop.capture import ClosedLoop
-from modiff.calibration.loop.moments import no_data
+from modiff.calibration.loop.moments import batched, no_data
 from modiff.calibration.loop.reduction import Reducer
 from modiff.calibration.loop.samples import SampleStore
 from modiff.calibration.loop.tracing import Evaluation, Trace, removed
@@ -277,11 +277,6 @@ def _range_of(operator: QuantizedOperator) -> CalibratedRange:
     return operator.calibrated
 
 
-def batched(operator: QuantizedOperator, x: Tensor) -> Tensor:
-    """``x`` with a batch dim, where the operator was called with a single sample."""
-    return x if operator.adapter.is_batched(operator.module, x.ndim) else x[None]
-
-
 def by_set(operator: QuantizedOperator, spec: QuantSpec, x: Tensor) -> list[tuple[int, Tensor]]:
     """Values of an operator's input by the sets that share a scale.
 
@@ -315,9 +310,9 @@ def fill(low: Tensor, high: Tensor, other_low: Tensor, other_high: Tensor) -> tu
 
     Args:
         low: ``[buckets, sets]``, infinite without data.
-        high: Likewise.
+        high: ``[buckets, sets]``, infinite without data.
         other_low: ``[1, sets]`` of the input itself.
-        other_high: Likewise.
+        other_high: ``[1, sets]`` of the input itself.
 
     >>> nothing = float("inf")
     >>> fill(torch.tensor([[nothing], [-2.0], [nothing]]), torch.tensor([[-nothing], [3.0], [-nothing]]),

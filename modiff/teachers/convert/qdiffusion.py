@@ -133,7 +133,7 @@ def convert_qdiffusion(
         bits: Of the weights, 2 to 8; the file does not hold them (its name does: ``w4``).
         sample_size: As for :func:`modiff.teachers.convert.ddpm.convert_ddpm`.
         num_heads: For a CompVis UNet, as for :func:`modiff.teachers.convert.ldm.convert_ldm`.
-        num_head_channels: Likewise.
+        num_head_channels: For a CompVis UNet, as for :func:`modiff.teachers.convert.ldm.convert_ldm`.
 
     Raises:
         CheckpointError: The state dict is of another kind, an operator has no or another quantizer, the bits do not fit
