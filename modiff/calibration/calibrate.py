@@ -112,7 +112,7 @@ def calibrate(
 def _identity(
     teacher: nn.Module, config: QuantConfig, method: str, seed: int, settings: CalibrationSettings
 ) -> dict[str, Any]:
-    """What a kept stage must have been found for."""
+    """Collect everything that a kept stage depends on."""
     return {
         "teacher": hash_tensors({slot.name: slot.tensor for slot in slots(teacher)}),
         "method": method,
@@ -153,7 +153,7 @@ def _check_seed(seed: int) -> None:
 
 
 def calibrated_specs(teacher: nn.Module, config: QuantConfig) -> dict[str, QuantSpec]:
-    """Activation specs of the operators whose ranges are to be calibrated.
+    """Return the activation specs of the operators whose ranges are to be calibrated.
 
     Raises:
         ConfigError: As for :func:`modiff.quantize`.
@@ -163,12 +163,12 @@ def calibrated_specs(teacher: nn.Module, config: QuantConfig) -> dict[str, Quant
 
 
 def _quantized_weights(student: nn.Module) -> list[str]:
-    """Names of the operators whose weights are quantized."""
+    """Return the names of the operators whose weights are quantized."""
     return [name for name, operator in operators(student).items() if operator.weight_spec is not None]
 
 
 def _round(student: nn.Module, method: WeightMethod, settings: CalibrationSettings) -> dict[str, PackedWeight]:
-    """Weights quantized without data, which the student uses from now on."""
+    """Quantize weights without data, and give them to the student."""
     weights = {}
     for name in _quantized_weights(student):
         operator = operators(student)[name]

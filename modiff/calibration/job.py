@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def weight_problem(name: str, operator: QuantizedOperator) -> WeightProblem:
-    """The weight of an operator, for a method."""
+    """State the weight of an operator as a method gets it."""
     assert operator.weight_spec is not None
     weight: Tensor = operator.module.weight
     return WeightProblem(name, weight.detach(), operator.weight_spec)
@@ -92,7 +92,7 @@ class Job:
         return weights, passed
 
     def _codes(self, index: int, stage: Stage, trace: Trace) -> Weights:
-        """The quantized weights of a stage, which the student uses from now on."""
+        """Find or read the quantized weights of a stage, and give them to the student."""
         specs = {name: self._problem(name).spec for name in stage.operators}
         found = self._read(lambda kept: kept.read(index, specs))
         if found is None:
@@ -103,7 +103,7 @@ class Job:
         return self._use(found)
 
     def _tuned(self, index: int, weights: Weights, trace: Trace) -> Weights:
-        """The weights with tuned scales and biases, which the student uses from now on."""
+        """Tune scales and biases, or read tuned weights, and give them to the student."""
         specs = {name: self._problem(name).spec for name in weights}
         found = self._read(lambda kept: kept.read(index, specs))
         if found is None:
@@ -113,7 +113,7 @@ class Job:
         return self._use(found)
 
     def _ranges(self, index: int, ranges: RangeCalibration, which: int) -> dict[str, CalibratedRange]:
-        """The ranges of a pass, which the student uses from now on."""
+        """Find or read the ranges of a pass, and give them to the student."""
         found = self._read(lambda kept: kept.read_ranges(index, list(self.specs)))
         if found is None:
             with _scratch(self.folder, self.loop.reducer.rank) as scratch:
@@ -124,7 +124,7 @@ class Job:
         return found
 
     def _read(self, read: Callable[[StageFolder], Any]) -> Any:
-        """What the first process reads of a finished stage; None where there is none."""
+        """Return what the first process reads of a finished stage; None where there is none."""
         kept = self._kept
         return None if kept is None else self.loop.reducer.once(lambda: read(kept))
 
@@ -146,11 +146,11 @@ class Job:
             self.progress(index + 1, self._total, what)
 
     def _generator(self, index: int) -> torch.Generator:
-        """One of its own for each stage: a resumed calibration draws the same numbers."""
+        """Make a generator for each stage, so that a resumed calibration draws the same numbers."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
     def _solve_stage(self, index: int, stage: Stage, trace: Trace, scratch: Path) -> Weights:
-        """Weights of a stage, on the CPU: data from all processes, each weight found by one of them."""
+        """Find the weights of a stage, on the CPU: all processes give data, and one of them finds each weight."""
         generator, settings, reducer = self._generator(index), self.settings, self.loop.reducer
         if stage.block is not None:
             with SampleStore(scratch, settings.memory, stage.block) as store:
@@ -204,7 +204,7 @@ def _packed(problem: WeightProblem, weight: QuantizedWeight) -> PackedWeight:
 
 @contextmanager
 def _scratch(folder: Path | None, rank: int) -> Iterator[Path]:
-    """A folder for samples that do not fit in memory, for each process its own."""
+    """Provide a folder for samples that do not fit in memory; each process has its own."""
     if folder is not None:
         yield folder / (f"samples-{rank}" if rank else "samples")
         return

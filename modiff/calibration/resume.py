@@ -33,7 +33,7 @@ class StageFolder:
         self.key: dict[str, Any] = json.loads(json.dumps(key))  # as it comes back: tuples are lists
 
     def read(self, index: int, specs: Mapping[str, QuantSpec]) -> dict[str, PackedWeight] | None:
-        """The weights of a stage, on the CPU; None where it is not finished.
+        """Return the weights of a stage, on the CPU; None where it is not finished.
 
         Raises:
             CalibrationError: It is damaged, or of another calibration.
@@ -45,7 +45,7 @@ class StageFolder:
         return {name: PackedWeight.from_tensors(tensors, name, shapes[name], spec) for name, spec in specs.items()}
 
     def read_ranges(self, index: int, names: Collection[str]) -> dict[str, CalibratedRange] | None:
-        """The calibrated ranges of a stage, on the CPU; None where it is not finished.
+        """Return the calibrated ranges of a stage, on the CPU; None where it is not finished.
 
         Raises:
             CalibrationError: It is damaged, or of another calibration.
@@ -78,7 +78,7 @@ class StageFolder:
         self._write(index, {"shapes": shapes}, tensors)
 
     def _read(self, index: int, field: str, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What the manifest says of each of the operators in ``field``, and the stage's tensors."""
+        """Return what the manifest says of each operator in ``field``, and the stage's tensors."""
         path = self._path(index)
         if not path.exists():
             return None

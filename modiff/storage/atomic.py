@@ -101,7 +101,7 @@ def _replace_folder(temporary: Path, path: Path) -> None:
 
 
 def _named(error: SafetensorError | OSError, path: Path) -> Exception:
-    """The system's error with the path that the caller knows; safetensors wraps it in an error of its own."""
+    """Return the system's error with the path that the caller knows; safetensors wraps it in one of its own."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, str(path)) if error.errno is not None else error
     number = re.search(r"os error (\d+)", str(error))

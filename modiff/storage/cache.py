@@ -15,7 +15,7 @@ from modiff.errors import ConfigError
 
 
 def cache_folder(kind: str, say: Callable[[str], Any] = print) -> Path:
-    """The folder of one kind of results: ``$MODIFF_CACHE/<kind>``, else ``modiff/<kind>`` in the user's cache folder.
+    """Return the folder of one kind of results: ``$MODIFF_CACHE/<kind>``, else ``~/.cache/modiff/<kind>``.
 
     A cache that cannot be used costs one line, not the run: its results then lie in a folder that is deleted at the
     end of the process.
@@ -37,7 +37,7 @@ def cache_folder(kind: str, say: Callable[[str], Any] = print) -> Path:
 
 
 def cache_root() -> Path:
-    """The cache's folder, whether or not it exists.
+    """Return the cache's folder, whether or not it exists.
 
     Raises:
         ConfigError: Nothing names it, and the user has no home folder.

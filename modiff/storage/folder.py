@@ -168,7 +168,7 @@ def _read_tensor(file: BufferedReader, entry: dict[str, Any]) -> Tensor:
 
 
 def _header_bytes(file: BufferedReader) -> bytes:
-    """The JSON header of a safetensors file: its length in 8 bytes, then the text."""
+    """Read the JSON header of a safetensors file: its length in 8 bytes, then the text."""
     prefix = file.read(8)
     size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
     if not 0 <= size <= os.fstat(file.fileno()).st_size - 8:
@@ -181,7 +181,7 @@ def _entry(tensor: Tensor) -> dict[str, Any]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype, as in ``torch.<name>``.
+    """Return the name of a dtype, as in ``torch.<name>``.
 
     >>> dtype_name(torch.float16)
     'float16'

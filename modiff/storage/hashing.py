@@ -17,12 +17,12 @@ CHUNK = 1 << 22
 
 
 def hash_text(text: str) -> str:
-    """Hash of a text, 64 hexadecimal digits."""
+    """Hash a text: 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_json(value: Any) -> str:
-    """Hash of anything JSON can hold; what it cannot hold counts as ``str`` writes it.
+    """Hash anything that JSON can hold; what it cannot hold counts as ``str`` writes it.
 
     >>> hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
     True
@@ -31,17 +31,17 @@ def hash_json(value: Any) -> str:
 
 
 def short_hash(value: Any) -> str:
-    """The first 16 digits of :func:`hash_json`: for names of folders and runs."""
+    """Return the first 16 digits of :func:`hash_json`, for names of folders and runs."""
     return hash_json(value)[:16]
 
 
 def hash_file(path: Path) -> str:
-    """Hash of a file's content."""
+    """Hash a file's content."""
     return hash_files([path])
 
 
 def hash_files(paths: Iterable[Path], trust_names: bool = False) -> str:
-    """Hash of the contents of files, one after the other.
+    """Hash the contents of files, one after the other.
 
     Args:
         paths: The files.
@@ -61,12 +61,12 @@ def hash_files(paths: Iterable[Path], trust_names: bool = False) -> str:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Hash of the bits of a tensor, in the order of its elements."""
+    """Hash the bits of a tensor, in the order of its elements."""
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits of tensors."""
+    """Hash names, dtypes, shapes and bits of tensors."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -75,7 +75,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_bits(tensors: Iterable[Tensor]) -> str:
-    """Hash of the bits of tensors, one after the other."""
+    """Hash the bits of tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(raw_bytes(tensor))
@@ -83,7 +83,7 @@ def hash_bits(tensors: Iterable[Tensor]) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bits of a tensor in the order of its elements; the memory of a contiguous CPU tensor is not copied."""
+    """Return the bits of a tensor in the order of its elements; a contiguous CPU tensor is not copied."""
     contiguous = tensor.detach().cpu().contiguous()
     flat = torch.empty(0, dtype=torch.uint8).set_(contiguous.untyped_storage())
     start = contiguous.storage_offset() * contiguous.element_size()

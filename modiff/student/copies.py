@@ -12,7 +12,7 @@ from modiff.student.tensors import slots
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose modules are its own, and whose parameters and buffers are the model's."""
+    """Copy a model: modules of its own, the very parameters and buffers of the model."""
     kept: dict[int, Any] = {id(slot.tensor): slot.tensor for slot in slots(model)}
     kept |= {id(whole.original): whole.original for _, whole in rewritten(model)}
     return copy.deepcopy(model, kept)

@@ -27,7 +27,7 @@ _DECODERS = ("AutoencoderKL", "AutoencoderDC", "VQModel")
 
 
 def load(spec: TeacherSpec) -> Teacher:
-    """A teacher from its folder; the arguments and errors are those of :func:`modiff.teachers.zoo.load_teacher`."""
+    """Load a teacher from its folder; arguments and errors are those of :func:`modiff.teachers.zoo.load_teacher`."""
     folder = spec.locate()
     part, config = _denoiser_config(spec, folder)
     scheduler = _first(folder, "scheduler/scheduler_config.json", "scheduler_config.json")
@@ -58,7 +58,7 @@ def load(spec: TeacherSpec) -> Teacher:
 
 
 def load_tiny(spec: TeacherSpec) -> Teacher:
-    """A tiny random teacher of the class that the zoo names."""
+    """Make a tiny random teacher of the class that the zoo names."""
     entry = spec.entry
     family = FAMILIES[entry.family.split("-")[0]]
     denoiser, decoder = tiny_model(entry.family, channels=1 if spec.name == "mnist" else 3)
@@ -66,7 +66,7 @@ def load_tiny(spec: TeacherSpec) -> Teacher:
 
 
 def load_random(spec: TeacherSpec) -> Teacher:
-    """The architecture at full size with random weights; of a folder only the configuration is read."""
+    """Make the architecture at full size with random weights; of a folder only the configuration is read."""
     folder = spec.entry.folder or ZOO[spec.name].folder
     kind = spec.entry.family
     family = FAMILIES[kind.split("-")[0]]
@@ -82,7 +82,7 @@ def load_random(spec: TeacherSpec) -> Teacher:
 
 
 def find_family(config: dict[str, Any], has_decoder: bool) -> Family:
-    """The family of a denoiser, from its ``config.json``.
+    """Find the family of a denoiser from its ``config.json``.
 
     Raises:
         ConfigError: There is none for its class.
@@ -105,7 +105,7 @@ def find_family(config: dict[str, Any], has_decoder: bool) -> Family:
 
 
 def _denoiser_config(spec: TeacherSpec, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The denoiser's folder and config; the oldest repositories of the hub hold it at the top."""
+    """Find the denoiser's folder and config; the oldest repositories of the hub hold it at the top."""
     file = _first(folder, "unet/config.json", "transformer/config.json", "config.json")
     if file is None:
         raise CheckpointError(
@@ -126,7 +126,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _weights(part: Path) -> list[Path]:
-    """Weight files of a part, safetensors before pickles; those of other precisions left out."""
+    """List the weight files of a part, safetensors before pickles, without those of other precisions."""
     for pattern in (
         r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors",
         r"diffusion_pytorch_model(-\d+-of-\d+)?\.bin",
@@ -188,7 +188,7 @@ def _assemble(
 
 
 def _size(spec: TeacherSpec, denoiser: nn.Module, decoder: nn.Module | None) -> tuple[int, int]:
-    """Height and width of x_t.
+    """Return height and width of x_t.
 
     Raises:
         ConfigError: The image size is no multiple of what the model halves.

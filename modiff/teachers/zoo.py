@@ -216,7 +216,7 @@ class TeacherSpec:
         return f"{name} (tiny, random)" if self.tiny else f"{name} (random weights)" if self.random else name
 
     def locate(self) -> Path:
-        """Folder of the files: a local one, else the hub's cache. The network is never asked.
+        """Find the folder of the files: a local one, else the hub's cache. The network is never asked.
 
         Raises:
             CheckpointError: It is not on this machine; the message holds the command that downloads it.
@@ -240,7 +240,7 @@ class TeacherSpec:
 
 
 def download_command(entry: Entry) -> str:
-    """The command that brings a teacher into the hub's cache.
+    """Return the command that brings a teacher into the hub's cache.
 
     >>> download_command(ZOO["ddpm-cifar10"])
     'hf download google/ddpm-cifar10-32'

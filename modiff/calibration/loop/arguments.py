@@ -30,7 +30,7 @@ class CallArguments:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallArguments, dict[str, Tensor]]:
-        """The arguments of a call, and their tensors by key.
+        """Take the tensors out of the arguments of a call; return both.
 
         >>> import torch
         >>> arguments, tensors = CallArguments.of((torch.zeros(2, 3), None), {"skips": (torch.zeros(2, 1),)})
@@ -43,7 +43,7 @@ class CallArguments:
         return cls(_take(args, tensors), _take(kwargs, tensors)), tensors
 
     def build(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with tensors put in; the inverse of :meth:`of`."""
+        """Put tensors into the arguments; the inverse of :meth:`of`."""
         return _put(self.args, tensors), _put(self.kwargs, tensors)
 
 

@@ -47,7 +47,7 @@ class ClosedLoop:
         self.trajectory = 0
 
     def trace(self) -> Trace:
-        """Run once; look at every evaluation of all processes, keep none of it.
+        """Run once and look at every evaluation of all processes, without keeping any.
 
         Raises:
             CalibrationError: No trajectory was run, or an activation is NaN or Inf (the message says where).
@@ -104,7 +104,7 @@ class ClosedLoop:
         scratch: Path,
         memory: int,
     ) -> dict[str, Moments]:
-        """Run once; moments of some operators' inputs, and of the teacher's outputs at the same places.
+        """Run once and find moments of some operators' inputs, and of the teacher's outputs at the same places.
 
         Several processes deal the operators among them in turn: each gets the moments of its own, over the
         trajectories of all, with the bits that a single process would find.
@@ -142,7 +142,7 @@ class ClosedLoop:
         store: SampleStore,
         generator: torch.Generator,
     ) -> CallArguments:
-        """Run once; put a block's inputs in the student, and the teacher's outputs of it, into a store.
+        """Run once and put a block's inputs in the student, and its outputs in the teacher, into a store.
 
         Afterwards the store of the first process holds those of all, in the order of trajectories.
 
@@ -176,7 +176,7 @@ class ClosedLoop:
     def drive(
         self, begin: Callable[..., None], end: Callable[..., None], generator: torch.Generator | None = None
     ) -> None:
-        """Run the student; ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation.
+        """Run the student; call ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation.
 
         Args:
             begin: Before it.

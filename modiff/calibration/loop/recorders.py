@@ -58,16 +58,16 @@ class MomentRecorder:
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def student_hooks(self) -> list[RemovableHandle]:
-        """Hooks on the student's operators; the caller removes them."""
+        """Register hooks on the student's operators; the caller removes them."""
         return [op.register_forward_hook(partial(self._draw, name)) for name, op in self.operators.items()]
 
     def begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An evaluation of the student begins."""
+        """Begin an evaluation of the student."""
         self._recording = index in self._chosen
         self._waiting.clear()
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """An evaluation of the student has ended; the teacher answers to the same input."""
+        """End an evaluation of the student, and have the teacher answer to the same input."""
         if self._recording:
             modules = {name: self.teacher.get_submodule(name) for name in self.operators}
             with removed([m.register_forward_hook(partial(self._pair, name)) for name, m in modules.items()]):
@@ -131,17 +131,17 @@ class SampleRecorder:
         self._waiting: dict[str, Tensor] = {}
 
     def student_hooks(self, student: nn.Module) -> list[RemovableHandle]:
-        """Hooks on the student's block; the caller removes them."""
+        """Register a hook on the student's block; the caller removes it."""
         return [student.get_submodule(self.block).register_forward_pre_hook(self._draw, with_kwargs=True)]
 
     def begin(self, trajectory: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Evaluation ``index`` of a trajectory of the whole run begins."""
+        """Begin evaluation ``index`` of a trajectory of the whole run."""
         self._trajectory = trajectory
         self._evaluation.start(index, args, kwargs)
         self._waiting.clear()
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """An evaluation of the student has ended; the teacher answers to the same input."""
+        """End an evaluation of the student, and have the teacher answer to the same input."""
         if self._waiting:
             with removed([self.teacher.get_submodule(self.block).register_forward_hook(self._pair)]):
                 self.teacher(*args, **kwargs)
@@ -171,7 +171,7 @@ class SampleRecorder:
 
 @torch.no_grad()
 def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor:
-    """The input to which an operator's weight was applied, in the call that just returned.
+    """Return the input to which an operator's weight was applied in the call that just returned.
 
     Args:
         operator: Of a student.

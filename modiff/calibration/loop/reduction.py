@@ -1,4 +1,4 @@
-"""How processes that share a calibration agree: one process by itself, or several by torch.distributed."""
+"""Agreement of the processes that share a calibration: one by itself, or several by torch.distributed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Reducer:
     world_size = 1
 
     def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
-        """A tensor reduced over all processes by ``sum``, ``min`` or ``max``; the same bits in each."""
+        """Reduce a tensor over all processes by ``sum``, ``min`` or ``max``; all get the same bits."""
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by rank; in each of them."""
+        """Return the values of all processes, by rank, in each of them."""
         return [value]
 
     def each(self, function: Callable[[], Result]) -> Result:
-        """Call in every process; the error of one is raised in all, so that none waits for it."""
+        """Call a function in every process. The error of one is raised in all, so that none waits for it."""
         return function()
 
     def once(self, function: Callable[[], Result]) -> Result:
-        """Call in the first process only; its result, or its error, is that of all."""
+        """Call a function in the first process only; all get its result, or raise its error."""
         return function()
 
 
@@ -91,7 +91,7 @@ class TorchReducer(Reducer):
 
 
 def _portable(error: Exception | None) -> ModiffError | None:
-    """An error that pickles: ours as they are, others by what they say."""
+    """Return an error that can be pickled: those of this library as they are, others by what they say."""
     if error is None or isinstance(error, ModiffError):
         return error
     return CalibrationError(f"Another process of this calibration failed: {type(error).__name__}: {error}")

@@ -56,7 +56,7 @@ class SampleStore:
 
     @property
     def num_shards(self) -> int:
-        """Shards on disk."""
+        """How many shards lie on the disk."""
         return len(self._shards)
 
     def append(self, tensors: dict[str, Tensor]) -> None:
@@ -86,7 +86,7 @@ class SampleStore:
             first += count
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
-        """The rows at ``indices`` (int64 ``[n]``), in that order."""
+        """Read the rows at ``indices`` (int64 ``[n]``), in that order."""
         found: list[dict[str, Tensor]] = [{}] * len(indices)
         order = (indices if self._order is None else self._order[indices]).tolist()
         start = 0
@@ -109,7 +109,7 @@ class SampleStore:
         return {key: torch.cat([row[key] for row in found]) for key in found[0]}
 
     def collect(self, keys: Sequence[int], reducer: Reducer, at_once: int = 16) -> None:
-        """Bring the rows of all processes into the store of the first; nothing to do where there is only one.
+        """Bring the rows of all processes into the store of the first; a single process does nothing.
 
         Args:
             keys: Of this process's rows: the first store is then read in the order of all keys.

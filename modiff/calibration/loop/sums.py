@@ -54,7 +54,7 @@ class MomentSums:
         self._keys[name].append((trajectory, len(x)))
 
     def finish(self) -> dict[str, Moments]:
-        """The moments of the operators that belong to this process.
+        """Return the moments of the operators that belong to this process.
 
         Raises:
             CalibrationError: An operator was never called, or its moments are not finite; in all processes.
@@ -92,7 +92,7 @@ class MomentSums:
 
 
 def _calls(keys: list[tuple[int, int]], vectors: Vectors | None) -> list[tuple[int, Vectors]]:
-    """The vectors of a process by the calls that they are from, with the trajectory of each."""
+    """Divide the vectors of a process by the calls that they are from; name the trajectory of each."""
     if vectors is None:
         return []
     counts = [count for _, count in keys]

@@ -1,4 +1,4 @@
-"""What a closed-loop run does: evaluations, calls in order, modules that can be run alone."""
+"""What a closed-loop run does: its evaluations, the order of calls, the modules that can run alone."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Trace:
 
     @property
     def digest(self) -> str:
-        """Hash of the run; the same however its trajectories are dealt to processes."""
+        """Hash of the run; it does not depend on how trajectories are dealt to processes."""
         return hash_text("".join(self.digests))
 
     def choose(self, count: int | None) -> list[int]:
-        """Which evaluations are recorded: ``count`` of the longest trajectory, evenly from its first to its last.
+        """Choose the evaluations that are recorded: ``count`` of the longest trajectory, evenly from first to last.
 
         >>> Trace(lengths=[20]).choose(4)
         [0, 6, 13, 19]
@@ -51,15 +51,15 @@ class Trace:
         return _evenly(count, max(self.lengths))
 
     def choose_steps(self, count: int | None) -> list[int]:
-        """The same for evaluations that are counted within a context."""
+        """Choose evaluations in the same way, where they are counted within a context."""
         return _evenly(count, self.steps)
 
     def recorded(self, chosen: Sequence[int]) -> int:
-        """How many evaluations of the whole run are among ``chosen``."""
+        """Count the evaluations of the whole run that are among ``chosen``."""
         return sum(i < length for length in self.lengths for i in chosen)
 
     def ordinal(self, chosen: Sequence[int], trajectory: int, index: int) -> int:
-        """How many recorded evaluations come before evaluation ``index`` of a trajectory.
+        """Count the recorded evaluations before evaluation ``index`` of a trajectory.
 
         >>> Trace(lengths=[20, 4]).ordinal([0, 6, 13], 1, 0)
         3
@@ -68,7 +68,7 @@ class Trace:
         return before + sum(i < index for i in chosen)
 
     def share(self, chosen: Sequence[int], place: int, most: int) -> int:
-        """How many of ``most`` samples a recorded evaluation gives, by its :meth:`ordinal`: all alike, to within 1.
+        """Return a recorded evaluation's share of ``most`` samples, by its :meth:`ordinal`; shares differ by 1 at most.
 
         >>> [Trace(lengths=[4]).share([0, 1, 2], place, 8) for place in range(3)]
         [2, 3, 3]
@@ -78,7 +78,7 @@ class Trace:
 
 
 def merged(traces: Sequence[Trace], rank: int = 0) -> Trace:
-    """One trace of the whole run, from those of the processes that share it.
+    """Merge the traces of the processes that share a run into one.
 
     Trajectories are counted in turn: the first of each process, then the second of each.
 
@@ -151,7 +151,7 @@ class ModuleCalls:
         return hook
 
     def begin(self) -> None:
-        """An evaluation begins."""
+        """Begin an evaluation."""
         self.seen = {}
 
     def end(self, output: Any) -> None:
@@ -162,7 +162,7 @@ class ModuleCalls:
         self.refused |= set(self.arguments) - set(self.seen)
 
     def usable(self) -> list[str]:
-        """Those found so far: see :class:`Trace`."""
+        """Return the modules that can be run alone, as far as was seen; see :class:`Trace`."""
         return [name for name in self.arguments if name not in self.refused]
 
 

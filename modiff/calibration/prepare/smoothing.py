@@ -19,7 +19,7 @@ TINY = 1e-5
 
 
 def find_divisors(loop: ClosedLoop, strength: float) -> dict[str, Tensor]:
-    """Divisors that move outliers of input channels into the weight: ``max|X|^α / max|W|^(1-α)`` (SmoothQuant, eq. 4).
+    """Find divisors that move outliers of channels into weights: ``max|X|^α / max|W|^(1-α)`` (SmoothQuant, eq. 4).
 
     X is what each Linear's quantizer really gets in closed loop: residuals, where modulated.
 
@@ -59,7 +59,7 @@ def find_divisors(loop: ClosedLoop, strength: float) -> dict[str, Tensor]:
 
 
 def _largest_of_all(largest: dict[str, Tensor], reducer: Reducer) -> dict[str, Tensor]:
-    """Element-wise maxima over all processes, of which one may lack an operator; the same names in the same order."""
+    """Take element-wise maxima over all processes, of which one may lack an operator."""
     if reducer.world_size == 1:
         return largest
     merged: dict[str, Tensor] = {}

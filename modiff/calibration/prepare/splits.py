@@ -30,7 +30,7 @@ def mark_features(output: Any) -> None:
 
 
 class _Done(Exception):
-    """The first evaluation is over."""
+    """Ends a run after its first evaluation."""
 
 
 class _Concatenations(TorchFunctionMode):
@@ -59,7 +59,7 @@ class _Concatenations(TorchFunctionMode):
 
 
 def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Reducer | None = None) -> tuple[Split, ...]:
-    """Operators whose input is the very tensor that two others were joined to along channels, such as skip connections.
+    """Find operators whose input is the very tensor that joins two others along channels, such as skip connections.
 
     Nothing is assumed about classes: the first evaluation is run, and every ``torch.cat`` in it is watched that joins
     something an operator computed (the sine and cosine of a time embedding are not split).

@@ -33,7 +33,7 @@ Ranges = dict[str, CalibratedRange]
 
 
 def with_dynamic_ranges(config: QuantConfig) -> QuantConfig:
-    """The same configuration before its ranges are calibrated.
+    """Return the configuration as it is before its ranges are calibrated.
 
     >>> config = QuantConfig(activation=QuantSpec(4, range="calibrated", timestep_buckets=3))
     >>> with_dynamic_ranges(config).activation == QuantSpec(4)
@@ -84,7 +84,7 @@ class RangeCalibration:
                 )
 
     def run_pass(self, scratch: Path, generator: torch.Generator, last: bool) -> Ranges:
-        """One pass.
+        """Run one pass.
 
         Args:
             scratch: A folder for samples that do not fit in memory.
@@ -105,14 +105,14 @@ class RangeCalibration:
         return found
 
     def use(self, found: Mapping[str, CalibratedRange]) -> None:
-        """Have the student quantize with these ranges."""
+        """Make the student quantize with these ranges."""
         for name, each in found.items():
             operator = operators(self.loop.student)[name]
             operator.activation_spec = self.specs[name]
             operator.use_range(each)
 
     def _chunks(self) -> list[list[str]]:
-        """Operators whose statistics fit into the memory together."""
+        """Divide operators into chunks whose statistics fit into the memory together."""
         chunks: list[list[str]] = [[]]
         room = self.settings.memory
         for name, spec in self.specs.items():
@@ -131,7 +131,7 @@ class RangeCalibration:
         return chunks
 
     def _observe(self, names: Sequence[str]) -> Ranges:
-        """One closed-loop run; ranges of some operators."""
+        """Run once and find the ranges of some operators."""
         settings, found = self.settings, operators(self.loop.student)
         main: dict[str, Statistics] = {}
         fallback: dict[str, Statistics] = {}
@@ -164,7 +164,7 @@ class RangeCalibration:
         return ranges
 
     def _learn(self, names: Sequence[str], scratch: Path, generator: torch.Generator) -> Ranges:
-        """One closed-loop run with the ranges found so far; learned ones of some operators."""
+        """Run once with the ranges found so far, and learn those of some operators."""
         settings, found = self.settings, operators(self.loop.student)
         start = {name: _range_of(found[name]) for name in names}
         chosen = self.trace.choose_steps(settings.range_evaluations)
@@ -253,7 +253,7 @@ class Statistics:
         self._parts: dict[int, Observer] = {}
 
     def observer(self, trajectory: int) -> Observer:
-        """What observes a trajectory of this process: one of its own, where the order of merging matters."""
+        """Return the observer of a trajectory of this process; it has its own where the order of merging matters."""
         if self._empty is None:
             return self._whole
         if trajectory not in self._parts:
@@ -261,7 +261,7 @@ class Statistics:
         return self._parts[trajectory]
 
     def merged(self, reducer: Reducer) -> Observer:
-        """The observer of all trajectories, merged in their order."""
+        """Return the observer of all trajectories, merged in their order."""
         if self._empty is None:
             if reducer.world_size > 1:
                 self._whole.reduce(reducer.all_reduce)
@@ -278,7 +278,7 @@ def _range_of(operator: QuantizedOperator) -> CalibratedRange:
 
 
 def by_set(operator: QuantizedOperator, spec: QuantSpec, x: Tensor) -> list[tuple[int, Tensor]]:
-    """Values of an operator's input by the sets that share a scale.
+    """Sort the values of an operator's input by the sets that share a scale.
 
     Returns:
         Pairs of the first set, and values ``[samples, sets, n]`` of it and those that follow it.
@@ -303,7 +303,7 @@ def by_set(operator: QuantizedOperator, spec: QuantSpec, x: Tensor) -> list[tupl
 
 
 def fill(low: Tensor, high: Tensor, other_low: Tensor, other_high: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranges of buckets in which nothing was quantized: those of the next bucket with data, else of the one before.
+    """Fill buckets in which nothing was quantized with the range of the next bucket with data, else of the one before.
 
     Such are the bucket of the first evaluation alone, and refreshes. An operator that never quantized anything, because
     its input was fixed, gets the range of that input: no residual of it can be more than twice as large.

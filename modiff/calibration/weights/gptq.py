@@ -89,7 +89,7 @@ def gptq(
 def _round_columns(
     w: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, block: int
 ) -> Tensor:
-    """Codes ``[out, K]``; ``upper`` is the Cholesky factor of the inverse Hessian, in the order of the columns."""
+    """Round columns to codes ``[out, K]``; ``upper`` is the Cholesky factor of the inverse Hessian, in their order."""
     w, codes = w.clone(), torch.empty_like(w)
     for first in range(0, w.shape[1], block):
         last = min(first + block, w.shape[1])
@@ -105,7 +105,7 @@ def _round_columns(
 
 
 def _factor(hessian: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
-    """The Hessian, damped as far as needed, and the upper Cholesky factor of its inverse."""
+    """Damp the Hessian as far as needed; return it with the upper Cholesky factor of its inverse."""
     if not torch.isfinite(hessian).all():
         raise CalibrationError(f"The Hessian of operator {name!r} holds NaN or Inf. Check the data it was made from.")
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)

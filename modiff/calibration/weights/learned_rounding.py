@@ -17,7 +17,7 @@ Grids = dict[str, tuple[Tensor, QuantizedWeight, QuantSpec]]
 
 
 def penalty_beta(step: int, settings: CalibrationSettings) -> float | None:
-    """β of the rounding penalty at a step: None in the warm-up, then annealed by a cosine."""
+    """Return β of the rounding penalty at a step: None in the warm-up, then annealed by a cosine."""
     start = settings.warmup * settings.iterations
     if step < start:
         return None
