@@ -51,30 +51,24 @@ def calibrate(
     """Make a teacher the student whose weights, and ranges, are found from what its own trajectories show.
 
     Operators are taken in the order of their calls, in stages: data for one come from a closed-loop run of the student
-    with the weights found so far, and those rounded to nearest for the rest. Ranges of activations that are to be
-    calibrated are dynamic until all weights are found; then they are found in passes of their own. The same arguments
-    give the same bits on one machine with the same number of threads.
+    with the weights found so far, and those rounded to nearest for the rest. Calibrated ranges are dynamic until all
+    weights are found, and are found in passes of their own. The same arguments give the same bits on one machine with
+    the same number of threads, for any number of processes.
 
     Args:
         teacher: A denoiser; as for :func:`modiff.quantize`.
         config: What to quantize, and how.
-        run: ``run(student)`` opens ``modiff.trajectory(student)`` and samples in it, once for each batch. It is called
-            for every stage and must do the same each time. Needed by the methods that use data, and by calibrated
-            ranges, which are for trajectories as long as these.
-        method: A name of :func:`modiff.calibration.weights.weight_methods`: ``nearest``; ``lp``: scales of least Lp
-            error; ``gptq``; ``adaround``: operator by operator; ``brecq``: block by block, single operators where there
-            is no block. The last three round on the scales of ``nearest`` (clipped ranges, which lose less in the norm
-            of a weight or an output, shrink outputs, and that adds up over steps), then tune scales and biases on the
-            denoiser's output (:func:`.tuning.tune`).
+        run: ``run(student)`` opens ``modiff.trajectory(student)`` and samples in it, once for each batch; it must do
+            the same in every call. Needed by methods that use data, and by calibrated ranges, which are for
+            trajectories as long as these.
+        method: A name of :func:`modiff.calibration.weights.weight_methods`, such as ``gptq``.
         seed: Draws what is recorded, and batches.
         settings: Data, memory, steps.
         progress: Called with ``(stages done, stages in all, what the last one was)``.
-        folder: Keeps each finished stage there, and continues from what it finds; also the place of samples that do not
-            fit in memory. None: nothing is kept.
+        folder: Keeps finished stages, resumes from them, and takes samples that do not fit in memory.
         keep_teacher: As for :func:`modiff.quantize`.
-        reducer: The processes that share the work, each with a run of its own trajectories, dealt in turn. Every one
-            ends with the bits that a single process would find. ``folder`` is the first one's. None: this process
-            alone.
+        reducer: The processes that share the work, each with a run of its own trajectories, dealt in turn; ``folder``
+            is the first one's.
 
     Returns:
         The teacher, now the student, ready for :func:`modiff.save`. After an error it is unchanged.
@@ -86,27 +80,32 @@ def calibrate(
         ConfigError: As for :func:`modiff.quantize`; the method is unknown, or needs a run and has none.
     """
     settings = settings or CalibrationSettings()
-    weights_by = weight_method(method)
+    by = weight_method(method)
     _check_seed(seed)
     config, divisors = _prepare(teacher, config, run, settings, reducer)
     reference = shared_copy(teacher)
     rewrite(reference, config, divisors)
     specs = calibrated_specs(reference, config)
-    if weights_by.plain and not specs:
+    if by.plain and not specs:
         return convert(teacher, config, keep_teacher, divisors=divisors)
     student = convert(shared_copy(teacher), with_dynamic_ranges(config), keep_teacher=True, divisors=divisors)
-    weights = {} if weights_by.plain or weights_by.uses_data else _round(student, weights_by, settings)
-    names = _quantized_weights(student) if weights_by.uses_data else []
+    weights = {} if by.plain or by.uses_data else _round(student, by, settings)
+    names = _quantized_weights(student) if by.uses_data else []
     ranges: dict[str, CalibratedRange] = {}
     if names or specs:
-        if run is None:
-            what = f"method {method!r}" if names else "range 'calibrated'"
-            raise ConfigError(f"{what} needs data. Give run, a function that samples with the student.")
-        loop = ClosedLoop(student, reference, run, reducer)
-        job = Job(loop, names, specs, weights_by, seed, settings, None if folder is None else Path(folder), progress)
+        loop = ClosedLoop(student, reference, _required(run, method if names else None), reducer)
+        job = Job(loop, names, specs, by, seed, settings, None if folder is None else Path(folder), progress)
         found, ranges = job.solve(_identity(teacher, config, method, seed, settings))
         weights |= found
     return convert(teacher, config, keep_teacher, weights or None, ranges, divisors)
+
+
+def _required(run: Run | None, method: str | None) -> Run:
+    """Refuse to find a method's weights, or else ranges, without a run."""
+    if run is None:
+        what = f"method {method!r}" if method is not None else "range 'calibrated'"
+        raise ConfigError(f"{what} needs data. Give run, a function that samples with the student.")
+    return run
 
 
 def _identity(

@@ -1,4 +1,10 @@
-"""Weight methods: each a file of its own, which registers itself; whatever lies in this folder is known by its name."""
+"""Weight methods: each a file of its own, which registers itself, so that whatever lies in this folder is known.
+
+``nearest`` and ``lp`` need no data. ``gptq``, ``adaround`` (operator by operator) and ``brecq`` (block by block, single
+operators where there is no block) round on the scales of ``nearest``: clipped ranges, which lose less in the norm of a
+weight or an output, shrink outputs, and that adds up over steps. Scales and biases are then tuned on the denoiser's
+output (:func:`modiff.calibration.tuning.tune`).
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules
