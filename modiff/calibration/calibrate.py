@@ -71,20 +71,17 @@ def calibrate(
             is the first one's.
 
     Returns:
-        The teacher, now the student, ready for :func:`modiff.save`. After an error it is unchanged.
+        The teacher, now the student. After an error it is unchanged.
 
     Raises:
-        CalibrationError: The run misses an operator, activations are NaN or Inf, memory or disk do not suffice, there
-            are more buckets of time steps than steps, or the folder holds the calibration of another model, run or
-            setting.
+        CalibrationError: The run misses an operator, activations are NaN or Inf, memory, disk or time steps do not
+            suffice, or the folder holds the calibration of another model, run or setting.
         ConfigError: As for :func:`modiff.quantize`; the method is unknown, or needs a run and has none.
     """
-    settings = settings or CalibrationSettings()
-    by = weight_method(method)
+    settings, by = settings or CalibrationSettings(), weight_method(method)
     _check_seed(seed)
     config, divisors = _prepare(teacher, config, run, settings, reducer)
-    reference = shared_copy(teacher)
-    rewrite(reference, config, divisors)
+    reference = _rewritten_copy(teacher, config, divisors)
     specs = calibrated_specs(reference, config)
     if by.plain and not specs:
         return convert(teacher, config, keep_teacher, divisors=divisors)
@@ -98,6 +95,13 @@ def calibrate(
         found, ranges = job.solve(_identity(teacher, config, method, seed, settings))
         weights |= found
     return convert(teacher, config, keep_teacher, weights or None, ranges, divisors)
+
+
+def _rewritten_copy(teacher: nn.Module, config: QuantConfig, divisors: dict[str, torch.Tensor] | None) -> nn.Module:
+    """Copy the teacher with the operators that its student will have."""
+    copy = shared_copy(teacher)
+    rewrite(copy, config, divisors)
+    return copy
 
 
 def _required(run: Run | None, method: str | None) -> Run:
