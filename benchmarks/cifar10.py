@@ -105,7 +105,7 @@ def evaluate(row: Row, args: argparse.Namespace, fingerprint: str) -> dict[str, 
     accelerator = {"cuda": "gpu"}.get(args.device, args.device)
     options += ["--trainer.accelerator", accelerator, "--trainer.devices", "1"]
     cli = StudentCLI("evaluate", [*options, "--output", str(shared / row.name)])
-    return evaluate_recipe(cli, shared / "teacher")
+    return evaluate_recipe(cli, shared / "teacher").as_json()
 
 
 def row_options(row: Row, args: argparse.Namespace, placeholders: bool = False) -> list[str]:

@@ -93,7 +93,7 @@ def test_two_ranks_pack_the_student_of_one(calibrated, tmp_path) -> None:
 def test_ranks_share_the_images_in_turn(tiny_teacher, monkeypatch) -> None:
     module = module_of(tiny_teacher, num_images=5, images_per_batch=2)
     seen: list[list[int]] = []
-    monkeypatch.setattr(LitStudent, "trace", lambda self, bound, indices, *_: seen.append(indices.tolist()))
+    monkeypatch.setattr(LitStudent, "denoise", lambda self, bound, indices, *_: seen.append(indices.tolist()))
     for rank in range(2):
         callback_module.draw(module, module.calibration, module.student, rank, 2)
     assert seen == [[0, 1], [4], [2, 3]]

@@ -355,10 +355,8 @@ def test_packed_student_shares_what_is_not_quantized_and_leaves_the_teacher_alon
     assert modiff("quantize", "--config", recipe, "--output", tmp_path / "packed")[0] == 0
     options = ("--config", str(recipe), "--model.preset", "null")
     plain, loaded = (
-        StudentCLI("sample", [*options, *more]).model for more in ((), ("--ckpt", str(tmp_path / "packed")))
+        StudentCLI("sample", [*options, *more]).prepare_model() for more in ((), ("--ckpt", str(tmp_path / "packed")))
     )
-    for module in (plain, loaded):
-        module.configure_model()
     expected, found = plain.teacher.state_dict(), loaded.teacher.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert loaded.student.conv_norm_out.weight is loaded.teacher.conv_norm_out.weight

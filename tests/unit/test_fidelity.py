@@ -239,7 +239,8 @@ def test_a_figure_that_cannot_be_given_is_none_with_a_reason():
     assert result["teacher"]["fid"] is None
     assert result["reasons"]["teacher.fid"] == "no reference images or statistics were given"
     assert result["student"]["fid_to_teacher"] is None
-    assert result["reasons"]["student.fid_to_teacher"] == "12 student images are needed, 10 were drawn"
+    few = "12 student images are needed, 10 were drawn (twice the 6 features of pixels)"
+    assert result["reasons"]["student.fid_to_teacher"] == few
     assert result["student"]["sfid_to_teacher"] is not None  # 2 x 5 spatial features
     assert result["features"]["num_images"] == 10
     nulls = {f"{s}.{key}" for s in ("teacher", "student") for key, value in result[s].items() if value is None}

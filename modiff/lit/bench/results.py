@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from modiff.lit.report.plots import BLUE, GREY, ORANGE, figure_file, shorten
-from modiff.lit.report.tables import markdown_cell, number
+from modiff.lit.report.tables import markdown_cell
+from modiff.lit.report.words import number
 from modiff.student.swap import Row
 
 COLUMNS = (

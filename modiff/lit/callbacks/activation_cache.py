@@ -75,7 +75,7 @@ class ActivationCache(Callback):
                 f"Batches differ in evaluations (total, quantized): {self.counts} and {counts}. They must be equal."
             )
         self.counts = counts
-        pl_module.results["evaluations"] = {"total": counts[0], "quantized": counts[1]}
+        pl_module.result.evaluations = {"total": counts[0], "quantized": counts[1]}
 
     on_predict_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end

@@ -65,7 +65,7 @@ class Calibration(Callback):
         with ExitStack() as stack:
             reducer.once(lambda: _enter(stack, folder))
             if reducer.once(finished.exists):
-                pl_module.use_calibrated(reducer.each(lambda: read_student(finished, pl_module, reducer)))
+                pl_module.use_student(reducer.each(lambda: read_student(finished, pl_module, reducer)), calibrated=True)
                 rank_zero(print, f"Calibration read from {finished}.")
             else:
                 self._calibrate(trainer, pl_module, folder, reducer)
@@ -76,7 +76,7 @@ class Calibration(Callback):
         found, stages = module.calibration, folder / "stages"
         assert found is not None
         assert module.config is not None
-        module.student = quantize(module.shared_copy(), with_dynamic_ranges(module.config))
+        module.use_student(quantize(module.shared_copy(), with_dynamic_ranges(module.config)), calibrated=False)
         option = "--model.calibration.images_per_batch"
         refuse_overflow(state_of_one_image(module), found.images_per_batch, module.device, option)
         self._start, self._done_before = time.monotonic(), len(list(stages.glob("stage-*")))
@@ -99,7 +99,7 @@ class Calibration(Callback):
             reducer=reducer,
         )
         reducer.once(lambda: _keep(student, folder, module))
-        module.use_calibrated(student)
+        module.use_student(student, calibrated=True)
         rank_zero(print, f"Calibrated in {duration(time.monotonic() - self._start)}.")
 
     def _seconds_left(self, done: int, total: int) -> float | None:
@@ -172,7 +172,7 @@ def draw(module: LitStudent, found: CalibrationConfig, student: nn.Module, rank:
     for indices in torch.arange(found.num_images).split(found.images_per_batch)[rank::world_size]:
         with trajectory(student):
             bound = module.bind(student, indices)
-            module.trace(bound, indices, lambda i, *_: module.tell(i + 1, "calibration"), noise)
+            module.denoise(bound, indices, lambda i, *_: module.notify(i + 1, "calibration"), noise)
 
 
 def calibration_parts(module: LitStudent) -> dict[str, Any]:

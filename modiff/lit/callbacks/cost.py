@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from modiff.lit.modules.student import LitStudent
+from modiff.lit.report.result import Timing
 from modiff.student.cost import cost
 from modiff.trajectory.session import trajectory
 
@@ -31,15 +32,16 @@ class Cost(Callback):
         """Measure, on rank 0."""
         if not trainer.is_global_zero:
             return
-        module = pl_module
+        module, evaluations = pl_module, pl_module.result.evaluations
         assert module.teacher is not None
         assert module.student is not None
+        assert evaluations is not None
         index, rows = torch.arange(1), module.rows_per_image  # costs are per row; guidance evaluates two for an image
         args, kwargs = module.inputs(module.noise(index), index)
         with trainer.precision_plugin.forward_context():  # as the images were drawn
-            student = cost(module.student, *args, evaluations=module.results["evaluations"]["total"], **kwargs)
+            student = cost(module.student, *args, evaluations=evaluations["total"], **kwargs)
             teacher = cost(module.teacher, *args, **kwargs)
-        module.results["cost"] = {
+        module.result.cost = {
             "gbops_per_evaluation": student.gbops_per_evaluation * rows,
             "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation * rows,
             "other_gbops_per_evaluation": student.other_bops * rows / 1e9,
@@ -48,7 +50,7 @@ class Cost(Callback):
             "other_weight_mib": student.other_weight_bytes / 2**20,
             "state_mib_per_image": student.state_mib_per_image * rows,
         }
-        module.results["cost_rows"] = [
+        module.result.operators = [
             {
                 "name": row.name,
                 "macs": row.macs * rows,
@@ -63,9 +65,9 @@ class Cost(Callback):
         ]
         if self.rounds > 0:
             with trainer.precision_plugin.forward_context():  # as the images were drawn
-                module.results["timing"] = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+                module.result.timing = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
-    def time(self, module: LitStudent, batch_size: int) -> dict[str, Any]:
+    def time(self, module: LitStudent, batch_size: int) -> Timing:
         """Median seconds per image and evaluation of both, alternating so that drift of the machine cancels."""
         assert module.teacher is not None
         assert module.student is not None

@@ -32,7 +32,7 @@ class Provenance(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Collect."""
-        pl_module.results["provenance"] = {
+        pl_module.result.provenance = {
             "recipe": self.recipe,
             "recipe_hash": short_hash(self.config),
             "teacher_hash": pl_module.loaded.fingerprint,

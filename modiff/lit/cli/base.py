@@ -91,8 +91,12 @@ class ModiffCLI(LightningCLI):
 
     def output_directory(self, identity: dict[str, Any]) -> RunDirectory:
         """The run's directory, refused when it holds another run."""
-        path = Path(self.config.output or Path("runs") / self.recipe)
-        return RunDirectory(path, {"command": self.command, **identity}, self.config.overwrite)
+        return RunDirectory(self.output_path, {"command": self.command, **identity}, self.config.overwrite)
+
+    @property
+    def output_path(self) -> Path:
+        """``--output``, or the directory named after the recipe."""
+        return Path(self.config.output or Path("runs") / self.recipe)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Built later by :meth:`make_trainer`, when the output directory is known."""

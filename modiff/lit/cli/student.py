@@ -17,7 +17,7 @@ from modiff.lit.data.conditions import SampleDataModule
 from modiff.lit.modules.student import LitStudent
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import short_hash
-from modiff.teachers.zoo import ZOO
+from modiff.teachers.zoo import ZOO, Teacher
 
 
 class StudentCLI(ModiffCLI):
@@ -84,10 +84,13 @@ class StudentCLI(ModiffCLI):
             if entry is not None and model[key] is None:
                 model[key] = getattr(entry, key)
 
-    def instantiate_classes(self) -> None:
-        """Build; the student comes from ``--ckpt`` where that is given."""
-        super().instantiate_classes()
-        self.model.ckpt = self.config.ckpt
+    def prepare_model(self, loaded: Teacher | None = None) -> LitStudent:
+        """Load the teacher and make the student, from ``--ckpt`` where that is given.
+
+        Args:
+            loaded: A teacher that another recipe has loaded; None: load it.
+        """
+        return self.model.prepare(self.config.seed, self.datamodule.conditions, self.config.ckpt, loaded)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run: everything that the images and figures depend on."""

@@ -28,7 +28,7 @@ from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.atomic import write_json, write_text
 from modiff.student.swap import describe
-from modiff.teachers.zoo import load_teacher
+from modiff.teachers.zoo import Teacher, load_teacher
 
 SHARED = ("teacher", "guidance")
 
@@ -166,18 +166,15 @@ def check_shared(clis: dict[str, StudentCLI]) -> None:
 
 def build(clis: dict[str, StudentCLI], device: torch.device, channels_last: bool) -> dict[str, LitStudent]:
     """The recipes' modules, which share the teacher, on the device and in the layout."""
-    first: LitStudent | None = None
+    loaded: Teacher | None = None
     modules: dict[str, LitStudent] = {}
     for name, cli in clis.items():
-        module: LitStudent = cli.model
-        module.seed, module.conditions = cli.config.seed, cli.datamodule.conditions
-        if first is None:
-            first = module
-            module.loaded = load_teacher(module.spec)
-            layout = torch.channels_last if channels_last else torch.contiguous_format
-            module.loaded.denoiser.to(device=device, memory_format=layout)
-        module.loaded = first.loaded
-        module.configure_model()
+        if loaded is None:
+            loaded = load_teacher(cli.model.spec)
+            loaded.denoiser.to(
+                device=device, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
+        module = cli.prepare_model(loaded)
         if not module.calibrated:
             raise CalibrationError(
                 f"{name} is calibrated by its recipe, which modiff bench does not do. Pack it first: modiff quantize "

@@ -19,7 +19,9 @@ from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.evaluate import evaluate_recipe
 from modiff.lit.report import plots
 from modiff.lit.report.image_grids import labelled_rows, save_picture
-from modiff.lit.report.pages import markdown_table, metrics_table, write_compare_report
+from modiff.lit.report.pages import COMPARED_SAMPLES, SAMPLES, write_compare_report
+from modiff.lit.report.result import Result
+from modiff.lit.report.tables import FULL_PRECISION, markdown_table, metrics_table
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.atomic import write_json, write_text
@@ -62,7 +64,7 @@ def compare(args: Sequence[str]) -> int:
     run = RunDirectory(folder, identity, options.overwrite)
     rank_zero(run.claim, "compare")
     teacher_images = folder / "teacher"
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[tuple[str, Result]] = []
     try:
         for position, (name, cli) in enumerate(clis.items(), start=1):
             images = f"{cli.num_images} images, {cli.config.model.steps} steps"
@@ -146,19 +148,20 @@ def _parse(name: str, path: str, options: Namespace, forwarded: list[str]) -> St
     return StudentCLI("evaluate", args)
 
 
-def _finish(run: RunDirectory, rows: list[tuple[str, dict[str, Any]]]) -> None:
+def _finish(run: RunDirectory, rows: list[tuple[str, Result]]) -> None:
     folder = run.path
-    pictures: list[tuple[str, Tensor]] = []
+    samples: dict[str, Tensor] = {}
     for name, _ in rows:
-        images = load_file(str(folder / name / "samples.safetensors"))
-        pictures = pictures or [("full precision", images["teacher"])]
-        pictures.append((name, images["student"]))
-    save_picture(labelled_rows([(n, images[:12]) for n, images in pictures]), folder / "samples.png")
+        images = load_file(str(folder / name / SAMPLES))
+        samples.setdefault(FULL_PRECISION, images["teacher"])
+        samples[name] = images["student"]
+    shown = [(name, images[:COMPARED_SAMPLES]) for name, images in samples.items()]
+    save_picture(labelled_rows(shown), folder / "samples.png")
     plots.compare_plot(rows, folder / "compare.png")
-    write_json(folder / "compare.json", dict(rows))
+    write_json(folder / "compare.json", {name: result.as_json() for name, result in rows})
     write_text(folder / "compare.md", markdown_table(rows))
     reports = {name: folder / name / "report.html" for name, _ in rows}
-    report = write_compare_report(folder, rows, folder / "samples.png", reports)
+    report = write_compare_report(folder, rows, samples, reports)
     run.mark("complete")
     shutil.rmtree(folder / "teacher", ignore_errors=True)
     Console(width=None).print(metrics_table(rows))

@@ -25,9 +25,7 @@ def quantize(args: Sequence[str]) -> int:
         raise ConfigError("modiff quantize makes a checkpoint and takes none. Remove --ckpt.")
     if cli.model.config is None:
         raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
-    module: LitStudent = cli.model
-    module.conditions = cli.datamodule.conditions
-    module.configure_model()
+    module = cli.prepare_model()
     folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
     rank_zero(check_target, folder, cli.config.overwrite)  # before a calibration of minutes, not after
     pack = Pack(folder, cli.config.overwrite, cli.config.remainder_dtype)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
-from modiff.errors import CalibrationError, ConfigError
+from modiff.errors import CalibrationError, ConfigError, ModiffError
 from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import hash_tensors
@@ -101,30 +102,75 @@ class LitStudent(LightningModule):
         self.ckpt: str | None = None
         self.store: BatchStore | None = None
         self.teacher_store: BatchStore | None = None
-        self.loaded: Teacher | None = None
+        self.result = Result()
+        self._loaded: Teacher | None = None
         self._conditioning: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
         self.decoder: nn.Module | None = None
-        self.results: dict[str, Any] = {}
 
     def configure_model(self) -> None:
-        """Load the teacher, unless it is there; make the student, which shares every tensor it does not quantize."""
-        if self.teacher is not None:
-            return
-        if self.loaded is None:
-            self.loaded = load_teacher(self.spec)
-        set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
-        self.teacher = self.loaded.denoiser
-        self.decoder = self.loaded.decoder
-        self._refuse_guidance()
-        if self.config is None and self.ckpt is None:
-            return
-        if self.ckpt is not None:
-            self._refuse_foreign(self.ckpt)
+        """Lightning's hook: prepare with the defaults, unless the command has prepared the module already."""
+        if self._loaded is None:
+            self.prepare()
+
+    def prepare(
+        self,
+        seed: int = 0,
+        conditions: Conditions | None = None,
+        ckpt: str | None = None,
+        loaded: Teacher | None = None,
+    ) -> LitStudent:
+        """Load the teacher and make the student, which shares every tensor that it does not quantize; once.
+
+        Args:
+            seed: Of the noise.
+            conditions: Gives the classes or prompts of sample indices; None: the samples have none.
+            ckpt: Packed student, in place of the recipe's quantization.
+            loaded: A teacher that is loaded already, to be shared; None: load the recipe's.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ConfigError: The module was prepared before, or the teacher does not fit the recipe.
+            CalibrationError: The checkpoint was made of another teacher, or there is nothing to calibrate.
+        """
+        if self._loaded is not None:
+            raise ConfigError("This LitStudent is prepared already. Make another one for another teacher or seed.")
+        self.seed, self.ckpt = seed, ckpt
+        self.conditions = conditions or self.conditions
+        loaded = load_teacher(self.spec) if loaded is None else loaded
+        set_timesteps(make_scheduler(self.scheduler_name, loaded.scheduler_config), self.steps)  # refuses early
+        self._refuse_guidance(loaded)
+        self._loaded, self.teacher, self.decoder = loaded, loaded.denoiser, loaded.decoder
+        if ckpt is not None:
+            self._refuse_foreign(ckpt)
             self.calibrated = True
-        self.student = self.make_student()
-        self._refuse_useless_calibration()
+        if self.config is not None or ckpt is not None:
+            self.student = self.make_student()
+            self._refuse_useless_calibration()
+        return self
+
+    def keep_batches(self, store: BatchStore, teacher_store: BatchStore | None = None) -> None:
+        """Store finished batches, and read those that are there in place of drawing them.
+
+        Args:
+            store: Batches of this run.
+            teacher_store: The teacher's images, which several recipes share; None: they are drawn for this run alone.
+        """
+        self.store, self.teacher_store = store, teacher_store
+
+    @property
+    def loaded(self) -> Teacher:
+        """The loaded teacher.
+
+        Raises:
+            ModiffError: The module has not been prepared.
+        """
+        if self._loaded is None:
+            raise ModiffError("The teacher is not loaded yet. Call LitStudent.prepare() first.")
+        return self._loaded
 
     def _refuse_useless_calibration(self) -> None:
         """A calibration with nothing to find, and ranges that nothing finds."""
@@ -178,10 +224,10 @@ class LitStudent(LightningModule):
         assert self.teacher is not None
         return shared_copy(self.teacher)
 
-    def use_calibrated(self, student: nn.Module) -> None:
-        """Take the student that a calibration found."""
+    def use_student(self, student: nn.Module, calibrated: bool) -> None:
+        """Take another student of the same teacher, such as the one that a calibration found."""
         self.student = student
-        self.calibrated = True
+        self.calibrated = calibrated
 
     def on_test_start(self) -> None:
         """Compile, where asked for: after callbacks have calibrated, on the device, outside of trajectories."""
@@ -190,22 +236,19 @@ class LitStudent(LightningModule):
 
     on_predict_start = on_test_start
 
-    def _refuse_guidance(self) -> None:
-        assert self.loaded is not None
-        distilled = bool(getattr(self.loaded.denoiser.config, "guidance_embeds", False))
-        if self.guidance not in (1.0, self.spec.entry.guidance) and not self.loaded.family.guided and not distilled:
+    def _refuse_guidance(self, loaded: Teacher) -> None:
+        distilled = bool(getattr(loaded.denoiser.config, "guidance_embeds", False))
+        if self.guidance not in (1.0, self.spec.entry.guidance) and not loaded.family.guided and not distilled:
             raise ConfigError(f"guidance is {self.guidance}, but teacher {self.spec.title!r} takes none. Remove it.")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of x_t."""
-        assert self.loaded is not None
         return self.loaded.sample_shape
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of the images."""
-        assert self.loaded is not None
         return self.loaded.image_shape
 
     def noise(self, indices: Tensor, stream: int = 0) -> Tensor:
@@ -214,7 +257,6 @@ class LitStudent(LightningModule):
 
     def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
         """What the denoiser is told about samples ``indices`` ``[B]``; that of the last batch is kept."""
-        assert self.loaded is not None
         key = tuple(indices.tolist())
         if self._conditioning is None or self._conditioning[0] != key:
             found = self.loaded.conditioning(list(key), self.conditions(list(key)), self.guidance)
@@ -223,21 +265,18 @@ class LitStudent(LightningModule):
 
     def bind(self, denoiser: nn.Module, indices: Tensor) -> Callable[[Tensor, Any], Any]:
         """``denoiser(x, t)`` with the conditions and the guidance of samples ``indices`` ``[B]``."""
-        assert self.loaded is not None
         return self.loaded.bind(denoiser, self.conditioning(indices), self.guidance)
 
     def inputs(self, x: Tensor, indices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of one forward of the denoiser at time 0, for figures of cost."""
-        assert self.loaded is not None
         return self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance)
 
     @property
     def rows_per_image(self) -> int:
         """Rows of the denoiser's batch for one image: 2 under guidance."""
-        assert self.loaded is not None
         return 2 if self.loaded.doubled(self.guidance) else 1
 
-    def trace(
+    def denoise(
         self,
         denoiser: Callable[..., Any],
         indices: Tensor,
@@ -248,7 +287,6 @@ class LitStudent(LightningModule):
 
         ``noise(indices, stream)`` is that of :meth:`noise`, unless another is given.
         """
-        assert self.loaded is not None
         noise = noise or self.noise
         scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
         return sample(
@@ -271,9 +309,8 @@ class LitStudent(LightningModule):
                 "modiff.lit.callbacks.calibration.Calibration, or set model.calibration to null."
             )
         start = time.perf_counter()
-        assert self.loaded is not None
         bound = self.bind(denoiser, indices)
-        images = self.loaded.decode(self.trace(bound, indices, lambda step, *_: self.tell(step + 1, who)))
+        images = self.loaded.decode(self.denoise(bound, indices, lambda step, *_: self.notify(step + 1, who)))
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         return images, time.perf_counter() - start
@@ -320,8 +357,10 @@ class LitStudent(LightningModule):
         images, seconds = self.draw("student" if self.student is not None else "teacher", batch["index"])
         return {"student": images, **batch, "facts": {"student_s": seconds}, "new": True}
 
-    def tell(self, step: int, who: str) -> None:
-        """Tell the callbacks that an evaluation ended; ``step`` counts from 1."""
+    def notify(self, step: int, who: str) -> None:
+        """Tell the callbacks, where there is a Trainer, that an evaluation ended; ``step`` counts from 1."""
+        if self._trainer is None:
+            return
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             hook = getattr(callback, "on_evaluation_end", None)
             if hook is not None:

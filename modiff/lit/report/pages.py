@@ -1,4 +1,4 @@
-"""The reports of ``modiff evaluate`` and ``modiff compare``: one self-contained page each."""
+"""The reports of ``modiff evaluate`` and ``modiff compare``: one page each, which needs neither network nor server."""
 
 from __future__ import annotations
 
@@ -6,46 +6,48 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from modiff.lit.report.page import Html, element, folded, link, picture, section, table, tiles, write_page
-from modiff.lit.report.sentences import closest, describe_errors, headline, share
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modiff.errors import ConfigError
+from modiff.lit.report.embedding import data_uri, is_lossless, psnr_of
+from modiff.lit.report.error_view import error_view
+from modiff.lit.report.rendering import Heading, TableView, picture, write_page
+from modiff.lit.report.result import OperatorCost, Result
+from modiff.lit.report.sentences import closest, headline
 from modiff.lit.report.tables import (
     FULL_PRECISION,
-    HEADERS,
+    SAME,
+    Cell,
     Rows,
     cells,
+    columns,
     features_note,
-    markdown_table,
-    metrics_table,
-    missing_reasons,
+    missing_figures,
     notes,
-    number,
+    numeric,
+)
+from modiff.lit.report.words import number, share
+from modiff.metrics.figures import all_figures
+
+SAMPLES = "samples.safetensors"
+COMPARED_SAMPLES = 12
+GBOP_NOTE = (
+    "A GBOP is 1e9 bit operations (multiply-accumulates x weight bits x activation bits), the warm-up averaged in; "
+    "products of two activations (attention) count at the precision they ran in. A fixed input, such as a prompt's, is "
+    "multiplied once per trajectory. Weights are as stored, scales included; state is â and ô as allocated."
 )
 
-__all__ = ["markdown_table", "metrics_table", "write_compare_report", "write_report"]
 
-COST_ROWS = 10
-
-
-def write_report(
-    folder: Path,
-    *,
-    recipe: str,
-    metrics: Mapping[str, Any],
-    errors: Mapping[str, Any] | None,
-    cost_rows: Sequence[Mapping[str, Any]],
-    config_yaml: str,
-    description: str,
-) -> Path:
+def write_report(folder: Path, *, recipe: str, result: Result, config_yaml: str, description: str) -> Path:
     """Write ``report.html`` of one recipe, atomically.
 
     Args:
-        folder: Holds ``samples.png``, ``trajectory_errors.png`` and ``cost.png``, which the page embeds.
+        folder: Holds ``samples.safetensors``, ``cost.png`` and, where errors were measured, ``trajectory_errors.png``.
         recipe: Its name.
-        metrics: As in ``metrics.json``.
-        errors: As for :func:`modiff.lit.report.plots.trajectory_errors_plot`; None: not measured.
-        cost_rows: One for each operator: ``name``, ``macs``, ``weight_bits``, ``activation_bits``, ``gbops`` per image
-            and evaluation, ``constant``, ``weight_mib``, ``state_mib`` per image.
+        result: What it gave.
         config_yaml: The whole configuration.
         description: The table of :func:`modiff.describe`.
 
@@ -53,41 +55,44 @@ def write_report(
         The page's path.
 
     Raises:
-        ConfigError: A picture is missing, or ``errors`` does not belong together.
+        ConfigError: A file is missing, or the errors along the trajectory do not belong together.
     """
-    return write_page(
-        folder / "report.html",
-        f"{recipe} - modiff",
-        [
-            element("p", "modiff evaluate", class_="kind"),
-            element("h1", recipe),
-            element("p", headline(metrics), class_="lead"),
-            tiles(_headline_tiles(metrics)),
-            _samples(metrics, folder),
-            section("Metrics", _metrics(metrics)),
-            _error_section(errors, folder),
-            section("Cost", *_cost(metrics, cost_rows, folder)),
-            section(
-                "How it was made",
-                folded("Operators: bits, granularity, and the rule that matched", element("pre", description)),
-                folded("Configuration", element("pre", config_yaml)),
-                folded("Provenance", _provenance(metrics)),
-            ),
-        ],
-    )
+    images = _images(folder)
+    names = [name for name in ("teacher", "student") if name in images]
+    context = {
+        "kind": "modiff evaluate",
+        "heading": recipe,
+        "lead": headline(result),
+        "stamp": stamp(recipe, result),
+        "tiles": _tiles(result),
+        "gallery_view": _gallery({name: images[name] for name in names}),
+        "samples_note": f"First of {result.num_images} images, seed {result.seed}; both sides have the same noise.",
+        "figures": _figures(result),
+        "figures_note": _figures_note(result),
+        "missing": [(figure.label, who, reason) for figure, who, reason in missing_figures(result)],
+        "errors": error_view({recipe: result.errors}) if result.errors else None,
+        "errors_picture": picture(folder / "trajectory_errors.png") if result.errors else None,
+        "cost": _cost_totals(result),
+        "cost_note": GBOP_NOTE,
+        "cost_picture": picture(folder / "cost.png"),
+        "operators": _operators(result),
+        "description": description,
+        "config_yaml": config_yaml,
+        "provenance": _provenance(result),
+    }
+    return write_page(folder / "report.html", "evaluate.html", f"{recipe} - modiff", context)
 
 
 def write_compare_report(
-    folder: Path, rows: Rows, samples: Path, reports: Mapping[str, Path] | None = None, title: str = "Comparison"
+    folder: Path, rows: Rows, samples: Mapping[str, Tensor], reports: Mapping[str, Path] | None = None
 ) -> Path:
     """Write ``report.html`` of several recipes against the same teacher images, atomically.
 
     Args:
         folder: Holds ``compare.png``; the page goes there.
-        rows: Recipe names and their metrics (``metrics.json``); the teacher's numbers are those of the first.
-        samples: Picture with the teacher's images in the first row, then one row for each recipe.
+        rows: Recipes' names and results; the teacher's numbers are those of the first.
+        samples: Images ``[N, C, H, W]`` in [0, 1] by name, the teacher's first; the first twelve are shown.
         reports: Each recipe's own page, linked relative to ``folder``; recipes that are not in it get no link.
-        title: Heading.
 
     Returns:
         The page's path.
@@ -95,181 +100,241 @@ def write_compare_report(
     Raises:
         ConfigError: There is no row, or a picture is missing.
     """
-    body = cells(rows, "not available")
-    count, seed = rows[0][1]["num_images"], rows[0][1]["seed"]
-    linked = [[_linked(row[0], reports or {}, folder) if i else row[0], *row[1:]] for i, row in enumerate(body)]
-    return write_page(
-        folder / "report.html",
-        f"{title} - modiff",
-        [
-            element("p", "modiff compare", class_="kind"),
-            element("h1", title),
-            element("p", closest(rows), class_="lead"),
-            section(
-                "Recipes",
-                table([head for head, _ in HEADERS], linked, range(1, len(HEADERS))),
-                element(
-                    "p",
-                    f"{count} images from the same noise (seed {seed}); the row “{FULL_PRECISION}” is the teacher that "
-                    "all recipes start from and are measured against.",
-                    class_="soft",
-                ),
-                *(element("p", note, class_="soft") for note in notes(rows)),
-            ),
-            section("Quality", picture(folder / "compare.png", "Quality of each recipe; values beside the bars.")),
-            section(
-                "Samples",
-                picture(samples, "The same noise in every column: the teacher, then each recipe.", pixels=True),
-            ),
-            section("Provenance", folded("Of the first recipe's run", _provenance(rows[0][1]))),
-        ],
-    )
+    table = _recipes(rows, reports or {}, folder)
+    first = rows[0][1]
+    curves = {name: result.errors for name, result in rows if result.errors}
+    context = {
+        "kind": "modiff compare",
+        "heading": "Comparison of " + ("one recipe" if len(rows) == 1 else f"{len(rows)} recipes"),
+        "lead": closest(rows),
+        "stamp": stamp("modiff compare", first) | {"recipe_hash": None},
+        "recipes": table,
+        "recipes_note": f"{first.num_images} images from the same noise, seed {first.seed}; the row “{FULL_PRECISION}” "
+        + "is the teacher that all recipes start from and are measured against.",
+        "notes": notes(rows),
+        "points": _points(rows),
+        "picture": picture(folder / "compare.png"),
+        "gallery_view": _gallery({name: images[:COMPARED_SAMPLES] for name, images in samples.items()}),
+        "samples_note": "Every version of a sample starts from the same noise.",
+        "errors": error_view(curves) if curves else None,
+        "provenance": _provenances(rows),
+    }
+    return write_page(folder / "report.html", "compare.html", "Comparison - modiff", context)
 
 
-def _samples(metrics: Mapping[str, Any], folder: Path) -> Html:
-    count, seed = metrics["num_images"], metrics["seed"]
-    text = f"Teacher above student, from the same noise (first of {count} images, seed {seed})."
-    return section("Samples", picture(folder / "samples.png", text, pixels=True))
+def stamp(recipe: str, result: Result) -> dict[str, Any]:
+    """Where the numbers of a section come from: recipe, its hash, seed, count and commit."""
+    made = result.provenance
+    return {
+        "recipe": recipe,
+        "recipe_hash": made.get("recipe_hash"),
+        "seed": result.seed,
+        "num_images": result.num_images,
+        "git_commit": (made.get("git_commit") or "")[:12] or None,
+    }
 
 
-def _error_section(errors: Mapping[str, Any] | None, folder: Path) -> Html:
-    title = "Where the error comes from"
-    if errors is None:
-        return section(title, element("p", "Not measured: --error_images was 0."))
-    text = (
-        "Relative L2 difference between student and teacher: of x_t and of each operator's output, at each "
-        "evaluation of its own trajectory, so errors made earlier are included."
-    )
-    words = (element("p", sentence) for sentence in describe_errors(errors))
-    return section(title, *words, picture(folder / "trajectory_errors.png", text))
+def _images(folder: Path) -> dict[str, Tensor]:
+    path = folder / SAMPLES
+    if not path.is_file():
+        raise ConfigError(f"The report needs {path}, which does not exist. Draw the samples before writing the report.")
+    return load_file(str(path))
 
 
-def _linked(name: str, reports: Mapping[str, Path], folder: Path) -> Html | str:
-    if name not in reports:
-        return name
-    return link(name, Path(os.path.relpath(reports[name], folder)))
+def _gallery(versions: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Every sample with all its versions; the first version is the teacher's."""
+    teacher = next(iter(versions.values()))
+    addresses = {name: [data_uri(image) for image in images] for name, images in versions.items()}
+    noted = {name: [""] * len(images) for name, images in versions.items()}
+    for name, images in versions.items():
+        if images is not teacher:
+            noted[name] = [_likeness(psnr) for psnr in psnr_of(images, teacher[: len(images)])]
+    samples = [
+        [{"name": name, "src": addresses[name][i], "note": noted[name][i]} for name in versions]
+        for i in range(min(map(len, versions.values())))
+    ]
+    return {
+        "names": list(versions),
+        "samples": samples,
+        "lossless": is_lossless(teacher),
+        "size": list(teacher.shape[-2:]),
+    }
 
 
-def _headline_tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    student, cost, evaluations = metrics["student"], metrics["cost"], metrics["evaluations"]
-    features, missing = metrics["features"], missing_reasons(metrics)
-    distance = f"Fréchet distance to the teacher's images in the features of {features['network']}; 0 is equal"
+def _likeness(psnr: float | None) -> str:
+    return "identical to the teacher's" if psnr is None else f"PSNR {number(psnr)} dB"
 
-    def entry(key: str, value: float | None, unit: str, text: str) -> tuple[str, str]:
+
+def _tiles(result: Result) -> list[tuple[str, str]]:
+    """Headline numbers, each with what it is."""
+    evaluations, cost = result.evaluations, result.cost
+    assert evaluations is not None
+    assert cost is not None
+    by_name = {figure.name: figure for figure in all_figures()}
+    found = []
+    for name in ("psnr_db", "fid_to_teacher"):
+        figure, value = by_name[name], result.value(f"student.{name}")
+        network = result.network(figure)
+        text = figure.label + (f", in the features of {network}" if network else "")
         if value is None:
-            return "not available", f"{text}: {missing[key]}"
-        return number(value) + unit, text
-
-    bit_operations = share(cost["gbops_per_evaluation"], cost["teacher_gbops_per_evaluation"])
+            found.append(("not available", f"{text}: {result.reason(f'student.{name}')}"))
+        else:
+            unit = f" {figure.unit}" if figure.unit else ""
+            found.append((number(value, figure.digits) + unit, f"{text}; {figure.better} is better"))
     return [
-        entry("student.psnr_db", student["psnr_db"], " dB", "PSNR to the teacher's images; higher is better"),
-        entry("student.fid_to_teacher", student["fid_to_teacher"], "", distance),
+        *found,
         (f"{evaluations['quantized']} / {evaluations['total']}", "evaluations with quantized activations"),
-        (bit_operations, "the teacher's bit operations in each evaluation"),
-    ]
-
-
-def _metrics(metrics: Mapping[str, Any]) -> Html:
-    student, teacher, seconds = metrics["student"], metrics["teacher"], metrics["seconds_per_image_evaluation"] or {}
-    missing = missing_reasons(metrics)
-
-    def text(key: str, value: float | None, unit: str = "") -> str:
-        return f"not available: {missing[key]}" if value is None else number(value) + unit
-
-    rows = [
-        ("PSNR to the teacher's images", text("student.psnr_db", student["psnr_db"], " dB"), "reference"),
-        ("Relative L2 difference to the teacher's images", number(student["relative_l2"]), "reference"),
         (
-            "Fréchet distance to the teacher's images",
-            text("student.fid_to_teacher", student["fid_to_teacher"]),
-            "reference",
-        ),
-        (
-            "Fréchet distance to real images",
-            text("student.fid", student["fid"]),
-            text("teacher.fid", teacher["fid"]),
-        ),
-        *_similarity(metrics),
-        (
-            "Time per image and evaluation",
-            f"{_ms(seconds['student'])} ({number(metrics['time_ratio'], 3)} x)" if seconds else _ms(None),
-            _ms(seconds.get("teacher")),
+            share(cost["gbops_per_evaluation"], cost["teacher_gbops_per_evaluation"]),
+            "the teacher's bit operations in each evaluation",
         ),
     ]
-    note = (
-        f"{metrics['num_images']} images, seed {metrics['seed']}, {number(metrics['seconds'], 3)} s in all. "
-        + features_note(metrics)
-        + " Bit operations are counted, not timed: where low-bit products are simulated, quantizing costs time."
-    )
-    return Html(table(["", "student", "teacher"], rows) + element("p", note, class_="soft"))
 
 
-def _similarity(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What was measured besides; ``reasons`` in metrics.json says why a row is missing."""
-    student, teacher, features = metrics["student"], metrics["teacher"], metrics["features"]
+def _figures(result: Result) -> TableView:
+    """Every figure that student or teacher has, and the times."""
     rows = []
-    if "ssim" in student:
-        rows.append(("SSIM to the teacher's images", number(student["ssim"]), "reference"))
-    if "lpips" in student:
-        rows.append((f"LPIPS to the teacher's images ({features['lpips']})", number(student["lpips"]), "reference"))
-    if "clip_score" in student:
-        scores = number(student["clip_score"]), number(teacher["clip_score"])
-        rows.append((f"CLIP score, 0 to 100 ({features['clip']})", *scores))
-    return rows
-
-
-def _cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Html]:
-    cost = metrics["cost"]
-    totals = [
-        (
-            "GBOPs per image and evaluation",
-            number(cost["gbops_per_evaluation"]),
-            number(cost["teacher_gbops_per_evaluation"]),
-        ),
-        ("Weights, MiB", number(cost["weight_mib"]), number(cost["teacher_weight_mib"])),
-        ("State per image, MiB", number(cost["state_mib_per_image"]), "0"),
+    for figure in all_figures():
+        student, teacher = (result.value(f"{who}.{figure.name}") for who in ("student", "teacher"))
+        if student is None and teacher is None:
+            continue
+        other = numeric(teacher, figure.digits) if "teacher" in figure.of else Cell(SAME)
+        better = f"{figure.better} is better" if figure.better else ""
+        network = result.network(figure) or ""
+        rows.append([Cell(figure.title), numeric(student, figure.digits), other, Cell(better), Cell(network)])
+    seconds = result.timing["seconds_per_image_evaluation"]
+    if seconds:
+        times = [numeric(1000 * seconds[who], 3) for who in ("student", "teacher")]
+        ratio = f"{number(result.timing['time_ratio'], 3)} x the teacher's"
+        rows.append([Cell("Time per image and evaluation, ms"), *times, Cell(ratio), Cell("")])
+    headings = [
+        Heading("figure"),
+        Heading("student", numeric=True),
+        Heading("teacher", numeric=True),
+        Heading(""),
+        Heading("measured with"),
     ]
-    note = (
-        "A GBOP is 1e9 bit operations (multiply-accumulates x weight bits x activation bits), the warm-up averaged in; "
-        "products of two activations (attention) count at the precision they ran in. A fixed input, such as a "
-        "prompt's, is multiplied once per trajectory. Weights are as stored, scales included; state is â and ô as "
-        "allocated."
-    )
-    headers = ["operator", "MACs, millions", "bits W/A", "GBOPs", "of all", "weights, MiB", "state, MiB"]
-    total = cost["gbops_per_evaluation"] or 1.0
-    ranked = [_cost_row(row, total) for row in sorted(rows, key=lambda row: -row["gbops"])]
-    outside = ("outside: attention, norms, embeddings", "", "", number(cost["other_gbops_per_evaluation"]))
-    outside += (f"{cost['other_gbops_per_evaluation'] / total:.1%}", number(cost["other_weight_mib"]), "0")
-    parts = [
-        table(["", "student", "teacher"], totals, (1, 2)),
-        element("p", note, class_="soft"),
-        picture(folder / "cost.png", "The operators that cost most."),
-        table(headers, [*ranked[:COST_ROWS], outside], range(1, 7)),
-    ]
-    if len(ranked) > COST_ROWS:
-        parts.append(
-            folded(f"The other {len(ranked) - COST_ROWS} operators", table(headers, ranked[COST_ROWS:], range(1, 7)))
-        )
-    return parts
+    return TableView("Metrics of the student's images", headings, rows)
 
 
-def _cost_row(row: Mapping[str, Any], total: float) -> tuple[str, ...]:
+def _figures_note(result: Result) -> str:
+    seconds = "" if result.seconds is None else f", {number(result.seconds, 3)} s in all"
     return (
-        row["name"] + " (fixed input: once)" * row["constant"],
-        number(row["macs"] / 1e6),
-        f"{row['weight_bits']}/{row['activation_bits']}",
-        number(row["gbops"]),
-        f"{row['gbops'] / total:.1%}",
-        number(row["weight_mib"]),
-        number(row["state_mib"]),
+        f"{result.num_images} images, seed {result.seed}{seconds}. {features_note(result)} Bit operations are counted, "
+        "not timed: where low-bit products are simulated, quantizing costs time."
     )
 
 
-def _provenance(metrics: Mapping[str, Any]) -> Html:
-    return table(
-        ["", "value"], [(k, "not recorded" if v is None else v) for k, v in sorted(metrics["provenance"].items())]
+def _cost_totals(result: Result) -> TableView:
+    cost = result.cost
+    assert cost is not None
+    rows = [
+        [
+            Cell("GBOPs per image and evaluation"),
+            numeric(cost["gbops_per_evaluation"]),
+            numeric(cost["teacher_gbops_per_evaluation"]),
+        ],
+        [Cell("Weights, MiB"), numeric(cost["weight_mib"]), numeric(cost["teacher_weight_mib"])],
+        [Cell("State per image, MiB"), numeric(cost["state_mib_per_image"]), numeric(0.0)],
+    ]
+    headings = [Heading(""), Heading("student", numeric=True), Heading("teacher", numeric=True)]
+    return TableView("Cost of student and teacher", headings, rows, sortable=False)
+
+
+def _operators(result: Result) -> TableView:
+    cost = result.cost
+    assert cost is not None
+    total = cost["gbops_per_evaluation"] or 1.0
+    rows = [_operator(row, total) for row in sorted(result.operators, key=lambda row: -row["gbops"])]
+    outside = cost["other_gbops_per_evaluation"]
+    rows.append(
+        [
+            Cell("outside: attention, norms, embeddings"),
+            Cell("", 0.0),
+            Cell("", 64.0),
+            numeric(outside),
+            Cell(f"{outside / total:.1%}", outside / total),
+            numeric(cost["other_weight_mib"]),
+            Cell("0", 0.0),
+        ]
     )
+    titles = ("MACs, millions", "bits W/A", "GBOPs", "of all", "weights, MiB", "state, MiB")
+    headings = [Heading("operator"), *(Heading(title, numeric=True) for title in titles)]
+    return TableView("Cost of each operator", headings, rows, tall=True, bars=4)
 
 
-def _ms(seconds: float | None) -> str:
-    return "not available" if seconds is None else f"{number(1000 * seconds, 3)} ms"
+def _operator(row: OperatorCost, total: float) -> list[Cell]:
+    weight, activation = row["weight_bits"], row["activation_bits"]
+    return [
+        Cell(row["name"] + " (fixed input: once)" * row["constant"]),
+        numeric(row["macs"] / 1e6),
+        Cell(f"{weight}/{activation}", weight + activation / 100),
+        numeric(row["gbops"]),
+        Cell(f"{row['gbops'] / total:.1%}", row["gbops"] / total),
+        numeric(row["weight_mib"]),
+        numeric(row["state_mib"]),
+    ]
+
+
+def _provenance(result: Result) -> TableView:
+    rows = [[Cell(key), _recorded(result, key)] for key in sorted(result.provenance)]
+    return TableView("Where the numbers come from", [Heading(""), Heading("value")], rows, sortable=False)
+
+
+def _recorded(result: Result, key: str) -> Cell:
+    value = result.provenance.get(key)
+    return Cell("not recorded" if value is None else str(value))
+
+
+def _provenances(rows: Rows) -> TableView:
+    """The recipes' provenance side by side, facts that all share included."""
+    keys = sorted({key for _, result in rows for key in result.provenance})
+    body = [[Cell(key), *(_recorded(result, key) for _, result in rows)] for key in keys]
+    headings = [Heading(""), *(Heading(name) for name, _ in rows)]
+    return TableView("Where the numbers of each recipe come from", headings, body, sortable=False)
+
+
+def _recipes(rows: Rows, reports: Mapping[str, Path], folder: Path) -> TableView:
+    body = cells(rows)
+    kinds = columns()
+    table = [[*body[0], Cell(""), Cell("")]]
+    for row, (name, result) in zip(body[1:], rows, strict=True):
+        link = _relative(reports[name], folder) if name in reports else None
+        made = result.provenance
+        extra = [Cell(str(result.seed), float(result.seed)), Cell(str(made.get("recipe_hash") or "not recorded"))]
+        table.append([Cell(row[0].text, link=link), *row[1:], *extra])
+    headings = [
+        Heading("recipe"),
+        *(Heading(column.title, numeric=True, better=column.better) for column in kinds),
+        Heading("seed", numeric=True),
+        Heading("recipe hash"),
+    ]
+    return TableView("Recipes against their teacher", headings, table, best=_best(body, kinds))
+
+
+def _best(body: Sequence[Sequence[Cell]], kinds: Sequence[Any]) -> set[tuple[int, int]]:
+    """Row and column of the best value among the students, where there is a choice."""
+    found = set()
+    for j, column in enumerate(kinds, start=1):
+        known = [(row[j].value, i) for i, row in enumerate(body) if i and row[j].value is not None]
+        if column.better and len({value for value, _ in known}) > 1:
+            best = (max if column.better == "higher" else min)(value for value, _ in known)
+            found |= {(i, j) for value, i in known if value == best}
+    return found
+
+
+def _points(rows: Rows) -> dict[str, Any]:
+    """Every numeric column of every recipe, for the scatter plot."""
+    kinds, body = columns(), cells(rows)
+    return {
+        "axes": [column.title for column in kinds],
+        "better": [column.better for column in kinds],
+        "points": [
+            {"name": row[0].text, "values": [cell.value for cell in row[1:]], "texts": [str(cell) for cell in row[1:]]}
+            for row in body
+        ],
+    }
+
+
+def _relative(page: Path, folder: Path) -> str:
+    return "./" + quote(Path(os.path.relpath(page, folder)).as_posix())

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from modiff.errors import ConfigError
-from modiff.lit.report.tables import Rows, number
+from modiff.lit.report.result import Result
+from modiff.lit.report.tables import Rows
+from modiff.lit.report.words import number, percent, share
 
 LIKENESS = (
     (40.0, "hard to tell from the teacher's"),
@@ -54,17 +56,19 @@ def mean(values: np.ndarray) -> float:
     return float(recorded.mean()) if recorded.size else math.nan
 
 
-def headline(metrics: Mapping[str, Any]) -> str:
+def headline(result: Result) -> str:
     """What the numbers mean, in one plain sentence."""
-    student, evaluations, cost = metrics["student"], metrics["evaluations"], metrics["cost"]
-    psnr = student["psnr_db"]
+    evaluations, cost = result.evaluations, result.cost
+    assert evaluations is not None
+    assert cost is not None
+    psnr, l2 = result.value("student.psnr_db"), result.value("student.relative_l2")
     if psnr is not None:
         likeness = next(text for limit, text in LIKENESS if psnr >= limit or limit == LIKENESS[-1][0])
-        result = f"The student's images are {likeness} (PSNR {number(psnr)} dB)"
-    elif student["relative_l2"] == 0:
-        result = "The student's images are identical to the teacher's"
+        finding = f"The student's images are {likeness} (PSNR {number(psnr)} dB)"
+    elif l2 == 0:
+        finding = "The student's images are identical to the teacher's"
     else:
-        result = f"The student's images differ from the teacher's by {percent(student['relative_l2'])} (relative L2)"
+        finding = f"The student's images differ from the teacher's by {percent(l2)} (relative L2)"
     quantized, total = evaluations["quantized"], evaluations["total"]
     before, after = cost["teacher_gbops_per_evaluation"], cost["gbops_per_evaluation"]
     if quantized == 0:
@@ -73,7 +77,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         how = f"all {total} denoiser evaluations ran on quantized activations"
     else:
         how = f"{quantized} of {total} denoiser evaluations ran on quantized activations"
-    return f"{result}; {how}, and an evaluation takes {share(after, before)} the teacher's bit operations."
+    return f"{finding}; {how}, and an evaluation takes {share(after, before)} the teacher's bit operations."
 
 
 def describe_errors(errors: Mapping[str, Any]) -> list[str]:
@@ -101,7 +105,8 @@ def describe_errors(errors: Mapping[str, Any]) -> list[str]:
 
 def closest(rows: Rows) -> str:
     """Name the recipes closest to and furthest from the teacher's images, in one sentence."""
-    known = [(m["student"]["psnr_db"], name) for name, m in rows if m["student"]["psnr_db"] is not None]
+    found = [(result.value("student.psnr_db"), name) for name, result in rows]
+    known = [(psnr, name) for psnr, name in found if psnr is not None]
     if not known:
         return "No recipe has a PSNR to compare by; the notes below the table say why."
     (high, best), (low, last) = max(known), min(known)
@@ -111,21 +116,3 @@ def closest(rows: Rows) -> str:
         f"Closest to the teacher's images is {best} (PSNR {number(high)} dB), furthest away {last} ({number(low)} dB)"
         + ("; recipes without a PSNR are left out." if len(known) < len(rows) else ".")
     )
-
-
-def percent(value: float | None) -> str:
-    """A fraction in percent, three significant digits."""
-    if value is None:
-        return "an unknown amount"
-    return f"{number(100 * value, 3)}\N{NO-BREAK SPACE}%" if math.isfinite(value) else "a number that is not finite"
-
-
-def share(part: float, whole: float) -> str:
-    """How ``part`` compares with ``whole``, to be read before "the teacher's ...".
-
-    >>> share(1.0, 4.0), share(4.0, 4.0), share(6.0, 4.0), share(0.0, 4.0)
-    ('1/4.00 of', '1.00 times', '1.50 times', 'none of')
-    """
-    if part == 0 or whole == 0:
-        return "none of" if part == 0 else "more than"
-    return f"1/{number(whole / part, 3)} of" if part < whole else f"{number(part / whole, 3)} times"

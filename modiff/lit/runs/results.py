@@ -1,24 +1,30 @@
-"""Turns the results of a finished evaluation into its files."""
+"""Turns the result of a finished evaluation into its files, and reads it back."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from rich.console import Console
 
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.report import plots
 from modiff.lit.report.pages import write_report
+from modiff.lit.report.result import Result
+from modiff.lit.report.tables import result_table
 from modiff.lit.runs.directory import RunDirectory
 from modiff.storage.atomic import write_json
 from modiff.student.swap import describe
 
+METRICS, ERRORS, OPERATORS = "metrics.json", "trajectory_errors.json", "cost.json"
+
 
 class Writer:
-    """Turns the results of a finished run into files.
+    """Turns the result of a finished run into files.
 
     Args:
         cli: The parsed recipe.
@@ -31,44 +37,25 @@ class Writer:
 
     def write(self, trainer: Trainer, module: LitStudent, seconds: float) -> None:
         """Write metrics.json, pictures and the report; then drop the batches kept for resuming."""
-        results, folder = module.results, self.run.path
-        metrics = self.metrics(results, seconds)
-        errors, rows = results.get("errors"), results["cost_rows"]
-        if errors:
-            plots.trajectory_errors_plot(errors, folder / "trajectory_errors.png", self.cli.recipe)
-            write_json(folder / "trajectory_errors.json", errors)
-        plots.cost_plot(rows, folder / "cost.png")
-        write_json(folder / "cost.json", rows)
+        result, folder = module.result, self.run.path
+        result.num_images, result.seed, result.seconds = self.cli.num_images, self.cli.config.seed, seconds
+        if result.errors:
+            plots.trajectory_errors_plot(result.errors, folder / "trajectory_errors.png", self.cli.recipe)
+            write_json(folder / ERRORS, result.errors)
+        plots.cost_plot(result.operators, folder / "cost.png")
+        write_json(folder / OPERATORS, result.operators)
+        description = str(describe(module.student))  # type: ignore[arg-type]
         write_report(
-            folder,
-            recipe=self.cli.recipe,
-            metrics=metrics,
-            errors=errors,
-            cost_rows=rows,
-            config_yaml=self.cli.dump(),
-            description=str(describe(module.student)),  # type: ignore[arg-type]
+            folder, recipe=self.cli.recipe, result=result, config_yaml=self.cli.dump(), description=description
         )
-        write_json(folder / "metrics.json", metrics)
-        self.log(trainer, metrics, folder)
+        write_json(folder / METRICS, result.as_json())
+        self.log(trainer, result, folder)
         self.run.mark("complete")
         shutil.rmtree(folder / "partial", ignore_errors=True)
 
-    def metrics(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The content of metrics.json."""
-        return {
-            **results["fidelity"],
-            "cost": results["cost"],
-            "evaluations": results["evaluations"],
-            "num_images": self.cli.num_images,
-            "seconds": seconds,
-            **results.get("timing", {"seconds_per_image_evaluation": None, "time_ratio": None}),
-            "seed": self.cli.config.seed,
-            "provenance": results["provenance"],
-        }
-
-    def log(self, trainer: Trainer, metrics: dict[str, Any], folder: Path) -> None:
+    def log(self, trainer: Trainer, result: Result, folder: Path) -> None:
         """Numbers to every logger, pictures to W&B."""
-        numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, (int, float))}
+        numbers = result.numbers()
         for logger in trainer.loggers:
             if logger is not self.logger:
                 logger.log_metrics(numbers, step=0)
@@ -84,13 +71,17 @@ class Writer:
             print(f"W&B: logging failed ({type(error).__name__}: {error}); everything is in {folder}.")
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted names.
+def read_result(folder: Path) -> Result:
+    """The result that :class:`Writer` left in a directory."""
+    result = Result.from_json(json.loads((folder / METRICS).read_text()))
+    if (folder / ERRORS).is_file():
+        result.errors = json.loads((folder / ERRORS).read_text())
+    if (folder / OPERATORS).is_file():
+        result.operators = json.loads((folder / OPERATORS).read_text())
+    return result
 
-    >>> flatten({"a": {"b": 1}, "c": 2})
-    {'a.b': 1, 'c': 2}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+
+def print_result(recipe: str, result: Result, folder: Path) -> None:
+    """Print the figures of a run and where its report is."""
+    Console(width=None).print(result_table(recipe, result))
+    print(f"Report: {folder / 'report.html'}")
