@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -40,30 +41,21 @@ class CallArguments:
         True
         """
         tensors: dict[str, Tensor] = {}
-        return cls(_take(args, tensors), _take(kwargs, tensors)), tensors
+
+        def take(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            leaf = _Leaf(f"input.{len(tensors)}")
+            tensors[leaf.key] = value
+            return leaf
+
+        return cls(*tree_map(take, (args, kwargs))), tensors
 
     def build(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put tensors into the arguments; the inverse of :meth:`of`."""
-        return _put(self.args, tensors), _put(self.kwargs, tensors)
 
+        def put(value: Any) -> Any:
+            return tensors[value.key] if isinstance(value, _Leaf) else value
 
-def _take(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        leaf = _Leaf(f"input.{len(tensors)}")
-        tensors[leaf.key] = value
-        return leaf
-    if isinstance(value, Mapping):
-        return {key: _take(member, tensors) for key, member in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_take(member, tensors) for member in value)
-    return value
-
-
-def _put(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, _Leaf):
-        return tensors[value.key]
-    if isinstance(value, dict):
-        return {key: _put(member, tensors) for key, member in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_put(member, tensors) for member in value)
-    return value
+        args, kwargs = tree_map(put, (self.args, self.kwargs))
+        return args, kwargs
