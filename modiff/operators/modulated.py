@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config.quant import Modulation
+from modiff.config.specs import Modulation
 from modiff.errors import TrajectoryError
 from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale

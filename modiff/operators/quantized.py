@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config.specs import Modulation, QuantSpec
 from modiff.errors import CalibrationError, TrajectoryError
 from modiff.kernels.backend import Backend, FixedScale, Prepared, Quantizer
 from modiff.kernels.elementwise import rescale
