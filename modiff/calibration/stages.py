@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from modiff.calibration.loop.moments import moment_bytes, no_data
-from modiff.calibration.loop.structure import find_blocks
 from modiff.calibration.loop.tracing import Trace
 from modiff.calibration.settings import CalibrationSettings
 from modiff.calibration.weights import WeightMethod
 from modiff.errors import CalibrationError
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.blocks import find_blocks
 
 
 @dataclass(frozen=True)

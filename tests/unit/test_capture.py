@@ -13,11 +13,11 @@ from modiff.calibration.loop.arguments import CallArguments
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.moments import input_vectors, output_vectors
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import find_blocks
 from modiff.calibration.loop.tracing import Trace
 from modiff.calibration.stages import plan_stages
 from modiff.calibration.weights import weight_method
 from modiff.errors import CalibrationError
+from modiff.student.blocks import find_blocks
 from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
 

@@ -17,7 +17,7 @@ from modiff.errors import CalibrationError
 from modiff.operators.quantized import QuantizedOperator
 from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
-from modiff.trajectory.cache import tensors_of
+from modiff.trajectory.session import tensors_of
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _FEATURE = "_modiff_feature"
