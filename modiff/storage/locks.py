@@ -6,12 +6,15 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from modiff.storage.atomic import UMASK
 
 LOCK, HOLDER = ".lock", ".holder.json"
 
@@ -34,7 +37,7 @@ class FolderLock:
     def __init__(self, folder: str | os.PathLike[str], what: str = "") -> None:
         self.folder = Path(folder)
         self.what = what
-        self._lock = FileLock(str(self.folder / LOCK), mode=0o666 & ~umask(), thread_local=False)
+        self._lock = FileLock(str(self.folder / LOCK), mode=0o666 & ~UMASK, thread_local=False)
 
     @property
     def held(self) -> bool:
@@ -86,8 +89,19 @@ class FolderLock:
         self.release()
 
 
-def umask() -> int:
-    """The mode bits that files of this process do not get."""
-    found = os.umask(0)
-    os.umask(found)
-    return found
+@contextmanager
+def locked(folder: Path, wait: Callable[[], Any]) -> Iterator[None]:
+    """Hold a folder, so that two processes do not write it at once.
+
+    Args:
+        folder: Made where it is missing.
+        wait: Called once where another process holds the folder, before the wait for it begins.
+
+    Raises:
+        OSError: The folder cannot be made or written.
+    """
+    lock = FolderLock(folder).acquire(wait_s=None, say=lambda _: wait())
+    try:
+        yield
+    finally:
+        lock.release()

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from modiff.storage.atomic import UMASK, write_file, write_folder
 from modiff.storage.locks import HOLDER, LOCK, FolderHeld, FolderLock
 
 HOLD = """
@@ -65,10 +68,10 @@ def test_holder_that_left_no_word(tmp_path) -> None:
 
 
 def test_files_have_the_mode_that_the_umask_gives(tmp_path) -> None:
-    before = os.umask(0o002)
-    try:
-        FolderLock(tmp_path).acquire().release()
-    finally:
-        os.umask(before)
-    for name in (LOCK, HOLDER):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o664
+    FolderLock(tmp_path).acquire().release()
+    save_file({"x": torch.zeros(2)}, tmp_path / "plain")
+    write_file(tmp_path / "whole", lambda path: save_file({"x": torch.zeros(2)}, path))
+    write_folder(tmp_path / "folder", lambda path: save_file({"x": torch.zeros(2)}, path / "inside"))
+    assert stat.S_IMODE((tmp_path / "plain").stat().st_mode) == 0o600  # what a group could not read
+    for name in (LOCK, "whole", "folder/inside"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~UMASK

@@ -17,9 +17,10 @@ from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.data.images import ImageDataModule
-from modiff.lit.runs.directory import RunDirectory, atomic_write
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import wanted_devices
 from modiff.lit.runs.running import interruptible, rank_zero, running
+from modiff.storage.atomic import write_text
 
 
 class TrainCLI(ModiffCLI):
@@ -66,7 +67,7 @@ def train(args: Sequence[str]) -> int:
 
 def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -> None:
     config = cli.config
-    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
+    rank_zero(lambda: write_text(run.path / "config.yaml", cli.dump()))
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
         LearningRateMonitor("step"),
