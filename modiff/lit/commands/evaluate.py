@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from modiff.lit.callbacks.cost import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
+from modiff.lit.callbacks.status import Status
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
@@ -24,7 +26,8 @@ from modiff.lit.runs.batch_store import BatchStore
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.results import Writer, print_result, read_result
 from modiff.lit.runs.running import interruptible, rank_zero, running
-from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
+from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
+from modiff.lit.runs.wandb_content import log_pictures
 from modiff.storage.atomic import write_json, write_text
 
 
@@ -65,9 +68,12 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
 
 
 def _evaluate(cli: StudentCLI, run: RunDirectory, module: LitStudent, fidelity: Fidelity, group: str | None) -> Result:
-    logger = make_wandb_logger(cli.config.wandb, run.path, cli.recipe, cli.identity(), group)
-    writer = Writer(cli, run, logger)
     config = cli.config
+    logger = make_wandb_logger(
+        config.wandb, run.path, cli.recipe, cli.identity(), group, "evaluate", tags_of(module.spec.title, cli)
+    )
+    guarded = Guarded(logger, run.path)
+    writer = Writer(cli, run, logger, guarded)
     callbacks = [
         Calibration(),
         ActivationCache(),
@@ -76,6 +82,7 @@ def _evaluate(cli: StudentCLI, run: RunDirectory, module: LitStudent, fidelity: 
         TrajectoryErrors(config.error_images),
         Cost(config.timing_rounds),
         Samples(run.path, config.sample_count, config.save_images),
+        Status(run, guarded),
     ]
     trainer = cli.make_trainer(
         callbacks,
@@ -88,9 +95,14 @@ def _evaluate(cli: StudentCLI, run: RunDirectory, module: LitStudent, fidelity: 
         if trainer.is_global_zero:
             writer.write(trainer, module, time.perf_counter() - start)
     finally:
-        finish_wandb(logger)
+        finish_wandb(logger, int(sys.exc_info()[0] is not None))
     trainer.strategy.barrier("written")
     return read_result(run.path)
+
+
+def tags_of(teacher: str, cli: StudentCLI) -> list[str]:
+    """What a W&B run is filtered by: the teacher, and the folder and name of the recipe."""
+    return sorted({part[:64] for part in (teacher, *cli.recipe.split("/")) if part})
 
 
 def claim(cli: StudentCLI, run: RunDirectory) -> None:
@@ -122,8 +134,16 @@ def _sample(cli: StudentCLI, run: RunDirectory, module: LitStudent) -> None:
         Provenance(cli.recipe, cli.identity(), config.seed),
         Samples(run.path, config.sample_count, save_images=True),
     ]
-    trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
-    interruptible(trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
+    tags = tags_of(module.spec.title, cli)
+    logger = make_wandb_logger(config.wandb, run.path, cli.recipe, cli.identity(), None, "sample", tags)
+    guarded = Guarded(logger, run.path)
+    callbacks.append(Status(run, guarded))
+    trainer = cli.make_trainer(callbacks, logger=logger or False, default_root_dir=run.path)
+    try:
+        interruptible(trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
+        guarded(lambda found: log_pictures(found, run.path))
+    finally:
+        finish_wandb(logger, int(sys.exc_info()[0] is not None))
     if trainer.is_global_zero:
         counted, made = module.result.evaluations, module.result.provenance
         facts = {"num_images": cli.num_images, "seed": config.seed, "provenance": made, "evaluations": counted}

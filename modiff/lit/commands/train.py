@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.lit.callbacks.status import Status
 from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.data.images import ImageDataModule
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import wanted_devices
 from modiff.lit.runs.running import interruptible, rank_zero, running
+from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
+from modiff.lit.runs.wandb_content import log_samples
 from modiff.storage.atomic import write_text
 
 
@@ -80,11 +84,19 @@ def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -
         decay = config.ema_decay**config.ema_every  # the same memory in optimizer steps
         callbacks.append(EMAWeightAveraging(decay=decay, update_every_n_steps=config.ema_every))
     count_in_steps(cli)
-    trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path)
+    callbacks.append(Status(run))
+    values = {"model": config.model.as_dict(), "seed": config.seed}
+    logger = make_wandb_logger(config.wandb, run.path, cli.recipe, values, None, "train", cli.recipe.split("/"))
+    loggers = [CSVLogger(run.path, name="logs"), *([logger] if logger else [])]
+    trainer = cli.make_trainer(callbacks, logger=loggers, default_root_dir=run.path)
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
     fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
-    interruptible(trainer, fit)
+    try:
+        interruptible(trainer, fit)
+        Guarded(logger, run.path)(lambda found: log_samples(found, run.path / "samples"))
+    finally:
+        finish_wandb(logger, int(sys.exc_info()[0] is not None))
     if trainer.is_global_zero:
         cli.model.export(run.path / "export")
         run.mark("complete")

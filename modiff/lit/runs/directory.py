@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from modiff.storage.atomic import write_json
 from modiff.storage.hashing import short_hash
 from modiff.storage.locks import HOLDER, LOCK, FolderHeld, FolderLock
 
-MARKER = "run.json"
+MARKER, STATUS = "run.json", "status.json"
 
 
 def job() -> str | None:
@@ -52,6 +54,7 @@ class RunDirectory:
         self.marker = self.path / MARKER
         self.resumed = False
         self.identity = identity
+        self._facts: dict[str, Any] = {}
         self.lock = FolderLock(self.path, f"modiff {identity.get('command', '')}".strip())
         self.check(overwrite)
 
@@ -132,7 +135,20 @@ class RunDirectory:
                 file.write(text.ljust(old))
                 file.truncate()
         if status != "running":
+            self.report(status=status)
             self.lock.release()
+
+    def report(self, **facts: Any) -> None:
+        """Say in ``status.json`` how far the run is; a full disk does not end it here."""
+        self._facts |= facts
+        now = {
+            "status": "running",
+            "updated": time.strftime("%FT%T%z"),
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+        }
+        with contextlib.suppress(OSError):
+            write_json(self.path / STATUS, {**now, **self._facts})
 
     def _read_marker(self) -> dict[str, Any] | None:
         try:
