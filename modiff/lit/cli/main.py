@@ -26,6 +26,7 @@ COMMANDS = {
         "draw images with the student, or without quantization with the teacher",
     ),
     "train": ("modiff.lit.commands.train", "train a small teacher, or the classifier that measures its images"),
+    "dashboard": ("modiff.lit.commands.dashboard", "the W&B workspace and report of a project, or both as JSON"),
     "statistics": (
         "modiff.lit.commands.statistics",
         "feature statistics of real images, the reference of a Fréchet distance",

@@ -40,9 +40,7 @@ def make_parser() -> ArgumentParser:
         description="Evaluate several recipes against the same teacher images, drawn once. Options that begin with "
         "--model., --data. or --trainer. go to every recipe.",
     )
-    parser.add_argument(
-        "recipes", nargs="+", type=str, help="Recipe files of modiff evaluate, or W&B sweeps over them."
-    )
+    parser.add_argument("recipes", nargs="+", type=str, help="Recipes of modiff evaluate, or sweeps over them.")
     parser.add_argument("--output", type=str, default="runs/compare", help="Directory of the comparison.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace another run in --output.")
     parser.add_argument("--num_images", type=int | None, default=None, help="Images; None: what the recipes say.")

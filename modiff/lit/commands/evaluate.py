@@ -26,6 +26,7 @@ from modiff.lit.runs.batch_store import BatchStore
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.results import Writer, print_result, read_result
 from modiff.lit.runs.running import interruptible, rank_zero, running
+from modiff.lit.runs.shards import ShardStore, ShardWriter, disk_need, say_disk_need
 from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
 from modiff.lit.runs.wandb_content import log_pictures
 from modiff.storage.atomic import write_json, write_text
@@ -61,9 +62,11 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return read_result(run.path)
     fidelity = Fidelity.of(module)
+    store = given_images(cli, module) or BatchStore(run.path / "partial")
+    rank_zero(check_disk, cli, module, run.path, 2)
     with running(run):
         claim(cli, run)
-        module.keep_batches(BatchStore(run.path / "partial"), BatchStore(teacher_images) if teacher_images else None)
+        module.keep_batches(store, BatchStore(teacher_images) if teacher_images else None)
         return _evaluate(cli, run, module, fidelity, group)
 
 
@@ -79,9 +82,9 @@ def _evaluate(cli: StudentCLI, run: RunDirectory, module: LitStudent, fidelity: 
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
         fidelity,
-        TrajectoryErrors(config.error_images),
-        Cost(config.timing_rounds),
-        Samples(run.path, config.sample_count, config.save_images),
+        TrajectoryErrors(0 if config.from_images else config.error_images),
+        Cost(0 if config.from_images else config.timing_rounds),
+        Samples(run.path, config.sample_count, config.save_images, shard_writer(cli, run.path)),
         Status(run, guarded),
     ]
     trainer = cli.make_trainer(
@@ -98,6 +101,32 @@ def _evaluate(cli: StudentCLI, run: RunDirectory, module: LitStudent, fidelity: 
         finish_wandb(logger, int(sys.exc_info()[0] is not None))
     trainer.strategy.barrier("written")
     return read_result(run.path)
+
+
+def given_images(cli: StudentCLI, module: LitStudent) -> ShardStore | None:
+    """The shards of ``--from_images``; a student whose images are there needs no calibration."""
+    if cli.config.from_images is None:
+        return None
+    store = ShardStore(Path(cli.config.from_images), cli.config.data.batch_size)
+    store.check(cli.num_images, module.image_shape)
+    module.calibrated = True
+    return store
+
+
+def shard_writer(cli: StudentCLI, folder: Path) -> ShardWriter | None:
+    """Where ``--shards`` asks for one."""
+    config = cli.config
+    if config.shards is None:
+        return None
+    return ShardWriter(folder / "shards", config.shards, config.shard_images, config.data.batch_size, cli.num_images)
+
+
+def check_disk(cli: StudentCLI, module: LitStudent, folder: Path, kinds: int) -> None:
+    """Say beforehand what the images take."""
+    config = cli.config
+    if config.get("from_images") is None:
+        shards, pictures = config.shards is not None, config.save_images
+        say_disk_need(folder, disk_need(cli.num_images, module.image_shape, kinds, shards, pictures))
 
 
 def tags_of(teacher: str, cli: StudentCLI) -> list[str]:
@@ -119,6 +148,7 @@ def sample(args: Sequence[str]) -> int:
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return 0
+    rank_zero(check_disk, cli, module, run.path, 1)
     with running(run):
         claim(cli, run)
         module.keep_batches(BatchStore(run.path / "partial"))
@@ -132,7 +162,7 @@ def _sample(cli: StudentCLI, run: RunDirectory, module: LitStudent) -> None:
         Calibration(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
-        Samples(run.path, config.sample_count, save_images=True),
+        Samples(run.path, config.sample_count, config.shards is None, shard_writer(cli, run.path)),
     ]
     tags = tags_of(module.spec.title, cli)
     logger = make_wandb_logger(config.wandb, run.path, cli.recipe, cli.identity(), None, "sample", tags)
