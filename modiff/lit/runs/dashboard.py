@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from modiff.errors import ConfigError
@@ -69,8 +70,10 @@ def build(found: dict[str, Any]) -> tuple[Any, Any]:
         ConfigError: wandb-workspaces is not installed.
     """
     try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of what it is made of
+            import wandb_workspaces.reports.v2 as wr
+            import wandb_workspaces.workspaces as ws
     except ImportError as error:
         raise ConfigError(
             "Dashboards are made by wandb-workspaces, which is not installed. Run: pip install 'modiff[dashboard]', or "

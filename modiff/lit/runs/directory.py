@@ -55,6 +55,7 @@ class RunDirectory:
         self.resumed = False
         self.identity = identity
         self._facts: dict[str, Any] = {}
+        self.name: str | None = None
         self.lock = FolderLock(self.path, f"modiff {identity.get('command', '')}".strip())
         self.check(overwrite)
 
@@ -123,7 +124,8 @@ class RunDirectory:
 
     def mark(self, status: str) -> None:
         """Write the marker with ``status``: running, interrupted, failed or complete; an end gives the lock back."""
-        value = {"name": self.name, "status": status, "hash": self.hash, "identity": self.identity}
+        name = self.name or (self._read_marker() or {}).get("name")  # a rank that is not 0 marks what rank 0 left
+        value = {"name": name, "status": status, "hash": self.hash, "identity": self.identity}
         if job() is not None:
             value |= {"job": job(), "attempt": attempt()}
         try:

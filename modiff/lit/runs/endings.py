@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,13 @@ def run_command(command: str, work: Callable[[], Any]) -> int:
         except (ModiffError, OSError, Interrupted, KeyboardInterrupt) as found:
             error, code = found, 1
         except BaseException as found:
+            several = control.world_size > 1
+            if several:
+                traceback.print_exc()
             leave_together(control, found)
+            if several:
+                sys.stderr.flush()
+                os._exit(1)
             raise
         error = leave_together(control, error)
         if error is not None:

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from modiff.lit.callbacks.activation_cache import explain_out_of_memory
+from modiff.lit.modules.student import LitStudent
 from modiff.lit.runs.control import current
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.endings import explain
@@ -33,6 +35,13 @@ def interruptible(trainer: Trainer, work: Callable[[], Any]) -> None:
     handler = signal.getsignal(signal.SIGINT)
     try:
         work()
+    except (RuntimeError, MemoryError) as error:
+        module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+        if isinstance(module, LitStudent) and hasattr(data, "batch_size"):
+            found = explain_out_of_memory(error, module, data.batch_size, current().where)
+            if found is not None:
+                raise found from error
+        raise
     except SystemExit as error:
         if not trainer.interrupted:
             raise

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -139,13 +140,11 @@ def _start(options: dict[str, Any], offline: bool) -> WandbLogger:
 
 def kept_id(folder: Path) -> str:
     """The id of the run in an output directory, made where there is none yet."""
-    import wandb
-
     path = folder / ID_FILE
     try:
         return str(json.loads(path.read_text())["id"])
     except (OSError, ValueError, KeyError):
-        found = str(wandb.util.generate_id())
+        found = uuid.uuid4().hex[:8]
         with contextlib.suppress(OSError):
             write_json(path, {"id": found})
         return found
