@@ -77,7 +77,9 @@ def plan(text: str) -> Plan:
 
 def carry_out(made: Plan, folder: Path) -> None:
     """Do it in a folder that stands for the working directory; raises where a step fails."""
-    environment = {**os.environ, **made.environment, "VIRTUAL_ENV": str(folder / "venv")}
+    # Where packages come from is this machine's own matter.
+    given = {name: text for name, text in made.environment.items() if name != "PIP_EXTRA_INDEX_URL"}
+    environment = {**os.environ, **given, "VIRTUAL_ENV": str(folder / "venv")}
     environment["PATH"] = f"{folder / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment.pop("PYTHONPATH", None)
     app = folder / "app"

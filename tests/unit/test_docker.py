@@ -66,9 +66,8 @@ def test_dependencies_are_those_of_the_project() -> None:
     found = load("dependencies").dependencies((ROOT / "pyproject.toml").read_text())
     assert "lightning>=2.6" in found
     assert not any(part.startswith(("pytest", "ruff")) for part in found)
-    assert len(found) == (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]\n\n")[0].count(
-        '",'
-    )
+    section = (ROOT / "pyproject.toml").read_text().split("\ndependencies = [", 1)[1].split("\n]", 1)[0]
+    assert len(found) == section.count('",')
 
 
 def test_two_nodes_of_the_trial_are_one_run() -> None:

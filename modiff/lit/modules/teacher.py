@@ -93,7 +93,7 @@ class LitTeacher(IndexSeeded):
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One optimizer step."""
         loss = self.loss(batch["image"], batch["number"])
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)  # of the whole batch, on any number of ranks
         return loss
 
     def validation_step(self, batch: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import distributed
 BEAT_LIMIT = 20
 """Looks without a new beat after which a rank counts as lost."""
 FIRST_BEAT_LIMIT = 60
+TIMEOUT_S = 15
 
 
 class StoreLost(Exception):
@@ -42,7 +43,7 @@ class Peers:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             store = distributed.TCPStore(
-                address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=15)
+                address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S)
             )
         except (RuntimeError, ValueError) as error:
             raise StoreLost(str(error)) from error
