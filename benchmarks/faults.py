@@ -79,8 +79,8 @@ def page(rounds: list[dict], seed: int) -> str:
 `python benchmarks/faults.py --rounds {len(rounds)} --seed {seed}`: each round starts a run of a tiny model, sends a
 signal at a random moment to one rank, to all of them, or to what started them, waits until every process is gone,
 starts the same command again, and compares images, metrics, students or weights with those of an undisturbed run, bit
-for bit; evaluations and comparisons with that of one rank. `srun`: ranks with SLURM's variables, without a launcher that
-would help; `plain`: Lightning starts the ranks.
+for bit; evaluations and comparisons with that of one rank. `srun`: ranks with SLURM's variables, without a launcher
+that would help; `plain`: Lightning starts the ranks.
 
 {len(rounds)} rounds (launcher and ranks: {started}); {sum(one["signals"] for one in rounds)} signals reached a running
 process; {len(rounds) - len(bad)} rounds ended with equal results and a right `run.json`.

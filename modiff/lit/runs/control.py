@@ -135,6 +135,8 @@ class Control:
         if self.rank == (1 if self.lost_rank == 0 else 0):
             self.marked += self.runs
             for run in self.runs or self.marked:
+                if self.rank == 0 and not run.claimed:
+                    continue  # it was refused: what lies there is another's
                 with contextlib.suppress(OSError):
                     run.mark(status)
 

@@ -56,6 +56,7 @@ class RunDirectory:
         self.identity = identity
         self._facts: dict[str, Any] = {}
         self.name: str | None = None
+        self.claimed = False
         self.lock = FolderLock(self.path, f"modiff {identity.get('command', '')}".strip())
         self.check(overwrite)
 
@@ -119,7 +120,7 @@ class RunDirectory:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-        self.name = name
+        self.name, self.claimed = name, True
         self.mark("running")
 
     def mark(self, status: str) -> None:

@@ -175,7 +175,9 @@ class ShardStore(BatchStore):
                 read = _read_tar if path.suffix == ".tar" else _read_npz
                 self._last = number, {kind: _floats(pixels) for kind, pixels in read(path).items()}
             except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-                raise CheckpointError(f"{path} is missing or damaged ({error}). Draw it again.") from error
+                raise CheckpointError(
+                    f"{path} is missing or damaged ({str(error).splitlines()[0]}). Draw it again."
+                ) from error
         return self._last[1]
 
 
