@@ -41,7 +41,7 @@ class OfflineRun:
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, str] = field(default_factory=dict)
-    artifacts: list[tuple[str, str, bool]] = field(default_factory=list)
+    artifacts: dict[tuple[str, str], tuple[bool, list[str]]] = field(default_factory=dict)
     folder: Path = Path()
 
     @property
@@ -56,6 +56,18 @@ class OfflineRun:
         return json.loads((self.folder / "files" / value["path"]).read_text())
 
 
+def unflatten(items: Any) -> dict[str, Any]:
+    """Values by their key; those that are objects come in parts, by the path of keys."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *path, last = list(item.nested_key) or [item.key]
+        place = found
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(item.value_json)
+    return found
+
+
 def read_offline(folder: Path) -> OfflineRun:
     """Read ``offline-run-*`` of W&B."""
     (path,) = folder.glob("*.wandb")
@@ -65,19 +77,14 @@ def read_offline(folder: Path) -> OfflineRun:
         if kind == "run":
             found.run = record.run
         elif kind == "history":
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            found.rows.append(items)
+            found.rows.append(unflatten(record.history.item))
         elif kind == "summary":
-            for item in record.summary.update:
-                found.summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+            found.summary |= unflatten(record.summary.update)
         elif kind == "metric":
             name = record.metric.name or record.metric.glob_name
             found.axes[name] = record.metric.step_metric
         elif kind == "artifact":
-            found.artifacts.append((record.artifact.name, record.artifact.type, record.artifact.user_created))
-        elif kind == "use_artifact":
-            found.artifacts.append((record.use_artifact.name, record.use_artifact.type, False))
-        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
-            artifact = record.request.log_artifact.artifact
-            found.artifacts.append((artifact.name, artifact.type, artifact.user_created))
+            artifact = record.artifact
+            files = [entry.path for entry in artifact.manifest.contents]
+            found.artifacts[artifact.type, artifact.name] = (artifact.use_after_commit, files)
     return found

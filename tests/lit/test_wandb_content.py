@@ -65,7 +65,8 @@ def test_tables_and_pictures_are_there(offline) -> None:
     samples = found.table(keys.SAMPLE_TABLE)
     assert samples["columns"] == ["index", "seed", "teacher", "student"]
     assert [row[0] for row in samples["data"]] == [0, 1, 2, 3]
-    assert all((found.folder / "files" / row[2]["path"]).is_file() for row in samples["data"])
+    (pictures,) = [files for (_, name), (_, files) in found.artifacts.items() if "tablessamples" in name]
+    assert len([path for path in pictures if path.endswith(".png")]) == 8  # four pairs
     assert [row[0] for row in found.table(keys.COST_TABLE)["data"]] == [
         row["name"] for row in json.loads((out / "cost.json").read_text())
     ]
@@ -82,8 +83,12 @@ def test_figures_are_in_the_summary(offline) -> None:
 
 
 def test_artifacts_say_what_was_used_and_made(offline) -> None:
-    kinds = {kind for _, kind, _ in offline[1].artifacts}
-    assert {"teacher", "result", "student"} <= kinds
+    _, found = offline
+    by_kind = {kind: (name, used, files) for (kind, name), (used, files) in found.artifacts.items()}
+    assert by_kind["teacher"][1] is True
+    assert by_kind["result"][:2] == ("result-mine-tiny", False)
+    assert {"config.yaml", "metrics.json", "report.html"} <= set(by_kind["result"][2])
+    assert by_kind["student"] == ("student-mine-tiny", False, ["config.json", "model.safetensors"])
 
 
 def test_dashboard_names_only_keys_that_exist(offline, modiff, tmp_path) -> None:

@@ -130,13 +130,13 @@ def log_artifacts(run: Any, folder: Path, module: Any, recipe: str, provenance: 
     )
     with teacher.new_file("teacher.txt") as file:
         file.write(f"{module.spec.title}\n{provenance.get('teacher_hash')}\n")
-    run.use_artifact(teacher)
+    _use(run, teacher)
     if module.calibration is not None:
         origin = module.origin()["calibration"]
         calibration = wandb.Artifact(f"calibration-{name}", type="calibration", metadata=origin)
         with calibration.new_file("calibration.txt") as file:
             file.write("\n".join(f"{key}: {value}" for key, value in origin.items()) + "\n")
-        run.use_artifact(calibration)
+        _use(run, calibration)
     made = wandb.Artifact(f"result-{name}", type="result", metadata={"recipe_hash": provenance.get("recipe_hash")})
     for file_name in ("config.yaml", "metrics.json", "trajectory_errors.json", "cost.json", "report.html"):
         if (folder / file_name).is_file():
@@ -144,6 +144,14 @@ def log_artifacts(run: Any, folder: Path, module: Any, recipe: str, provenance: 
     run.log_artifact(made)
     if module.student is not None:
         log_student(run, module, name)
+
+
+def _use(run: Any, artifact: Any) -> None:
+    """Say that the run used an artifact. Offline W&B has no public call for that, though its file has room for it."""
+    if not run.offline:
+        run.use_artifact(artifact)
+    elif hasattr(run, "_log_artifact"):
+        run._log_artifact(artifact, use_after_commit=True)
 
 
 def log_student(run: Any, module: Any, name: str) -> None:
