@@ -2,7 +2,8 @@
 // Samples: one version at a time, flipped by a key or a button, and a dialog that shows one sample larger.
 (() => {
   const DIFFERENCE = "difference";
-  const title = (text) => text[0].toUpperCase() + text.slice(1);
+  // Recipes keep their names as they are.
+  const title = (text) => ({ teacher: "Teacher", student: "Student", difference: "Difference" })[text] ?? text;
 
   function show(node, names, choice) {
     // A difference stacks the first version and the chosen one; the style sheet subtracts them.
@@ -55,7 +56,8 @@
       const room = Math.min(view.clientWidth / image.naturalWidth, view.clientHeight / image.naturalHeight);
       return room > 1 ? Math.max(1, Math.floor(room)) : room;
     };
-    const open = (at) => {
+    const open = (at, version) => {
+      if (version) pick.choose(version);
       index = (at + samples.length) % samples.length;
       stage.replaceChildren(...[...samples[index].querySelectorAll("img")].map((image) => image.cloneNode()));
       stage.classList.toggle("pixels", gallery.querySelector(".samples").classList.contains("pixels"));
@@ -121,7 +123,9 @@
     gallery.querySelector(".toolbar").append(...pick.buttons, flip, hint);
     pick.choose(names[names.length - 1]);
     const open = makeViewer(gallery, names);
-    [...gallery.querySelectorAll(".sample")].forEach((sample, i) => sample.addEventListener("click", () => open(i)));
+    [...gallery.querySelectorAll(".sample")].forEach((sample, i) =>
+      sample.addEventListener("click", () => open(i, pick.current()))
+    );
     gallery.addEventListener("keydown", (event) => {
       if (event.key !== "f" || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();

@@ -23,7 +23,8 @@
       this.low = Math.max(positive[Math.floor(positive.length / 50)] ?? 0.01, this.high * 1e-4);
       this.canvas = modiff.make("canvas", { role: "img", "aria-label": node.dataset.label });
       this.box = modiff.make("div", { class: "box", hidden: "" });
-      this.area = modiff.make("div", { class: "heat", tabindex: "0", role: "group" }, this.canvas, this.box);
+      this.names = modiff.make("div", { class: "names", "aria-hidden": "true" });
+      this.area = modiff.make("div", { class: "heat", tabindex: "0", role: "group" }, this.names, this.canvas, this.box);
       this.area.setAttribute("aria-label", `${node.dataset.label}; move with the arrow keys, Enter adds the curve`);
       this.readout = modiff.make("p", { class: "readout", role: "status" });
       node.append(this.tools(), this.area, this.readout);
@@ -102,6 +103,7 @@
         })
       );
       this.canvas.getContext("2d").putImageData(image, 0, 0);
+      this.names.replaceChildren(...this.order.map((i) => modiff.make("div", {}, this.found.operators[i])));
       this.box.hidden = true;
       this.readout.textContent = `${rows} operators, ${columns} evaluations.`;
     }
@@ -113,7 +115,7 @@
       this.cell = cell;
       const part = this.canvas.clientWidth / columns;
       this.box.hidden = false;
-      this.box.style.left = `${cell[1] * part}px`;
+      this.box.style.left = `${this.canvas.offsetLeft + cell[1] * part}px`;
       this.box.style.top = `${cell[0] * ROW}px`;
       this.box.style.width = `${Math.max(part, 3)}px`;
       this.box.style.height = `${ROW}px`;
