@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import CalibrationError
 from modiff.quantizers.affine import scale_from_range
 
 
 @dataclass(frozen=True)
 class CalibratedRange:
-    """Scales and zero points that do not depend on the data any more; one object holds both (trap 6 of METHOD.md).
+    """Scales and zero points that do not depend on the data any more; one object holds both (trap 6).
 
     Evaluation ``i`` of a trajectory uses bucket ``i * buckets // length``.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
 from modiff.quantizers.affine import dequantize, quantize, scale_from_range
 from modiff.quantizers.rounding import RATIOS
@@ -35,7 +35,12 @@ class Observer(ABC):
     Args:
         buckets: Buckets of time steps.
         sets: Sets of values that get a scale of their own.
+
+    Attributes:
+        order_free: Whether merging in any order and grouping gives the same bits.
     """
+
+    order_free = True
 
     def __init__(self, buckets: int, sets: int) -> None:
         self.shape = (buckets, sets)
@@ -115,6 +120,8 @@ class MovingAverage(Observer):
     An exponential average weights what came last, and so depends on the order of the data, which ranks do not have;
     this one does not. Merges by sums: exactly, as long as they fit in float64 (up to 2^29 samples of similar size).
     """
+
+    order_free = False
 
     def __init__(self, buckets: int, sets: int) -> None:
         super().__init__(buckets, sets)

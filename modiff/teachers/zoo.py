@@ -31,7 +31,7 @@ class Entry:
         exclude: Operators its recipes leave in full precision, as patterns of rules.
         features: Feature network for a Fréchet distance, or None.
         statistics: Its statistics of the real images, or None.
-        gated: The hub asks for a licence to be accepted first.
+        gated: The hub asks for a license to be accepted first.
         convert: How its folder is made where the hub has none.
     """
 
@@ -54,7 +54,7 @@ _CONVERT = (
     "convert CompVis' model.ckpt (modiff.teachers.convert.ldm.convert_ldm), save the parts with save_pretrained "
     "as unet/, vqvae/ and scheduler/, and give model.teacher.path that folder"
 )
-# Embeddings of time, size and text and the last projection: a few operators without a neighbour to hide their error.
+# Embeddings of time, size and text and the last projection: a few operators without a neighbor to hide their error.
 _TRANSFORMER_ENDS = ("*embed*", "proj_out")
 
 ZOO: dict[str, Entry] = {
@@ -216,7 +216,7 @@ class TeacherSpec:
         return f"{name} (tiny, random)" if self.tiny else f"{name} (random weights)" if self.random else name
 
     def locate(self) -> Path:
-        """Folder of the files: a local one, else the hub's cache. The network is never asked.
+        """Find the folder of the files: a local one, else the hub's cache. The network is never asked.
 
         Raises:
             CheckpointError: It is not on this machine; the message holds the command that downloads it.
@@ -240,7 +240,7 @@ class TeacherSpec:
 
 
 def download_command(entry: Entry) -> str:
-    """The command that brings a teacher into the hub's cache.
+    """Return the command that brings a teacher into the hub's cache.
 
     >>> download_command(ZOO["ddpm-cifar10"])
     'hf download google/ddpm-cifar10-32'

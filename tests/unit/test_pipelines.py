@@ -3,7 +3,6 @@
 import copy
 import inspect
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +14,8 @@ from modiff.errors import ConfigError, TrajectoryError
 
 pytest.importorskip("diffusers")
 import pipelines  # noqa: E402
-from pipelines import BUILDERS, build, draw  # noqa: E402
-
-EVALUATIONS = {"stable_diffusion": 5}  # PNDM evaluates its second time step twice
-
-
-def student(pipe):
-    return next(getattr(pipe, name) for name in ("unet", "transformer") if hasattr(pipe, name))
+from own_pipelines import OwnPipeline, own  # noqa: E402
+from pipelines import BUILDERS, EVALUATIONS, build, draw, student  # noqa: E402
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -142,139 +136,6 @@ def test_an_interrupted_call_leaves_no_state():
     assert torch.equal(draw(pipe, arguments), images)
 
 
-def without_guidance(after):
-    """diffusers' own recipe for switching guidance off in a callback."""
-
-    def callback(pipe, step, t, values):
-        if step == after:
-            pipe._guidance_scale = 0.0
-            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
-        return values
-
-    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-
-
-def test_guidance_in_one_batch_may_switch_off():
-    pipe, arguments = build(pipelines.stable_diffusion)
-    teacher = draw(pipe, arguments, steps=6, **without_guidance(2))
-    guided = draw(pipe, arguments, steps=6)
-    modiff.quantize_pipeline(pipe, QuantConfig())
-    assert torch.equal(draw(pipe, arguments, steps=6, **without_guidance(2)), teacher)
-    modiff.restore_pipeline(pipe)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    images = draw(pipe, arguments, steps=6, **without_guidance(2))
-    assert (images - teacher).norm() < 0.2 * (guided - teacher).norm()
-    assert (pipe.trajectories["unet"].total, pipe.trajectories["unet"].quantized) == (7, 6)
-
-
-def test_guidance_in_two_calls_is_found_by_cache_context():
-    pipe, arguments = build(pipelines.flux, guidance=3.0)
-    teacher = draw(pipe, arguments)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    images = draw(pipe, arguments)
-    counts = pipe.trajectories["transformer"]
-    assert (counts.total, counts.quantized) == (8, 6)
-    assert {c.name: (c.total, c.quantized) for c in counts.contexts.values()} == {"cond": (4, 3), "uncond": (4, 3)}
-    assert (images - teacher).norm() < 0.05 * teacher.norm()
-    assert "cache_context" not in vars(pipe.transformer)
-
-
-class OwnPipeline:
-    """Guidance in two calls, up to a step, by any denoiser; no diffusers in it."""
-
-    def __init__(self, unet, scheduler, calls=2, name="unet"):
-        self.name = name
-        self.parts = {name: unet, "scheduler": scheduler, "tokenizer": None}
-        self.calls = calls
-
-    @property
-    def components(self):
-        return dict(self.parts)
-
-    def __call__(self, guide_until=9):
-        """Draw."""
-        scheduler = copy.deepcopy(self.parts["scheduler"])  # pipelines do
-        scheduler.set_timesteps(4)
-        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        for i, t in enumerate(scheduler.timesteps):
-            calls = self.calls if i < guide_until else 1
-            outputs = [self.parts[self.name](x * (1 + 0.1 * j), t).sample for j in range(calls)]
-            x = scheduler.step(sum(outputs) / calls, t, x).prev_sample
-        return x
-
-
-def own(**options):
-    pipe, _ = build(pipelines.ddim)
-    return OwnPipeline(pipe.unet, pipe.scheduler, **options)
-
-
-def test_two_calls_in_one_step_without_names_are_refused():
-    pipe = modiff.quantize_pipeline(own(), "w8a8-modiff")
-    with pytest.raises(
-        TrajectoryError, match=r"was called twice in one step, and both .* contexts=\('uncond', 'cond'\)\)"
-    ):
-        pipe()
-    assert pipe.parts["unet"].conv_in.state.trajectory is None
-
-
-def test_two_calls_in_one_step_with_names():
-    teacher = own()()
-    pipe = modiff.quantize_pipeline(own(), "w8a8-modiff", contexts=("cond", "uncond"))
-    images = pipe()
-    counts = pipe.trajectories["unet"]
-    assert {c.name: (c.total, c.quantized) for c in counts.contexts.values()} == {"cond": (4, 3), "uncond": (4, 3)}
-    assert torch.equal(pipe(), images)
-    assert (images - teacher).norm() < 0.1 * teacher.norm()
-
-
-def test_two_calls_that_shall_share_one_state():
-    pipe = modiff.quantize_pipeline(own(), "w8a8-modiff", contexts=("all",))
-    pipe()
-    assert (pipe.trajectories["unet"].total, pipe.trajectories["unet"].quantized) == (8, 7)
-
-
-@pytest.mark.parametrize(("calls", "guide_until", "made"), [(2, 2, 1), (3, 9, 3), (1, 9, 1)])
-def test_a_step_with_other_calls_than_were_named_is_refused(calls, guide_until, made):
-    pipe = modiff.quantize_pipeline(own(calls=calls), "w8a8-modiff", contexts=("uncond", "cond"))
-    with pytest.raises(
-        TrajectoryError, match=rf"A step made {made} denoiser calls, but contexts names 2: uncond, cond\. Where guid"
-    ):
-        pipe(guide_until)
-    assert type(pipe.parts["scheduler"]).__name__ == "DDIMScheduler"
-    assert type(pipe.parts["scheduler"]).__module__.startswith("diffusers.")
-
-
-def test_a_pipeline_of_ones_own_is_restored():
-    teacher, pipe = own(calls=1)(), own(calls=1)
-    modiff.quantize_pipeline(pipe, QuantConfig())
-    assert torch.equal(pipe(), teacher)
-    assert type(pipe) is not OwnPipeline
-    assert type(modiff.restore_pipeline(pipe)) is OwnPipeline
-    assert torch.equal(pipe(), teacher)
-
-
-def test_several_denoisers_have_a_trajectory_each():
-    pipe = own(calls=1)
-    pipe.parts["unet_2"] = build(pipelines.ddim, seed=1)[0].unet
-    pipe.parts["unet_again"] = pipe.parts["unet"]
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    assert len(modiff.describe(pipe.parts["unet_2"])) > 10
-    pipe()
-    assert {n: r.total for n, r in pipe.trajectories.items()} == {"unet": 4, "unet_2": 0}
-    modiff.restore_pipeline(pipe)
-    assert not hasattr(pipe.parts["unet_2"], "_modiff_state")
-
-
-def test_denoisers_of_other_names_are_given():
-    pipe = own(calls=1, name="prior")
-    with pytest.raises(ConfigError, match=r"OwnPipeline has no denoiser: no module named .*are: prior\. Name those"):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    with pytest.raises(ConfigError, match="OwnPipeline has no module 'decoder'. Its modules are: prior"):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff", denoisers=("prior", "decoder"))
-    modiff.quantize_pipeline(pipe, "w8a8-modiff", denoisers="prior")()
-    assert pipe.trajectories["prior"].total == 4
-
-
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), 3, None])
 def test_what_is_no_pipeline_is_refused(thing):
     with pytest.raises(ConfigError, match=r"is no pipeline .* use modiff.quantize\(model, config\)"):
@@ -365,34 +226,6 @@ def test_the_call_keeps_its_signature_and_help():
     assert (inspect.signature(pipe.__call__), type(pipe).__call__.__doc__, repr(pipe)) == before
 
 
-def test_a_cast_between_calls_works():
-    pipe, arguments = build(pipelines.ddim)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    assert draw(pipe.to(torch.float64), arguments).shape == (2, 8, 8, 3)
-    assert pipe.trajectories["unet"].total == 4
-
-
-def test_offloading_moves_the_denoiser_within_a_call():
-    """As enable_model_cpu_offload does: in before the first evaluation, out when the next model's turn comes."""
-    pipe, arguments = build(pipelines.stable_diffusion)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    images = draw(pipe, arguments)
-    moves = []
-
-    def onload(module, _):
-        moves.append("in")
-        module.to("cpu")
-
-    handle = pipe.unet.register_forward_pre_hook(onload)
-    pipe.vae.decoder.register_forward_pre_hook(lambda *_: moves.append("out") or pipe.unet.to("cpu") and None)
-    assert torch.equal(draw(pipe, arguments), images)
-    assert moves == ["in"] * 5 + ["out"]
-    handle.remove()
-    pipe.unet.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None)
-    with pytest.raises(TrajectoryError, match="cannot be moved or cast inside a trajectory"):
-        draw(pipe, arguments)
-
-
 def test_compiled_denoisers_are_refused():
     pipe, arguments = build(pipelines.ddim)
     unet = pipe.unet
@@ -439,100 +272,6 @@ def test_lora_is_refused_by_name_unless_fused():
     assert "time_embedding.linear_1.base_layer" in {row.name for row in modiff.describe(pipe.unet)}
 
 
-def test_diffusers_caches_and_group_offloading_are_refused():
-    pipe, _ = build(pipelines.flux)
-    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"has the diffusers hook 'layerwise_casting', which .* Disable it"):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff")
-
-
-def test_accelerate_hooks_on_single_operators_are_refused():
-    pipe, _ = build(pipelines.ddim)
-    pipe.unet._hf_hook = object()  # of model offloading: moves the denoiser as a whole
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    modiff.restore_pipeline(pipe)
-    pipe.unet.conv_in._hf_hook = object()
-    with pytest.raises(ConfigError, match="'unet.conv_in' is offloaded by accelerate on its own. Load the pipeline"):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    del pipe.unet.conv_in._hf_hook
-    fetching = SimpleNamespace(offload=True)  # of weights, by the hook of a denoiser that is loaded as a whole
-    for hook in (fetching, SimpleNamespace(hooks=(object(), fetching))):
-        pipe.unet._hf_hook = hook
-        with pytest.raises(ConfigError, match="'unet' is offloaded by accelerate on its own. Load the pipeline"):
-            modiff.quantize_pipeline(pipe, "w8a8-modiff")
-
-
-ORDERS = ["offload, quantize", "quantize, offload"]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("builder", [b for b in BUILDERS if b is not pipelines.ldm])  # which names no order to offload
-def test_model_offloading_by_accelerate_itself(builder, order):
-    """diffusers' own enable_model_cpu_offload, onto "cpu:0": PyTorch copies all weights, as to a GPU, in every call."""
-    pytest.importorskip("accelerate")
-    pipe, arguments = build(builder)
-    teacher = draw(pipe, arguments)
-    images = draw(modiff.quantize_pipeline(pipe, "w8a8-modiff"), arguments)
-
-    pipe, arguments = build(builder)
-    for what in order.split(", "):
-        if what == "offload":
-            pipe.enable_model_cpu_offload(device="cpu")
-        else:
-            modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    denoiser, copies = student(pipe), set()
-    weight = next(denoiser.parameters())
-    denoiser.register_forward_hook(lambda module, *_: copies.add(next(module.parameters()).data_ptr()))
-    assert torch.equal(draw(pipe, arguments), images)
-    assert len(copies | {weight.data_ptr()}) > 1  # it was moved
-    assert torch.equal(draw(pipe, arguments), images)
-    evaluations = EVALUATIONS.get(builder.__name__, 4)
-    counts = next(iter(pipe.trajectories.values()))
-    assert (counts.total, counts.quantized) == (evaluations, evaluations - 1)
-    modiff.restore_pipeline(pipe)
-    assert torch.equal(draw(pipe, arguments), teacher)
-    assert type(denoiser._hf_hook).__name__ == "CpuOffload"
-    pipe.remove_all_hooks()
-    assert torch.equal(draw(pipe, arguments), teacher)
-
-
-def test_model_offloading_by_accelerate_where_the_denoiser_is_on_its_device():
-    """As in all evaluations but the first on a GPU: nothing is moved, and the prompt's keys are computed once."""
-    accelerate = pytest.importorskip("accelerate")
-    pipe, arguments = build(pipelines.stable_diffusion)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    images = draw(pipe, arguments)
-    fixed = [row.name for row in modiff.describe(pipe.unet) if row.constant]
-    _, hook = accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
-    accelerate.cpu_offload_with_hook(pipe.vae, torch.device("cpu"), prev_module_hook=hook)
-    assert torch.equal(draw(pipe, arguments), images)
-    assert fixed
-    assert [row.name for row in modiff.describe(pipe.unet) if row.constant] == fixed
-
-
-@pytest.mark.parametrize("options", [{}, {"preload_module_classes": ["UNet2DModel"]}], ids=["operators", "whole"])
-def test_sequential_offloading_by_accelerate_is_refused(options):
-    accelerate = pytest.importorskip("accelerate")
-    pipe, arguments = build(pipelines.ddim)
-    accelerate.cpu_offload(pipe.unet, torch.device("cpu"), **options)
-    with pytest.raises(ConfigError, match=r"is offloaded by accelerate on its own\. Load the pipeline without"):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    pipe, arguments = build(pipelines.ddim)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    accelerate.cpu_offload(pipe.unet, torch.device("cpu"), **options)
-    with pytest.raises(ConfigError, match=r"is offloaded by accelerate on its own\. Load the pipeline without"):
-        draw(pipe, arguments)
-
-
-def test_a_trajectory_of_ones_own_is_not_offloaded():
-    accelerate = pytest.importorskip("accelerate")
-    pipe, _ = build(pipelines.ddim)
-    unet = modiff.quantize(pipe.unet, QuantConfig.preset("w8a8-modiff"))
-    accelerate.cpu_offload_with_hook(unet, torch.device("cpu:0"))
-    with pytest.raises(TrajectoryError, match="cannot be moved or cast inside a trajectory"), modiff.trajectory(unet):
-        unet(torch.zeros(1, 3, 8, 8), 10)
-
-
 METHODS = ("save_pretrained", "load_lora_weights", "unload_lora_weights", "fuse_qkv_projections")
 
 
@@ -542,13 +281,6 @@ def test_methods_that_act_on_the_original_operators_are_refused(method, tmp_path
     modiff.quantize_pipeline(pipe, "w8a8-modiff")
     with pytest.raises(ConfigError, match=f"{method} on a quantized pipeline would "):
         getattr(pipe, method)(tmp_path)
-
-
-def test_offloading_of_single_operators_is_refused():
-    pipe, _ = build(pipelines.ddim)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    with pytest.raises(ConfigError, match="moves the weight of each operator, .* Use enable_model_cpu_offload"):
-        pipe.enable_sequential_cpu_offload()
 
 
 def test_refused_methods_come_back_when_the_denoiser_is_restored(tmp_path):

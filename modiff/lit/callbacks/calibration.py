@@ -1,4 +1,4 @@
-"""The student's calibration, before anything is drawn: done once, kept by its content, gone on with after a stop."""
+"""The student's calibration, before anything is drawn: run once, cached by content hash, resumable."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from modiff.lit.callbacks.activation_cache import refuse_overflow, state_of_one_
 from modiff.lit.callbacks.progress import duration
 from modiff.lit.modules.calibration_config import NOISE_STREAM, CalibrationConfig
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.cache import cache_folder, calibration_key, locked
+from modiff.lit.runs.cache import calibration_key
 from modiff.lit.runs.running import rank_zero
+from modiff.storage.cache import cache_folder
+from modiff.storage.locks import locked
 from modiff.student.checkpoint import load, save
 from modiff.student.swap import quantize
 from modiff.teachers.sampling.noise import indexed_noise
@@ -34,8 +36,9 @@ class Calibration(Callback):
     """Calibrates the student where its recipe says so; a student that is calibrated already is left alone.
 
     Results are kept in ``<cache>/calibrations/<content hash>``: the hash is of the teacher's weights, the quantization,
-    the calibration's settings and seed, the sampler, and modiff's own source. What is there is used; what was
-    interrupted goes on from its last finished stage.
+    the calibration's settings and seed, the sampler, and the version of the algorithm. A finished calibration is used,
+    and an interrupted one is resumed from its last finished stage. A cache that cannot be written costs one line, and
+    the calibration is not kept.
 
     Args:
         cache: Folder of the cache; None: ``$MODIFF_CACHE``, else ``modiff`` in the user's cache directory.
@@ -54,7 +57,10 @@ class Calibration(Callback):
         if pl_module.calibrated or pl_module.student is None:
             return
         reducer = TorchReducer() if trainer.world_size > 1 else Reducer()
-        folder = (self.cache or cache_folder()) / "calibrations" / calibration_key(calibration_parts(pl_module))
+        key = calibration_key(calibration_parts(pl_module))
+        # The first rank decides where: another one may see another cache, or none.
+        cache = reducer.once(lambda: self.cache / "calibrations" if self.cache else cache_folder("calibrations"))
+        folder = cache / key
         finished = folder / "student"
         with ExitStack() as stack:
             reducer.once(lambda: _enter(stack, folder))
@@ -135,8 +141,9 @@ def read_student(folder: Path, module: LitStudent, reducer: Reducer) -> nn.Modul
 
 
 def _enter(stack: ExitStack, folder: Path) -> None:
+    line = f"Another process is at this calibration ({folder}); waiting for it."
     try:
-        stack.enter_context(locked(folder))
+        stack.enter_context(locked(folder, lambda: print(line, flush=True)))
     except OSError as error:
         raise CalibrationError(
             f"The cache of calibrations {folder} cannot be written: {error.strerror}. Set MODIFF_CACHE to another "

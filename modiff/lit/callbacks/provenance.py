@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import modiff
-from modiff.lit.runs.directory import digest
+from modiff.storage.hashing import short_hash
 
 
 class Provenance(Callback):
@@ -34,7 +34,7 @@ class Provenance(Callback):
         """Collect."""
         pl_module.result.provenance = {
             "recipe": self.recipe,
-            "recipe_hash": digest(self.config),
+            "recipe_hash": short_hash(self.config),
             "teacher_hash": pl_module.loaded.fingerprint,
             "seed": self.seed,
             "git_commit": git_commit(),

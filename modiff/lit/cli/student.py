@@ -15,8 +15,8 @@ from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.cli.quantization import resolve_quantization
 from modiff.lit.data.conditions import SampleDataModule
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.directory import digest
 from modiff.storage.folder import read_manifest
+from modiff.storage.hashing import short_hash
 from modiff.teachers.zoo import ZOO, Teacher
 
 
@@ -129,4 +129,4 @@ def checkpoint_digest(folder: Path) -> str:
     manifest = folder / "config.json"
     if not manifest.is_file():
         raise CheckpointError(f"--ckpt {folder} holds no config.json. Give a folder that `modiff quantize` wrote.")
-    return digest(manifest.read_text())
+    return short_hash(manifest.read_text())

@@ -24,8 +24,9 @@ from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.compare import split_forwarded, unique_names
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.modules.teacher import compiler_problem
-from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
+from modiff.storage.atomic import write_json, write_text
 from modiff.student.swap import describe
 from modiff.teachers.zoo import Teacher, load_teacher
 
@@ -249,7 +250,7 @@ def finish(run: RunDirectory, content: dict[str, Any]) -> None:
 
     folder = run.path
     bench_plot(content, folder / "bench.png")
-    atomic_write(folder / "bench.md", lambda path: path.write_text(markdown(content)))
+    write_text(folder / "bench.md", markdown(content))
     write_json(folder / "bench.json", content)
     run.mark("complete")
     Console(width=None).print(terminal_table(content))

@@ -22,8 +22,10 @@ from modiff.lit.report.image_grids import labelled_rows, save_picture
 from modiff.lit.report.pages import COMPARED_SAMPLES, SAMPLES, write_compare_report
 from modiff.lit.report.result import Result
 from modiff.lit.report.tables import FULL_PRECISION, markdown_table, metrics_table
-from modiff.lit.runs.directory import RunDirectory, atomic_write, digest, write_json
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
+from modiff.storage.atomic import write_json, write_text
+from modiff.storage.hashing import short_hash
 
 TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
@@ -67,7 +69,7 @@ def compare(args: Sequence[str]) -> int:
         for position, (name, cli) in enumerate(clis.items(), start=1):
             images = f"{cli.num_images} images, {cli.config.model.steps} steps"
             rank_zero(print, f"\n[{position}/{len(clis)}] {name}: {images}")
-            rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{digest(shared)}")))
+            rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{short_hash(shared)}")))
     except KeyboardInterrupt:
         rank_zero(run.mark, "interrupted")
         raise
@@ -157,7 +159,7 @@ def _finish(run: RunDirectory, rows: list[tuple[str, Result]]) -> None:
     save_picture(labelled_rows(shown), folder / "samples.png")
     plots.compare_plot(rows, folder / "compare.png")
     write_json(folder / "compare.json", {name: result.as_json() for name, result in rows})
-    atomic_write(folder / "compare.md", lambda path: path.write_text(markdown_table(rows)))
+    write_text(folder / "compare.md", markdown_table(rows))
     reports = {name: folder / name / "report.html" for name, _ in rows}
     report = write_compare_report(folder, rows, samples, reports)
     run.mark("complete")

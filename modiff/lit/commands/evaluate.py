@@ -20,10 +20,11 @@ from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
-from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.results import Writer, print_result, read_result
 from modiff.lit.runs.running import interruptible, rank_zero
 from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
+from modiff.storage.atomic import write_json, write_text
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -89,7 +90,7 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
 def claim(cli: StudentCLI, run: RunDirectory) -> None:
     """Take the directory, and write the recipe into it."""
     rank_zero(run.claim, cli.recipe)
-    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
+    rank_zero(lambda: write_text(run.path / "config.yaml", cli.dump()))
 
 
 def sample(args: Sequence[str]) -> int:

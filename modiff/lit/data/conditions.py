@@ -9,7 +9,7 @@ from typing import Any
 
 from modiff.errors import ConfigError
 from modiff.lit.data.noise import NoiseDataModule
-from modiff.lit.runs.directory import digest
+from modiff.storage.hashing import short_hash
 
 PROMPT_COLUMNS = ("prompt", "caption", "text", "captions", "sentences")
 LABEL_COLUMNS = ("label", "labels", "class")
@@ -59,7 +59,7 @@ class SampleDataModule(NoiseDataModule):
 
     def identity(self) -> dict[str, Any]:
         """Content of the conditions, for the identity of a run; empty where there are none."""
-        return {} if self.entries is None else {"conditions": digest(list(self.entries))}
+        return {} if self.entries is None else {"conditions": short_hash(list(self.entries))}
 
 
 class LabelDataModule(SampleDataModule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.lit.runs.cache import cache_folder
 from modiff.metrics.features import count_features, network_name
 from modiff.metrics.fidelity import MAX_KEPT, ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
+from modiff.storage.cache import cache_folder
+from modiff.storage.hashing import hash_file, hash_json
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BATCH = 64
@@ -71,10 +71,7 @@ class ReferenceImages:
 
     def digest(self) -> str:
         """Content hash of all files, in order, and of the size."""
-        digest = hashlib.sha256(repr(self.image_shape).encode())
-        for file in self.files:
-            digest.update(_hash_file(file))
-        return digest.hexdigest()
+        return hash_json([list(self.image_shape), *(hash_file(file) for file in self.files)])
 
     def statistics(self, network: nn.Module, identity: str, device: torch.device) -> FeatureStatistics:
         """Feature statistics, read from the cache where the same images and network were measured before.
@@ -95,8 +92,8 @@ class ReferenceImages:
             ConfigError: An image is damaged or of another size, or there is only one.
         """
         name = network_name(network)
-        key = hashlib.sha256(f"{self.digest()} {identity} {name}".encode()).hexdigest()[:32]
-        cached = cache_folder() / "statistics" / f"{key}.safetensors"
+        key = hash_json([self.digest(), identity, name])[:32]
+        cached = cache_folder("statistics") / f"{key}.safetensors"
         found = _read_cached(cached)
         if found is not None:
             return found
@@ -108,7 +105,6 @@ class ReferenceImages:
             metric.update(batch.to(device), "reference", torch.arange(first, first + len(batch)))
             first += len(batch)
         found = metric.statistics("reference", with_features=True)
-        cached.parent.mkdir(parents=True, exist_ok=True)
         found.save(cached)
         return found
 
@@ -132,15 +128,7 @@ def is_statistics(path: str | Path) -> bool:
 
 def network_identity(path: str | Path) -> str:
     """Content hash of a feature network's file; ``inception`` has one set of weights and stands for itself."""
-    return _hash_file(Path(path)).hex() if Path(path).is_file() else str(path)
-
-
-def _hash_file(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.digest()
+    return hash_file(Path(path)) if Path(path).is_file() else str(path)
 
 
 def _batches(images: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from modiff.calibration import CalibrationSettings
-from modiff.calibration.settings import METHODS
+from modiff.calibration.weights import weight_method
 from modiff.errors import ConfigError
 
 NOISE_STREAM = 2**40
@@ -19,7 +19,8 @@ class CalibrationConfig(CalibrationSettings):
     """How the student's weights are found: ``model.calibration`` of a recipe, on top of the library's settings.
 
     Args:
-        method: ``nearest``, ``lp``, ``gptq``, ``adaround`` or ``brecq``; see :func:`modiff.calibration.calibrate`.
+        method: ``nearest``, ``lp``, ``gptq``, ``adaround``, ``brecq`` or any registered one; see
+            :func:`modiff.calibration.calibrate`.
         num_images: Images drawn with the student for each of its runs; the ranks share them.
         images_per_batch: Images drawn together: one trajectory.
         seed: Of the noise, of what is recorded and of the batches. The noise is never that of the images that are
@@ -29,15 +30,14 @@ class CalibrationConfig(CalibrationSettings):
         ConfigError: A field is out of range.
     """
 
-    method: Literal["nearest", "lp", "gptq", "adaround", "brecq"] = "gptq"
+    method: str = "gptq"
     num_images: int = 16
     images_per_batch: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS:
-            raise ConfigError(f"method is {self.method!r}; allowed are {', '.join(METHODS)}.")
+        weight_method(self.method)
         for name, low in (("num_images", 1), ("images_per_batch", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:

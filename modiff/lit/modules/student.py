@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from modiff.calibration.loop.tracing import fingerprint
 from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
 from modiff.errors import CalibrationError, ConfigError, ModiffError
@@ -22,7 +20,9 @@ from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
 from modiff.storage.folder import read_manifest
+from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
+from modiff.student.copies import shared_copy
 from modiff.student.swap import operators, quantize
 from modiff.student.tensors import slots
 from modiff.teachers.sampling.loop import sample, set_timesteps
@@ -203,7 +203,7 @@ class LitStudent(LightningModule):
     def teacher_hash(self) -> str:
         """Content hash of the teacher's weights, as they were loaded."""
         assert self.teacher is not None
-        return fingerprint({slot.name: slot.tensor for slot in slots(self.teacher)})
+        return hash_tensors({slot.name: slot.tensor for slot in slots(self.teacher)})
 
     def origin(self) -> dict[str, Any]:
         """How the student was made, for its checkpoint."""
@@ -222,8 +222,7 @@ class LitStudent(LightningModule):
     def shared_copy(self) -> nn.Module:
         """The teacher again: modules of its own, the teacher's tensors."""
         assert self.teacher is not None
-        tensors = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
-        return copy.deepcopy(self.teacher, tensors)
+        return shared_copy(self.teacher)
 
     def use_student(self, student: nn.Module, calibrated: bool) -> None:
         """Take another student of the same teacher, such as the one that a calibration found."""

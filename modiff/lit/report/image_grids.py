@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from modiff.errors import ConfigError
-from modiff.lit.runs.directory import atomic_write
+from modiff.storage.atomic import write_file
 
 
 def image_grid(images: Tensor, columns: int, pad: int = 2, zoom: int = 2) -> Image.Image:
@@ -85,4 +85,4 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture atomically."""
-    atomic_write(path, picture.save)
+    write_file(path, picture.save)

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from modiff.errors import ConfigError
 from modiff.lit.report.sentences import error_matrix, finite, mean, worst_operators
 from modiff.lit.report.tables import Rows
-from modiff.lit.runs.directory import atomic_write
+from modiff.storage.atomic import write_file
 
 DPI = 150
 NONE = "not available"
@@ -51,7 +51,7 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+        write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
 def trajectory_errors_plot(errors: Mapping[str, Any], path: Path, title: str) -> None:

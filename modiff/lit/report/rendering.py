@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from modiff.errors import ConfigError
 from modiff.lit.report.tables import Cell
-from modiff.lit.runs.directory import atomic_write
+from modiff.storage.atomic import write_text
 
 SCRIPTS = ("page.js", "tables.js", "gallery.js", "plots.js", "curves.js", "heatmap.js", "scatter.js")
 TEMPLATES = files("modiff.lit.report") / "templates"
@@ -75,7 +75,7 @@ def write_page(path: Path, template: str, title: str, context: Mapping[str, Any]
             **context,
         )
     )
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 

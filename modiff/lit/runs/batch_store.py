@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modiff.lit.runs.directory import atomic_write
+from modiff.storage.atomic import write_file
 
 
 class BatchStore:
@@ -30,7 +30,7 @@ class BatchStore:
         """Write a batch atomically."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"facts": json.dumps(facts)}
-        atomic_write(self.path(first_index), lambda path: save_file(tensors, str(path), metadata))
+        write_file(self.path(first_index), lambda path: save_file(tensors, str(path), metadata))
 
     def load(self, first_index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """Read a batch; None when it is not there, or is damaged and has to be drawn again."""

@@ -16,7 +16,8 @@ from modiff.lit.report import plots
 from modiff.lit.report.pages import write_report
 from modiff.lit.report.result import Result
 from modiff.lit.report.tables import result_table
-from modiff.lit.runs.directory import RunDirectory, write_json
+from modiff.lit.runs.directory import RunDirectory
+from modiff.storage.atomic import write_json
 from modiff.student.swap import describe
 
 METRICS, ERRORS, OPERATORS = "metrics.json", "trajectory_errors.json", "cost.json"

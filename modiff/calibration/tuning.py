@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modiff.calibration.loop.arguments import CallArguments
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import Structure, shared_copy
 from modiff.calibration.loop.tracing import Evaluation, Trace
 from modiff.calibration.settings import CalibrationSettings
 from modiff.errors import CalibrationError
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import QuantizedOperator
-from modiff.operators.standin import StandIn
+from modiff.operators.wrapper import ModuleWrapper
 from modiff.quantizers.packing import PackedWeight
+from modiff.student.copies import shared_copy
 from modiff.student.swap import operators
 
 
@@ -29,13 +30,13 @@ class RecordedEvaluation:
     """One evaluation of the closed loop: arguments of the denoiser, by row or whole.
 
     Args:
-        structure: How tensors make up the arguments.
+        arguments: How tensors make up the arguments.
         whole: Tensors that do not have a row for each sample (a time step, position ids).
         first: First of its rows in the store.
         count: How many rows it has.
     """
 
-    structure: Structure
+    arguments: CallArguments
     whole: dict[str, Tensor]
     first: int
     count: int
@@ -49,7 +50,7 @@ def record_outputs(
     store: SampleStore,
     generator: torch.Generator,
 ) -> list[RecordedEvaluation]:
-    """Run once; keep what the student was given, and what the teacher answers to that.
+    """Run once and keep what the student was given, and what the teacher answers to that.
 
     Afterwards the store of the first process holds the rows of all, in the order of trajectories.
 
@@ -82,13 +83,13 @@ def record_outputs(
             target = first_tensor(loop.teacher(*args, **kwargs))
         if not torch.isfinite(target).all():
             raise CalibrationError(f"NaN or Inf in the teacher's answer in {evaluation}. Check it in this dtype.")
-        structure, tensors = Structure.of(args, kwargs)
+        arguments, tensors = CallArguments.of(args, kwargs)
         batch = len(target)
         rows = torch.randperm(batch, generator=generator)[:share].sort().values
         by_row = {name: t for name, t in tensors.items() if t.ndim and len(t) == batch}
         whole = {name: t.clone() for name, t in tensors.items() if name not in by_row}
         store.append({name: t[rows.to(t.device)] for name, t in {**by_row, "target": target}.items()})
-        found.append((key, RecordedEvaluation(structure, whole, 0, len(rows))))
+        found.append((key, RecordedEvaluation(arguments, whole, 0, len(rows))))
         keys.extend([key] * len(rows))
 
     loop.drive(begin, end, generator)
@@ -97,7 +98,7 @@ def record_outputs(
 
 
 def _in_order(found: list[tuple[int, RecordedEvaluation]], loop: ClosedLoop) -> list[RecordedEvaluation]:
-    """The evaluations of all processes, each with its place in the first one's store."""
+    """Order the evaluations of all processes, each with its place in the first one's store."""
     device = next(loop.teacher.parameters()).device
     if loop.reducer.world_size > 1:  # tensors travel on the CPU
         sent = [
@@ -118,14 +119,14 @@ def _in_order(found: list[tuple[int, RecordedEvaluation]], loop: ClosedLoop) -> 
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A denoiser's answer: the tensor, or the first one in what it returned.
+    """Return the tensor in a denoiser's answer, or the first one in what it returned.
 
     Raises:
         CalibrationError: There is none.
     """
     if isinstance(output, Tensor):
         return output
-    tensors = Structure.of((output,), {})[1]
+    tensors = CallArguments.of((output,), {})[1]
     if not tensors:
         raise CalibrationError(
             f"The denoiser returns a {type(output).__name__}, in which no tensor is found. Return a tensor, a tuple or "
@@ -200,20 +201,20 @@ class _OutputError:
         self.device = next(denoiser.parameters()).device
 
     def __call__(self, evaluation: RecordedEvaluation, rows: Tensor) -> Tensor:
-        """Of some rows of an evaluation."""
+        """Compute the error of some rows of an evaluation."""
         tensors = {key: t.to(self.device) for key, t in self.store.rows(rows + evaluation.first).items()}
-        args, kwargs = evaluation.structure.build({**evaluation.whole, **tensors})
+        args, kwargs = evaluation.arguments.build({**evaluation.whole, **tensors})
         output, target = first_tensor(self.denoiser(*args, **kwargs)), tensors["target"]
         return (output.float() - target.float()).square().mean()
 
     @torch.no_grad()
     def total(self, evaluation: RecordedEvaluation) -> float:
-        """Of all its rows, without gradients."""
+        """Compute the error of all rows of an evaluation, without gradients."""
         parts = torch.arange(evaluation.count).split(self.batch_size)
         return math.fsum(self(evaluation, rows).item() * len(rows) for rows in parts) / evaluation.count
 
 
-class _Tunable(StandIn):
+class _Tunable(ModuleWrapper):
     """A quantized operator in full-precision activations, with a gradient in its scales and bias."""
 
     def __init__(self, module: nn.Module, adapter: OperatorAdapter, weight: PackedWeight) -> None:
@@ -234,11 +235,11 @@ class _Tunable(StandIn):
         self.power, self.count, self.unit = 0.0, 0, 1.0
 
     def start(self) -> None:
-        """Begin with the factor 1 and the shift 0, in units of what the operator's outputs were until now."""
+        """Start from the factor 1 and the shift 0, in units of what the operator's outputs were until now."""
         self.unit = math.sqrt(self.power / max(self.count, 1)) or 1.0
 
     def apply_variables(self) -> tuple[Tensor, Tensor]:
-        """Factor and offset of each output channel, as the variables are now; leaves that collect gradients.
+        """Return factor and offset of each output channel, as the variables are now; leaves that collect gradients.
 
         Leaves, not functions of the variables: small graphs on top of each operator would cost as much as its product.
         """
@@ -247,14 +248,14 @@ class _Tunable(StandIn):
         return self.factor, self.offset
 
     def pull_gradients(self) -> None:
-        """Gradients of the variables, from those of factor and offset; none where no output depends on them."""
+        """Set the gradients of the variables from those of factor and offset; none where no output depends on them."""
         factor, offset = self.factor, self.offset
         assert factor is not None
         self.gain.grad = None if factor.grad is None else factor.grad * factor.detach()
         self.shift.grad = None if offset.grad is None else offset.grad * self.unit
 
     def forward(self, x: Tensor) -> Tensor:
-        """``exp(gain) A(x) + bias + unit shift``."""
+        """Compute ``exp(gain) A(x) + bias + unit shift``."""
         a = compute_input(x)
         output = self.adapter.apply(self.module, a, self.values.to(a.dtype), None)
         dim = -1 if self.adapter.kind == "linear" else output.ndim - len(self.module.kernel_size) - 1
@@ -270,7 +271,7 @@ class _Tunable(StandIn):
         return output.to(output_dtype(x))
 
     def packed(self) -> PackedWeight:
-        """The weight with what was learned."""
+        """Return the weight with what was learned."""
         before = self.weight_before
         gain, shift = self.gain.exp().to(before.scale.dtype), (self.unit * self.shift).to(before.scale.dtype)
         scale = before.scale * gain.reshape(-1, *[1] * (before.scale.ndim - 1))
@@ -280,7 +281,7 @@ class _Tunable(StandIn):
 def _twin(
     teacher: nn.Module, found: Mapping[str, QuantizedOperator], weights: Mapping[str, PackedWeight]
 ) -> tuple[nn.Module, dict[str, _Tunable]]:
-    """A copy of the teacher that shares its tensors, with tunable operators."""
+    """Make a copy of the teacher that shares its tensors, with tunable operators."""
     twin = shared_copy(teacher)
     tunable = {}
     modules = {id(twin.get_submodule(name)): name for name in weights}
@@ -295,7 +296,7 @@ def _twin(
 
 
 def _batches(counts: list[int], size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Pairs of an evaluation and some of its rows, shuffled, without end."""
+    """Yield pairs of an evaluation and some of its rows, shuffled, without end."""
     while True:
         rounds = [
             (which, rows)

@@ -1,8 +1,7 @@
-"""What is prepared before weights are rounded: halves of concatenated inputs, divisors of input channels."""
+"""Which operators are split: those whose input joins two tensors along channels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 from modiff.calibration.loop.capture import ClosedLoop, Run
 from modiff.calibration.loop.reduction import Reducer
-from modiff.calibration.loop.structure import shared_copy
 from modiff.calibration.loop.tracing import removed
 from modiff.config.quant import QuantConfig, Split
 from modiff.errors import CalibrationError
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
-from modiff.trajectory.cache import tensors_of
+from modiff.trajectory.session import tensors_of
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-TINY = 1e-5
-"""Smallest absolute value that a channel counts with, as in SmoothQuant's reference code."""
-
-
 _FEATURE = "_modiff_feature"
 
 
@@ -35,7 +30,7 @@ def mark_features(output: Any) -> None:
 
 
 class _Done(Exception):
-    """The first evaluation is over."""
+    """Ends a run after its first evaluation."""
 
 
 class _Concatenations(TorchFunctionMode):
@@ -64,7 +59,7 @@ class _Concatenations(TorchFunctionMode):
 
 
 def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Reducer | None = None) -> tuple[Split, ...]:
-    """Operators whose input is the very tensor that two others were joined to along channels, such as skip connections.
+    """Find operators whose input is the very tensor that joins two others along channels, such as skip connections.
 
     Nothing is assumed about classes: the first evaluation is run, and every ``torch.cat`` in it is watched that joins
     something an operator computed (the sine and cosine of a time embedding are not split).
@@ -73,7 +68,7 @@ def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Redu
         teacher: The denoiser; left as it is.
         config: What is quantized; only such operators are split.
         run: As for :func:`modiff.calibration.calibrate`.
-        reducer: Likewise; every process that has a trajectory watches its first evaluation.
+        reducer: The processes that share the run; each one that has a trajectory watches its first evaluation.
 
     Returns:
         What to set :attr:`QuantConfig.splits` to.
@@ -110,61 +105,10 @@ def find_splits(teacher: nn.Module, config: QuantConfig, run: Run, reducer: Redu
     reducer = reducer or Reducer()
     found = reducer.gather((reducer.each(watched), seen))
     if not any(evaluated for evaluated, _ in found):
-        raise CalibrationError("The run that was given evaluated the student not once.")
+        raise CalibrationError("The run that was given never called the student.")
     seen = {}
     for _, part in found:
         for name, places in part.items():
             seen[name] = seen.get(name, set()) | places
     ones = {name: next(iter(places)) for name, places in seen.items() if len(places) == 1 and name in wanted}
     return tuple(Split(name, at) for name, at in ones.items() if at is not None)
-
-
-def find_divisors(loop: ClosedLoop, strength: float) -> dict[str, Tensor]:
-    """Divisors that move outliers of input channels into the weight: ``max|X|^α / max|W|^(1-α)`` (SmoothQuant, eq. 4).
-
-    X is what each Linear's quantizer really gets in closed loop: residuals, where modulated.
-
-    Args:
-        loop: The student, all of it, before anything is rewritten.
-        strength: α; 0 evens out the weights, 1 the inputs.
-
-    Returns:
-        Float32 ``[in]`` of each Linear of which weight and input are quantized; geometric mean 1.
-    """
-    chosen = {
-        name: operator
-        for name, operator in operators(loop.student).items()
-        if operator.adapter.kind == "linear"
-        and operator.weight_spec is not None
-        and operator.activation_spec is not None
-    }
-    largest: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def watch(operator: QuantizedOperator, args: tuple[Any, ...]) -> None:
-            x = operator.quantizer_input(args[0])
-            if x is not None:
-                found = x.abs().reshape(-1, x.shape[-1]).amax(dim=0)
-                largest[name] = torch.maximum(largest[name], found) if name in largest else found
-
-        return watch
-
-    with removed([operator.register_forward_pre_hook(hook(name)) for name, operator in chosen.items()]):
-        loop.drive(lambda *_: None, lambda *_: None)
-    divisors = {}
-    for name, x in _largest_of_all(largest, loop.reducer).items():
-        w = chosen[name].module.weight.detach().float().abs().amax(dim=0).clamp_min(TINY)
-        logs = strength * x.to(w).clamp_min(TINY).log() - (1 - strength) * w.log()
-        divisors[name] = (logs - logs.mean()).exp()
-    return divisors
-
-
-def _largest_of_all(largest: dict[str, Tensor], reducer: Reducer) -> dict[str, Tensor]:
-    """Element-wise maxima over all processes, of which one may lack an operator; the same names in the same order."""
-    if reducer.world_size == 1:
-        return largest
-    merged: dict[str, Tensor] = {}
-    for part in reducer.gather({name: x.cpu() for name, x in largest.items()}):
-        for name, x in part.items():
-            merged[name] = torch.maximum(merged[name], x) if name in merged else x
-    return merged

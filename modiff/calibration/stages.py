@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from modiff.calibration.loop.moments import moment_bytes, no_data
-from modiff.calibration.loop.structure import find_blocks
 from modiff.calibration.loop.tracing import Trace
 from modiff.calibration.settings import CalibrationSettings
+from modiff.calibration.weights import WeightMethod
 from modiff.errors import CalibrationError
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.blocks import find_blocks
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def plan_stages(
     found: Mapping[str, QuantizedOperator],
     names: Sequence[str],
     trace: Trace,
-    method: str,
+    method: WeightMethod,
     settings: CalibrationSettings,
 ) -> list[Stage]:
     """Divide operators into stages, in the order of their first calls.
@@ -44,10 +45,9 @@ def plan_stages(
     for name in names:
         if name not in trace.calls:
             raise no_data(name)
-    blocks = find_blocks(teacher, names, trace.usable) if method == "brecq" else {}
+    blocks = find_blocks(teacher, names, trace.usable) if method.by_block else {}
     block_of = {name: block for block, held in blocks.items() for name in held}
-    # Targets are the teacher's: operators that share a run would each make up for the same error from before them.
-    most = settings.stage_size if method == "gptq" else 1
+    most = method.operators_per_run(settings)
     stages: list[Stage] = []
     alone: list[str] = []
     size = 0
