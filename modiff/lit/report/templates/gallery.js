@@ -47,7 +47,7 @@
     });
     const resize = (factor) => {
       const image = stage.querySelector("img");
-      zoom = factor === 0 ? fit(image) : Math.min(64, Math.max(0.25, zoom * factor));
+      zoom = factor === 0 ? fit(image) : Math.min(512, Math.max(0.125, zoom * factor));
       stage.style.width = `${image.naturalWidth * zoom}px`;
       stage.style.height = `${image.naturalHeight * zoom}px`;
       level.textContent = `${Math.round(100 * zoom)} %`;
