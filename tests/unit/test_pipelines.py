@@ -14,9 +14,7 @@ from modiff.errors import ConfigError, TrajectoryError
 
 pytest.importorskip("diffusers")
 import pipelines  # noqa: E402
-from pipelines import BUILDERS, build, draw  # noqa: E402
-
-EVALUATIONS = {"stable_diffusion": 5}  # PNDM evaluates its second time step twice
+from pipelines import BUILDERS, EVALUATIONS, build, draw  # noqa: E402
 
 
 def student(pipe):
