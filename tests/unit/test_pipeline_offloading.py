@@ -1,9 +1,10 @@
-"""Quantized pipelines whose denoiser is moved, cast or offloaded between and within calls."""
+"""What quantized pipelines refuse, and what other libraries may do around them: offloading, compiling, LoRA."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import modiff
 from modiff import QuantConfig
@@ -11,14 +12,11 @@ from modiff.errors import ConfigError, TrajectoryError
 
 pytest.importorskip("diffusers")
 import pipelines  # noqa: E402
-from pipelines import BUILDERS, EVALUATIONS, build, draw, student  # noqa: E402
+from pipelines import BUILDERS, EVALUATIONS, build, draw  # noqa: E402
 
 
-def test_a_cast_between_calls_works():
-    pipe, arguments = build(pipelines.ddim)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    assert draw(pipe.to(torch.float64), arguments).shape == (2, 8, 8, 3)
-    assert pipe.trajectories["unet"].total == 4
+def student(pipe):
+    return next(getattr(pipe, name) for name in ("unet", "transformer") if hasattr(pipe, name))
 
 
 def test_offloading_moves_the_denoiser_within_a_call():
@@ -40,6 +38,52 @@ def test_offloading_moves_the_denoiser_within_a_call():
     pipe.unet.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None)
     with pytest.raises(TrajectoryError, match="cannot be moved or cast inside a trajectory"):
         draw(pipe, arguments)
+
+
+def test_compiled_denoisers_are_refused():
+    pipe, arguments = build(pipelines.ddim)
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    with pytest.raises(ConfigError, match=r"'unet' is compiled; .* Use the .* and modiff.compile\(pipe.unet\)"):
+        modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    pipe.unet = unet
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    pipe.unet = torch.compile(unet, backend="eager")
+    with pytest.raises(ConfigError, match="'unet' is compiled"):
+        draw(pipe, arguments)
+    pipe.unet = unet
+    unet.mid_block.compile(backend="eager")
+    with pytest.raises(ConfigError, match="'unet.mid_block' is compiled"):
+        draw(pipe, arguments)
+
+
+class Lora(nn.Module):
+    """The part of peft's layers that matters here."""
+
+    active_adapters = ("style",)
+    disable_adapters = False
+
+    def __init__(self, base, merged):
+        super().__init__()
+        self.base_layer, self.merged = base, merged
+        self.lora_A = nn.Linear(base.in_features, 1)
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+def test_lora_is_refused_by_name_unless_fused():
+    pipe, arguments = build(pipelines.ddim)
+    teacher, embedding = draw(pipe, arguments), pipe.unet.time_embedding
+    embedding.linear_1 = Lora(embedding.linear_1, merged=False)
+    with pytest.raises(
+        ConfigError, match=r"'unet.time_embedding.linear_1' holds LoRA .* not fused: style. Call pipe.fuse_lora\(\) and"
+    ):
+        modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    embedding.linear_1.merged = True
+    modiff.quantize_pipeline(pipe, QuantConfig())
+    assert torch.equal(draw(pipe, arguments), teacher)
+    assert "time_embedding.linear_1.base_layer" in {row.name for row in modiff.describe(pipe.unet)}
 
 
 def test_diffusers_caches_and_group_offloading_are_refused():
@@ -136,8 +180,27 @@ def test_a_trajectory_of_ones_own_is_not_offloaded():
         unet(torch.zeros(1, 3, 8, 8), 10)
 
 
+METHODS = ("save_pretrained", "load_lora_weights", "unload_lora_weights", "fuse_qkv_projections")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_act_on_the_original_operators_are_refused(method, tmp_path):
+    pipe, _ = build(pipelines.stable_diffusion_xl)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    with pytest.raises(ConfigError, match=f"{method} on a quantized pipeline would "):
+        getattr(pipe, method)(tmp_path)
+
+
 def test_offloading_of_single_operators_is_refused():
     pipe, _ = build(pipelines.ddim)
     modiff.quantize_pipeline(pipe, "w8a8-modiff")
     with pytest.raises(ConfigError, match="moves the weight of each operator, .* Use enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
+
+
+def test_refused_methods_come_back_when_the_denoiser_is_restored(tmp_path):
+    pipe, _ = build(pipelines.ddim)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    modiff.restore(pipe.unet)
+    pipe.save_pretrained(tmp_path)
+    assert '"_class_name": "DDIMPipeline"' in (tmp_path / "model_index.json").read_text()

@@ -14,8 +14,11 @@ from modiff.errors import ConfigError, TrajectoryError
 
 pytest.importorskip("diffusers")
 import pipelines  # noqa: E402
-from own_pipelines import OwnPipeline, own  # noqa: E402
-from pipelines import BUILDERS, EVALUATIONS, build, draw, student  # noqa: E402
+from pipelines import BUILDERS, EVALUATIONS, build, draw  # noqa: E402
+
+
+def student(pipe):
+    return next(getattr(pipe, name) for name in ("unet", "transformer") if hasattr(pipe, name))
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -136,6 +139,139 @@ def test_an_interrupted_call_leaves_no_state():
     assert torch.equal(draw(pipe, arguments), images)
 
 
+def without_guidance(after):
+    """diffusers' own recipe for switching guidance off in a callback."""
+
+    def callback(pipe, step, t, values):
+        if step == after:
+            pipe._guidance_scale = 0.0
+            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
+        return values
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+
+def test_guidance_in_one_batch_may_switch_off():
+    pipe, arguments = build(pipelines.stable_diffusion)
+    teacher = draw(pipe, arguments, steps=6, **without_guidance(2))
+    guided = draw(pipe, arguments, steps=6)
+    modiff.quantize_pipeline(pipe, QuantConfig())
+    assert torch.equal(draw(pipe, arguments, steps=6, **without_guidance(2)), teacher)
+    modiff.restore_pipeline(pipe)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    images = draw(pipe, arguments, steps=6, **without_guidance(2))
+    assert (images - teacher).norm() < 0.2 * (guided - teacher).norm()
+    assert (pipe.trajectories["unet"].total, pipe.trajectories["unet"].quantized) == (7, 6)
+
+
+def test_guidance_in_two_calls_is_found_by_cache_context():
+    pipe, arguments = build(pipelines.flux, guidance=3.0)
+    teacher = draw(pipe, arguments)
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    images = draw(pipe, arguments)
+    counts = pipe.trajectories["transformer"]
+    assert (counts.total, counts.quantized) == (8, 6)
+    assert {c.name: (c.total, c.quantized) for c in counts.contexts.values()} == {"cond": (4, 3), "uncond": (4, 3)}
+    assert (images - teacher).norm() < 0.05 * teacher.norm()
+    assert "cache_context" not in vars(pipe.transformer)
+
+
+class OwnPipeline:
+    """Guidance in two calls, up to a step, by any denoiser; no diffusers in it."""
+
+    def __init__(self, unet, scheduler, calls=2, name="unet"):
+        self.name = name
+        self.parts = {name: unet, "scheduler": scheduler, "tokenizer": None}
+        self.calls = calls
+
+    @property
+    def components(self):
+        return dict(self.parts)
+
+    def __call__(self, guide_until=9):
+        """Draw."""
+        scheduler = copy.deepcopy(self.parts["scheduler"])  # pipelines do
+        scheduler.set_timesteps(4)
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for i, t in enumerate(scheduler.timesteps):
+            calls = self.calls if i < guide_until else 1
+            outputs = [self.parts[self.name](x * (1 + 0.1 * j), t).sample for j in range(calls)]
+            x = scheduler.step(sum(outputs) / calls, t, x).prev_sample
+        return x
+
+
+def own(**options):
+    pipe, _ = build(pipelines.ddim)
+    return OwnPipeline(pipe.unet, pipe.scheduler, **options)
+
+
+def test_two_calls_in_one_step_without_names_are_refused():
+    pipe = modiff.quantize_pipeline(own(), "w8a8-modiff")
+    with pytest.raises(
+        TrajectoryError, match=r"was called twice in one step, and both .* contexts=\('uncond', 'cond'\)\)"
+    ):
+        pipe()
+    assert pipe.parts["unet"].conv_in.state.trajectory is None
+
+
+def test_two_calls_in_one_step_with_names():
+    teacher = own()()
+    pipe = modiff.quantize_pipeline(own(), "w8a8-modiff", contexts=("cond", "uncond"))
+    images = pipe()
+    counts = pipe.trajectories["unet"]
+    assert {c.name: (c.total, c.quantized) for c in counts.contexts.values()} == {"cond": (4, 3), "uncond": (4, 3)}
+    assert torch.equal(pipe(), images)
+    assert (images - teacher).norm() < 0.1 * teacher.norm()
+
+
+def test_two_calls_that_shall_share_one_state():
+    pipe = modiff.quantize_pipeline(own(), "w8a8-modiff", contexts=("all",))
+    pipe()
+    assert (pipe.trajectories["unet"].total, pipe.trajectories["unet"].quantized) == (8, 7)
+
+
+@pytest.mark.parametrize(("calls", "guide_until", "made"), [(2, 2, 1), (3, 9, 3), (1, 9, 1)])
+def test_a_step_with_other_calls_than_were_named_is_refused(calls, guide_until, made):
+    pipe = modiff.quantize_pipeline(own(calls=calls), "w8a8-modiff", contexts=("uncond", "cond"))
+    with pytest.raises(
+        TrajectoryError, match=rf"A step made {made} denoiser calls, but contexts names 2: uncond, cond\. Where guid"
+    ):
+        pipe(guide_until)
+    assert type(pipe.parts["scheduler"]).__name__ == "DDIMScheduler"
+    assert type(pipe.parts["scheduler"]).__module__.startswith("diffusers.")
+
+
+def test_a_pipeline_of_ones_own_is_restored():
+    teacher, pipe = own(calls=1)(), own(calls=1)
+    modiff.quantize_pipeline(pipe, QuantConfig())
+    assert torch.equal(pipe(), teacher)
+    assert type(pipe) is not OwnPipeline
+    assert type(modiff.restore_pipeline(pipe)) is OwnPipeline
+    assert torch.equal(pipe(), teacher)
+
+
+def test_several_denoisers_have_a_trajectory_each():
+    pipe = own(calls=1)
+    pipe.parts["unet_2"] = build(pipelines.ddim, seed=1)[0].unet
+    pipe.parts["unet_again"] = pipe.parts["unet"]
+    modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    assert len(modiff.describe(pipe.parts["unet_2"])) > 10
+    pipe()
+    assert {n: r.total for n, r in pipe.trajectories.items()} == {"unet": 4, "unet_2": 0}
+    modiff.restore_pipeline(pipe)
+    assert not hasattr(pipe.parts["unet_2"], "_modiff_state")
+
+
+def test_denoisers_of_other_names_are_given():
+    pipe = own(calls=1, name="prior")
+    with pytest.raises(ConfigError, match=r"OwnPipeline has no denoiser: no module named .*are: prior\. Name those"):
+        modiff.quantize_pipeline(pipe, "w8a8-modiff")
+    with pytest.raises(ConfigError, match="OwnPipeline has no module 'decoder'. Its modules are: prior"):
+        modiff.quantize_pipeline(pipe, "w8a8-modiff", denoisers=("prior", "decoder"))
+    modiff.quantize_pipeline(pipe, "w8a8-modiff", denoisers="prior")()
+    assert pipe.trajectories["prior"].total == 4
+
+
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), 3, None])
 def test_what_is_no_pipeline_is_refused(thing):
     with pytest.raises(ConfigError, match=r"is no pipeline .* use modiff.quantize\(model, config\)"):
@@ -226,69 +362,11 @@ def test_the_call_keeps_its_signature_and_help():
     assert (inspect.signature(pipe.__call__), type(pipe).__call__.__doc__, repr(pipe)) == before
 
 
-def test_compiled_denoisers_are_refused():
+def test_a_cast_between_calls_works():
     pipe, arguments = build(pipelines.ddim)
-    unet = pipe.unet
-    pipe.unet = torch.compile(unet, backend="eager")
-    with pytest.raises(ConfigError, match=r"'unet' is compiled; .* Use the .* and modiff.compile\(pipe.unet\)"):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    pipe.unet = unet
     modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    pipe.unet = torch.compile(unet, backend="eager")
-    with pytest.raises(ConfigError, match="'unet' is compiled"):
-        draw(pipe, arguments)
-    pipe.unet = unet
-    unet.mid_block.compile(backend="eager")
-    with pytest.raises(ConfigError, match="'unet.mid_block' is compiled"):
-        draw(pipe, arguments)
-
-
-class Lora(nn.Module):
-    """The part of peft's layers that matters here."""
-
-    active_adapters = ("style",)
-    disable_adapters = False
-
-    def __init__(self, base, merged):
-        super().__init__()
-        self.base_layer, self.merged = base, merged
-        self.lora_A = nn.Linear(base.in_features, 1)
-
-    def forward(self, x):
-        return self.base_layer(x)
-
-
-def test_lora_is_refused_by_name_unless_fused():
-    pipe, arguments = build(pipelines.ddim)
-    teacher, embedding = draw(pipe, arguments), pipe.unet.time_embedding
-    embedding.linear_1 = Lora(embedding.linear_1, merged=False)
-    with pytest.raises(
-        ConfigError, match=r"'unet.time_embedding.linear_1' holds LoRA .* not fused: style. Call pipe.fuse_lora\(\) and"
-    ):
-        modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    embedding.linear_1.merged = True
-    modiff.quantize_pipeline(pipe, QuantConfig())
-    assert torch.equal(draw(pipe, arguments), teacher)
-    assert "time_embedding.linear_1.base_layer" in {row.name for row in modiff.describe(pipe.unet)}
-
-
-METHODS = ("save_pretrained", "load_lora_weights", "unload_lora_weights", "fuse_qkv_projections")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_that_act_on_the_original_operators_are_refused(method, tmp_path):
-    pipe, _ = build(pipelines.stable_diffusion_xl)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    with pytest.raises(ConfigError, match=f"{method} on a quantized pipeline would "):
-        getattr(pipe, method)(tmp_path)
-
-
-def test_refused_methods_come_back_when_the_denoiser_is_restored(tmp_path):
-    pipe, _ = build(pipelines.ddim)
-    modiff.quantize_pipeline(pipe, "w8a8-modiff")
-    modiff.restore(pipe.unet)
-    pipe.save_pretrained(tmp_path)
-    assert '"_class_name": "DDIMPipeline"' in (tmp_path / "model_index.json").read_text()
+    assert draw(pipe.to(torch.float64), arguments).shape == (2, 8, 8, 3)
+    assert pipe.trajectories["unet"].total == 4
 
 
 def test_rules_reach_the_denoiser():

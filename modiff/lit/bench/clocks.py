@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of ``work``, the device's included."""
+    """Wall time of ``work`` in seconds, including the time of the device."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -71,7 +71,7 @@ def interleave(
     first: int,
     ready: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[list[float]]]:
-    """Time calls in turns, so that drift of the machine hits all alike.
+    """Time calls in turns, so that drift of the machine affects all of them alike.
 
     Args:
         calls: By name, in the order of a round.
@@ -239,7 +239,7 @@ class _Clocked(ElementwiseBackend):
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> tuple[float, str]:
-    """Most memory that ``work`` held at once beyond what was there before, MiB; and how it was measured.
+    """Measure the peak memory of ``work`` beyond what was in use before, in MiB, and say how it was measured.
 
     CUDA: the allocator's peak. Linux: the process' peak resident memory, which the kernel keeps and which is reset
     here, after freed memory was given back to the system. Elsewhere: resident memory, looked at every millisecond.
@@ -261,7 +261,7 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> tuple[float, s
 
 
 def _give_back() -> None:
-    """Have the C library return freed memory, which would otherwise hide what the next work takes."""
+    """Ask the C library to return freed memory to the system, so that it does not hide what the next work takes."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library than glibc

@@ -55,7 +55,7 @@ def backends(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def sentences(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One for each student, mode and batch size: faster or slower, and what makes it so."""
+    """One sentence for each student, mode and batch size: whether it is faster, and which stage decides."""
     return [sentence(name, entry, student) for entry in results for name, student in entry["students"].items()]
 
 
@@ -109,7 +109,7 @@ def cells(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def terminal_table(content: Mapping[str, Any]) -> Table:
-    """The first columns without their quartiles, for a terminal of 80."""
+    """The first columns without their quartiles, so that they fit a terminal of 80 characters."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, title=escape(f"{content['teacher']}: modiff bench"))
     for i, name in enumerate(SHORT):
         table.add_column(name, justify="left" if i in (1, 2) else "right", overflow="fold", no_wrap=i != 2)
@@ -119,7 +119,7 @@ def terminal_table(content: Mapping[str, Any]) -> Table:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The whole result as a page."""
+    """The whole result as a Markdown page."""
     settings, source = content["settings"], content["provenance"]
     lines = [f"# modiff bench: {markdown_cell(content['teacher'])}", ""]
     lines += [f"- {markdown_cell(text)}" for text in content["summary"]]

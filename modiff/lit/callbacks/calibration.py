@@ -104,13 +104,13 @@ class Calibration(Callback):
         rank_zero(print, f"Calibrated in {duration(time.monotonic() - self._start)}.")
 
     def _seconds_left(self, done: int, total: int) -> float | None:
-        """From the mean of the stages that this process has done; None while there is none."""
+        """Estimate from the stages that this process has finished; None before the first one."""
         own = done - self._done_before
         return (time.monotonic() - self._start) / own * (total - done) if own > 0 else None
 
 
 def tell(trainer: Trainer, done: int, total: int, what: str, seconds_left: float | None) -> None:
-    """Tell the callbacks how far the calibration is; of many operators the first is named."""
+    """Tell the callbacks how far the calibration is; if a stage holds many operators, name the first one."""
     current().step(f"calibration, {done} of {total} stages, {what[:60]}")
     first, *more = what.split(", ")
     what = f"{first} and {len(more)} more" if len(more) > 1 else what
@@ -178,7 +178,7 @@ def draw(module: LitStudent, found: CalibrationConfig, student: nn.Module, rank:
 
 
 def calibration_parts(module: LitStudent) -> dict[str, Any]:
-    """All that the result depends on, but the code."""
+    """Everything that the result of a calibration depends on, except for the code."""
     found = module.calibration
     assert found is not None
     assert module.config is not None

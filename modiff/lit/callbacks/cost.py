@@ -29,7 +29,7 @@ class Cost(Callback):
         self.evaluations = evaluations
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Measure, on rank 0."""
+        """Count and time on rank 0, after all images have been drawn."""
         if not trainer.is_global_zero:
             return
         module, evaluations = pl_module, pl_module.result.evaluations
@@ -68,7 +68,7 @@ class Cost(Callback):
                 module.result.timing = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
     def time(self, module: LitStudent, batch_size: int) -> Timing:
-        """Median seconds per image and evaluation of both, alternating so that drift of the machine cancels."""
+        """Median seconds per image and evaluation of both; they alternate, so that drift of the machine cancels."""
         assert module.teacher is not None
         assert module.student is not None
         indices = torch.arange(batch_size)

@@ -57,7 +57,7 @@ class Fidelity(Callback):
 
     @classmethod
     def of(cls, module: LitStudent) -> Fidelity:
-        """With the files of ``model.features`` and ``model.reference``, else the teacher's own."""
+        """Build the callback from ``model.features`` and ``model.reference``, or from the teacher's own files."""
         entry = module.spec.entry
         reference = module.reference or (None if module.features else entry.statistics)
         prompted = module.loaded.family.condition == "text"
@@ -83,7 +83,7 @@ class Fidelity(Callback):
                 measure.use_statistics(self.real.statistics(measure.images.network, identity, module.device))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LitStudent, outputs: dict[str, Any], *_: Any) -> None:
-        """Add the images of a batch, surplus ones excepted."""
+        """Give the images of a batch to every measure, except for surplus ones."""
         valid: Tensor = outputs["valid"]
         teacher, student, index = outputs["teacher"][valid], outputs["student"][valid], outputs["index"][valid]
         conditions = pl_module.conditions(index.tolist())
@@ -92,7 +92,7 @@ class Fidelity(Callback):
             measure.update(pairs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Reduce over ranks."""
+        """Compute every figure over all ranks."""
         found = Findings()
         for measure in self.measures:
             found |= measure.compute()

@@ -31,7 +31,7 @@ class Provenance(Callback):
         self.seed = seed
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Collect."""
+        """Collect the facts before anything is drawn."""
         pl_module.result.provenance = {
             "recipe": self.recipe,
             "recipe_hash": short_hash(self.config),

@@ -80,7 +80,7 @@ class Samples(Callback):
 
 
 def first_images(store: BatchStore, count: int, batch_size: int) -> dict[str, Tensor]:
-    """Images 0 .. count - 1 of each kind from a store of finished batches, teacher first.
+    """Read images 0 to count - 1 of each kind from a store of finished batches; the teacher comes first.
 
     Raises:
         ModiffError: A batch is missing.

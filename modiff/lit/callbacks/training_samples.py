@@ -27,7 +27,7 @@ class TrainingSamples(Callback):
         self.count = count
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw; modules without ``sample`` draw nothing."""
+        """Draw the grid; a module without ``sample`` has none."""
         if trainer.sanity_checking or not trainer.is_global_zero or not hasattr(pl_module, "sample"):
             return
         with torch.no_grad():
@@ -67,7 +67,7 @@ class TrainingDistance(Callback):
         self.batch_size = batch_size
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and measure, on rank 0."""
+        """Draw images and measure their distance on rank 0."""
         if trainer.sanity_checking or not trainer.is_global_zero or not hasattr(pl_module, "sample"):
             return
         self.images.to(pl_module.device)

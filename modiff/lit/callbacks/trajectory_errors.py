@@ -1,4 +1,4 @@
-"""Errors along the trajectory: which time steps, which operators."""
+"""Errors along the trajectory, by time step and by operator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrajectoryErrors(Callback):
         self.num_images = num_images
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Measure, on rank 0."""
+        """Measure on rank 0, after all images have been drawn."""
         if trainer.is_global_zero and self.num_images > 0:
             pl_module.result.errors = measure(pl_module, self.num_images)
             warning = explosion(pl_module.result.errors)
@@ -100,7 +100,7 @@ class _Pair:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Hooks on the operators of both."""
+        """Hook the operators of both denoisers while the block runs."""
         handles = []
         for name in self.names:
             handles.append(self.teacher.get_submodule(name).register_forward_hook(self._keep(name)))
@@ -113,7 +113,7 @@ class _Pair:
             self._outputs = {}
 
     def errors(self) -> list[list[float | None]]:
-        """Per operator, per evaluation; None where an operator did not run, or the error is infinite."""
+        """Errors by operator and evaluation; None where an operator did not run or its error is infinite."""
         return [[_finite(e.get(name)) for e in self._errors] for name in self.names]
 
     def _keep(self, name: str) -> Any:

@@ -27,11 +27,15 @@ class StudentCLI(ModiffCLI):
         super().__init__(command, args, model_class=LitStudent, datamodule_class=SampleDataModule)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of drawing only."""
-        parser.add_argument("--save_images", type=bool, default=False, help="Write every image as a PNG file.")
-        parser.add_argument("--sample_count", type=int, default=24, help="Samples in samples.png.")
-        parser.add_argument("--error_images", type=int, default=4, help="Samples for the error curves; 0: none.")
-        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of the timing; 0: none.")
+        """Add the options of the commands that draw images."""
+        parser.add_argument("--save_images", type=bool, default=False, help="Write every image to a PNG file.")
+        parser.add_argument(
+            "--sample_count", type=int, default=24, help="Number of samples in samples.png and in the report."
+        )
+        parser.add_argument(
+            "--error_images", type=int, default=4, help="Number of samples for the error curves; 0 skips them."
+        )
+        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of timing; 0 skips it.")
         parser.add_argument("--shards", type=Literal["tar", "npz"] | None, default=None, help="Images as shards, too.")
         parser.add_argument("--shard_images", type=int, default=1000, help="Images in a shard.")
         if self.command == "evaluate":
@@ -42,7 +46,7 @@ class StudentCLI(ModiffCLI):
                 "--remainder_dtype",
                 type=Literal["float32", "float16", "bfloat16"] | None,
                 default=None,
-                help="Of what is not quantized, in the file; None: as it is. Narrower ones lose bits.",
+                help="Dtype of unquantized tensors in the file; None keeps it. A narrower one loses bits.",
             )
         parser.link_arguments("num_images", "data.num_images")
 
@@ -119,7 +123,7 @@ class StudentCLI(ModiffCLI):
 
     @property
     def num_images(self) -> int:
-        """Images to keep."""
+        """The number of images to keep."""
         return int(self.datamodule.num_images)
 
 

@@ -35,7 +35,7 @@ SHARED = ("teacher", "guidance")
 
 
 def make_parser() -> ArgumentParser:
-    """Parser of ``modiff bench``."""
+    """Make the parser of ``modiff bench``."""
     parser = ArgumentParser(
         prog="modiff bench",
         exit_on_error=False,
@@ -187,7 +187,7 @@ def build(clis: dict[str, StudentCLI], device: torch.device, channels_last: bool
 
 
 def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Trainer, options: Namespace) -> list[Any]:
-    """Every batch size, each with a compiler cache that starts empty."""
+    """Measure every batch size; the compiler cache starts empty."""
     device = trainer.strategy.root_device
     results: list[Any] = []
     with fresh_compiler_cache() if COMPILED in modes else nullcontext():
@@ -200,7 +200,7 @@ def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Tra
 
 
 def modes_of(choice: str, device: torch.device) -> tuple[tuple[str, ...], str | None]:
-    """Modes to time, and why compiled ones are not among them.
+    """The modes to time, and the reason if compiled ones are not among them.
 
     Raises:
         ConfigError: Compiled ones alone are asked for, and there is no compiler.
@@ -216,7 +216,7 @@ def modes_of(choice: str, device: torch.device) -> tuple[tuple[str, ...], str | 
 
 @contextmanager
 def fresh_compiler_cache() -> Iterator[None]:
-    """Nothing that an earlier run compiled is found: times to compile are those of a first use."""
+    """Start with an empty compiler cache, so that times to compile are those of a first use."""
     from torch._inductor.utils import fresh_inductor_cache
 
     torch._dynamo.reset()
@@ -226,7 +226,7 @@ def fresh_compiler_cache() -> Iterator[None]:
 
 
 def provenance(device: torch.device, clis: dict[str, StudentCLI]) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Collect where the figures come from: versions, machine and seed."""
     return {
         "git_commit": git_commit(),
         "python": platform.python_version(),
@@ -247,7 +247,7 @@ def has_vnni() -> bool | None:
 
 
 def finish(run: RunDirectory, content: dict[str, Any]) -> None:
-    """Write JSON, Markdown and the plot; say the result."""
+    """Write JSON, Markdown and the plot, then print the result."""
     from rich.console import Console
 
     folder = run.path

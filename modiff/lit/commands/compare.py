@@ -33,7 +33,7 @@ FORWARDED = ("--model.", "--data.", "--trainer.")
 
 
 def make_parser() -> ArgumentParser:
-    """Parser of ``modiff compare``."""
+    """Make the parser of ``modiff compare``."""
     parser = ArgumentParser(
         prog="modiff compare",
         exit_on_error=False,
@@ -75,7 +75,7 @@ def compare(args: Sequence[str]) -> int:
 
 
 def split_forwarded(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Own options, and those that go to every recipe.
+    """Split the command line into the command's own options and those that go to every recipe.
 
     >>> split_forwarded(["a.yaml", "--model.steps", "20", "--seed=1", "--data.batch_size=8"])
     (['a.yaml', '--seed=1'], ['--model.steps', '20', '--data.batch_size=8'])
@@ -93,7 +93,7 @@ def split_forwarded(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def unique_names(recipes: Sequence[str]) -> list[str]:
-    """Short names of recipes, one folder each.
+    """Short names of the recipes, which name their folders.
 
     Raises:
         ConfigError: Two recipes have the same name.
@@ -121,7 +121,7 @@ def arms_of(recipes: Sequence[str]) -> list[Arm]:
 
 
 def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
-    """What the teacher's images depend on; it must be the same for all recipes.
+    """Everything that the teacher's images depend on; all recipes must agree on it.
 
     Raises:
         ConfigError: Two recipes differ in it.

@@ -33,7 +33,7 @@ from modiff.storage.atomic import write_json, write_text
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """``modiff evaluate``."""
+    """Run ``modiff evaluate``: evaluate a recipe, then print its figures and where the report is."""
     cli = StudentCLI("evaluate", args)
     result = evaluate_recipe(cli)
     rank_zero(print_result, cli.recipe, result, cli.output_path)
@@ -141,7 +141,7 @@ def claim(cli: StudentCLI, run: RunDirectory) -> None:
 
 
 def sample(args: Sequence[str]) -> int:
-    """``modiff sample``: images only; with no quantization, the teacher's."""
+    """Run ``modiff sample``: draw images with the student, or with the teacher if nothing is quantized."""
     cli = StudentCLI("sample", args)
     module = cli.prepare_model()
     run = cli.output_directory(cli.identity())

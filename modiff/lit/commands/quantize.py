@@ -64,7 +64,7 @@ def made_before(folder: Path, module: LitStudent) -> bool:
 
 
 class Nothing(IterableDataset):
-    """No batch at all: the Trainer starts, which is when callbacks calibrate and pack, and draws nothing."""
+    """A data set without a batch: the Trainer starts, its callbacks calibrate and pack, and nothing is drawn."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -85,12 +85,12 @@ class Pack(Callback):
         self.dtype = dtype
 
     def on_predict_start(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Write; it comes after ``Calibration`` in the Trainer's list."""
+        """Write the student, which the callback ``Calibration`` before this one has calibrated."""
         if trainer.is_global_zero:
             self.write(pl_module)
 
     def write(self, module: LitStudent) -> None:
-        """Save, and say how it is used."""
+        """Save the student and say how to use it."""
         assert module.student is not None
         facts = {"teacher": module.spec.title, "origin": module.origin()}
         save(module.student, self.folder, dtype=self.dtype, overwrite=self.overwrite, **facts)

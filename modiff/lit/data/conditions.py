@@ -1,4 +1,4 @@
-"""What the samples to draw are about: classes or prompts, in turn by index."""
+"""Classes or prompts of the samples to draw, assigned in turn by sample index."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def _hub(name: str, split: str) -> Any:
 
 
 def _prompt(value: Any) -> str:
-    """A prompt; of several captions of one image the first."""
+    """A prompt; if an image has several captions, the first one."""
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     if isinstance(value, dict):
         value = value.get("raw") or value.get("text")

@@ -122,7 +122,7 @@ def _is_parquet(file: Path) -> bool:
 
 
 def _read_cached(path: Path) -> FeatureStatistics | None:
-    """Statistics that hold as many features as they should; None: measure (again)."""
+    """Cached statistics with as many features as they should hold; None if they have to be measured (again)."""
     if not path.is_file():
         return None
     try:
@@ -134,7 +134,7 @@ def _read_cached(path: Path) -> FeatureStatistics | None:
 
 
 def is_statistics(path: str | Path) -> bool:
-    """Whether a reference is a file of statistics and not of images."""
+    """Whether a reference is a file of statistics rather than of images."""
     return Path(path).suffix in (".npz", ".safetensors") or not Path(path).exists()
 
 

@@ -45,7 +45,7 @@ class CalibrationConfig(CalibrationSettings):
 
     @property
     def settings(self) -> CalibrationSettings:
-        """The library's part."""
+        """The settings that :func:`modiff.calibration.calibrate` takes."""
         return CalibrationSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CalibrationSettings)})
 
     @classmethod

@@ -174,7 +174,7 @@ class LitStudent(LightningModule):
         return self._loaded
 
     def _refuse_useless_calibration(self) -> None:
-        """A calibration with nothing to find, and ranges that nothing finds."""
+        """Refuse a calibration that has nothing to find, and calibrated ranges without a calibration."""
         if self.ckpt is not None or self.student is None:
             return
         found = operators(self.student).values()
@@ -193,7 +193,7 @@ class LitStudent(LightningModule):
         _ = self.teacher_hash  # before the Trainer changes dtypes
 
     def make_student(self) -> nn.Module:
-        """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
+        """Make another student of the teacher, from the checkpoint or the config, without calibrating it."""
         assert self.teacher is not None
         if self.ckpt is not None:
             return load(self.ckpt, self.shared_copy())  # puts other tensors in place of the teacher's, which stay
@@ -212,7 +212,7 @@ class LitStudent(LightningModule):
         return {"teacher_hash": self.teacher_hash, "calibration": calibration}
 
     def _refuse_foreign(self, ckpt: str) -> None:
-        """Compare hashes of the teacher, where the checkpoint says its own."""
+        """Refuse a checkpoint that says it was made from another teacher."""
         made_of = (read_manifest(Path(ckpt)).get("origin") or {}).get("teacher_hash")
         if made_of not in (None, self.teacher_hash):
             raise CalibrationError(
@@ -221,7 +221,7 @@ class LitStudent(LightningModule):
             )
 
     def shared_copy(self) -> nn.Module:
-        """The teacher again: modules of its own, the teacher's tensors."""
+        """Copy the teacher's modules but share its tensors."""
         assert self.teacher is not None
         return shared_copy(self.teacher)
 
@@ -231,7 +231,7 @@ class LitStudent(LightningModule):
         self.calibrated = calibrated
 
     def on_test_start(self) -> None:
-        """Compile, where asked for: after callbacks have calibrated, on the device, outside of trajectories."""
+        """Compile the student if asked to: on its device, after calibration, outside of trajectories."""
         if self.use_compile and self.student is not None:
             compile_student(self.student)
 
@@ -257,7 +257,7 @@ class LitStudent(LightningModule):
         return indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream).to(self.device)
 
     def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
-        """What the denoiser is told about samples ``indices`` ``[B]``; that of the last batch is kept."""
+        """Conditioning inputs of the denoiser for samples ``indices`` ``[B]``; the last batch's are cached."""
         key = tuple(indices.tolist())
         if self._conditioning is None or self._conditioning[0] != key:
             found = self.loaded.conditioning(list(key), self.conditions(list(key)), self.guidance)
@@ -308,7 +308,7 @@ class LitStudent(LightningModule):
         ).float()
 
     def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:
-        """Images of one batch and the seconds it took."""
+        """Draw the images of one batch, and time it in seconds."""
         denoiser = self.teacher if who == "teacher" else self.student
         assert denoiser is not None
         if who == "student" and not self.calibrated:
@@ -351,7 +351,7 @@ class LitStudent(LightningModule):
         return images, seconds
 
     def stored(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        """What an earlier, interrupted run left of this batch."""
+        """The images of this batch, if an earlier, interrupted run has drawn them."""
         if self.store is None:
             return None
         found = self.store.load(int(batch["index"][0]))

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from modiff.lit.report.image_grids import to_pixels
+from modiff.metrics.pairwise import psnr_db
 
 LOSSLESS = 128
 """Side in pixels up to which images are embedded without loss; larger ones would make a page of tens of MiB."""
@@ -31,7 +32,5 @@ def is_lossless(images: Tensor) -> bool:
 
 def psnr_of(student: Tensor, teacher: Tensor) -> list[float | None]:
     """PSNR of each pair in dB, None where both are identical; for captions."""
-    from modiff.metrics.pairwise import psnr_db
-
     values = psnr_db(student, teacher)
     return [None if torch.isinf(v) else float(v) for v in values]

@@ -107,7 +107,7 @@ def write_compare_report(
         "kind": "modiff compare",
         "heading": "Comparison of " + ("one recipe" if len(rows) == 1 else f"{len(rows)} recipes"),
         "lead": closest(rows),
-        "stamp": stamp("modiff compare", first) | {"recipe_hash": None},
+        "stamp": stamp(_hashes(rows), first) | {"recipe_hash": None},
         "recipes": table,
         "recipes_note": f"{first.num_images} images from the same noise, seed {first.seed}; the row “{FULL_PRECISION}” "
         + "is the teacher that all recipes start from and are measured against.",
@@ -132,6 +132,11 @@ def stamp(recipe: str, result: Result) -> dict[str, Any]:
         "num_images": result.num_images,
         "git_commit": (made.get("git_commit") or "")[:12] or None,
     }
+
+
+def _hashes(rows: Rows) -> str:
+    """The recipes with their hashes, for the line below the sections of a comparison."""
+    return ", ".join(f"{name} ({result.provenance.get('recipe_hash') or 'no hash'})" for name, result in rows)
 
 
 def _images(folder: Path) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class BatchStore:
         write_file(self.path(first_index), lambda path: save_file(tensors, str(path), metadata))
 
     def load(self, first_index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        """Read a batch; None when it is not there, or is damaged and has to be drawn again."""
+        """Read a batch; None if it is missing, or damaged and has to be drawn again."""
         path = self.path(first_index)
         if not path.is_file():
             return None
