@@ -101,8 +101,10 @@ def find_adapter(module: nn.Module) -> OperatorAdapter | None:
     for adapter in ADAPTERS:
         for base in adapter.types:
             if isinstance(module, base):
-                if type(module).forward is not base.forward or "forward" in vars(module):
-                    raise ConfigError(f"{type(module).__name__} overrides the forward of {base.__name__}")
+                for method in ("forward", "_conv_forward"):
+                    theirs, own = getattr(base, method, None), getattr(type(module), method, None)
+                    if own is not theirs or method in vars(module):
+                        raise ConfigError(f"{type(module).__name__} overrides the {method} of {base.__name__}")
                 return adapter
     return None
 

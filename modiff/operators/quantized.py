@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config.specs import Modulation, QuantSpec
-from modiff.errors import CalibrationError, TrajectoryError
+from modiff.errors import CalibrationError, ConfigError, TrajectoryError
 from modiff.kernels.backend import Backend, FixedScale, Prepared, Quantizer
 from modiff.kernels.elementwise import rescale
 from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
-from modiff.operators.adapters import OperatorAdapter
+from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.weight import WeightHolder
 from modiff.quantizers.affine import Limits
@@ -25,6 +25,9 @@ from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.schedule import Answer
 from modiff.trajectory.session import ModulationState
+
+
+ANEW = "Call modiff.restore(student), make the change there, and quantize again"
 
 
 class Execution(NamedTuple):
@@ -107,6 +110,7 @@ class QuantizedOperator(WeightHolder):
         self._executions: dict[tuple[Any, ...], Execution] = {}
         self._partitions: dict[int, Partition] = {}
         self.train(module.training)
+        self._complete = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
@@ -239,11 +243,12 @@ class QuantizedOperator(WeightHolder):
         """The weight in products; the original's is looked up in every call, for it may be replaced."""
         return execution.prepared or Prepared(self.shape, self.module.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """Quantize the input (equations 4 and 5) and apply the operator.
 
         While ``torch.compile`` traces, :mod:`modiff.compiling.regions` does the bookkeeping outside.
         """
+        x = input
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
@@ -257,6 +262,29 @@ class QuantizedOperator(WeightHolder):
             return self.product(encoded.codes, with_bias=True).to(output_dtype(x))
         product = execution.backend.multiply(self.prepared(execution), encoded)
         return self.add_bias(rescale(product, encoded)).to(output_dtype(x))
+
+    def look_again(self) -> None:
+        """Follow a change of the original's geometry (stride, padding, ...); refuse what the operator cannot follow.
+
+        Raises:
+            TrajectoryError: The original runs code of its own now, which the quantized operator does not.
+        """
+        try:
+            adapter = find_adapter(self.module)
+        except ConfigError as error:
+            raise TrajectoryError(
+                f"Operator {self.name!r} was changed after it was quantized: {error}, which the quantized operator "
+                f"would not run. {ANEW}, or exclude it with Rule({self.name!r}, skip=True)."
+            ) from error
+        if adapter is not self.adapter or self.module._forward_hooks or self.module._forward_pre_hooks:
+            raise TrajectoryError(
+                f"Operator {self.name!r} was changed after it was quantized: its original has forward hooks, or another "
+                f"class, which the quantized operator would not follow. {ANEW}."
+            )
+        shape = adapter.shape(self.module, self.weight_spec)
+        if shape != self.shape:
+            self.shape = shape
+            self.forget_executions()
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +21,7 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.student.blocks import prompt_modules
 from modiff.student.describe import Description, Row
+from modiff.student.guard import Guard
 from modiff.student.match import Plan, plan, plans
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, state_of
@@ -109,7 +110,7 @@ def convert(
         raise
     record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
-    record.hooks = _watch(model, state)
+    record.hooks = _watch(model, state, record.names)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
     return model
@@ -143,13 +144,14 @@ def _swap(model: nn.Module, built: list[tuple[Plan, QuantizedOperator]], record:
         whole.release()
 
 
-def _watch(model: nn.Module, state: ModulationState) -> list[torch.utils.hooks.RemovableHandle]:
+def _watch(model: nn.Module, state: ModulationState, names: Iterable[str]) -> list[torch.utils.hooks.RemovableHandle]:
     """Tell the state where evaluations begin and end; let it keep the output of modules that carry a prompt."""
     hooks = [
         model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
         model.register_forward_hook(state.end_evaluation),
     ]
     state.listeners.append(_FreesScratch())
+    state.listeners.append(Guard(model, list(names)))
     for name in prompt_modules(model, state.schedule):
         hook = functools.partial(state.keep_output, name)
         hooks.append(model.get_submodule(name).register_forward_hook(hook))

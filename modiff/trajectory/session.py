@@ -44,6 +44,9 @@ class Listener:
 
     copied = False
 
+    def before_trajectory(self, state: ModulationState) -> None:
+        """A trajectory is about to be opened; may raise to refuse it."""
+
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
         """The denoiser is about to be called, inside a trajectory or outside of any.
 
@@ -128,6 +131,7 @@ class ModulationState:
                 "A trajectory is already open on this student; they can be neither nested nor concurrent. "
                 "Close it first, or use a deepcopy of the student for each."
             )
+        self.tell("before_trajectory")
         self.trajectory = run
         return run
 
@@ -141,7 +145,7 @@ class ModulationState:
         self.tell("closed")
 
     def tell(self, event: str) -> None:
-        """Tell all listeners of an event that has no details: ``closed``, ``moved`` or ``removed``."""
+        """Tell all listeners of an event without details, such as ``before_trajectory`` or ``moved``."""
         for listener in self.listeners:
             getattr(listener, event)(self)
 

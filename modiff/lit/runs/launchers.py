@@ -138,8 +138,8 @@ def _by_srun() -> Launch:
     if "SLURM_STEP_ID" not in os.environ:
         raise ConfigError(
             f"This SLURM job has {tasks} task{'s' if tasks > 1 else ''}, but the process was started without srun "
-            "(there is no SLURM_STEP_ID). Put srun before the command; or set SLURM_JOB_NAME=interactive: then Lightning"
-            " starts the processes of --trainer.devices itself, on this node."
+            "(there is no SLURM_STEP_ID). Put srun before the command; or set SLURM_JOB_NAME=interactive: then "
+            "Lightning starts the processes of --trainer.devices itself, on this node."
         )
     try:
         world = SLURMEnvironment().world_size()
