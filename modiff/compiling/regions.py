@@ -47,7 +47,7 @@ class Regions(Listener):
             here = Context("")
         else:
             here = run.current
-            if here.total == 0:
+            if here.age == 0:
                 here.shapes = shapes
                 return
             self.ready = shapes == here.shapes and all(self._has_state(op, here) for op in self.operators.values())
@@ -65,9 +65,10 @@ class Regions(Listener):
             region = operator.region
             if isinstance(operator, ModulatedOperator):
                 state.calls[name] = region.call
-                skipped = region.answers.count(Answer.REUSE)
+                skipped = sum(region.reuses)
                 if skipped:
                     run.current.unchanged[name] = run.current.unchanged.get(name, 0) + skipped
+            state.called.add(name)
             if operator.activation_spec is not None:
                 state.quantized[0] += 1
                 state.quantized[1] += 1
@@ -125,10 +126,10 @@ class Regions(Listener):
     ) -> None:
         region = operator.region
         region.call, region.caches = 0, caches
-        region.answers = tuple(state.schedule.traced(cache, arguments) for cache in caches)
-        for cache, answer in zip(caches, region.answers, strict=True):
+        region.reuses = tuple(state.schedule.traced(cache, arguments) is Answer.REUSE for cache in caches)
+        for cache, reuses in zip(caches, region.reuses, strict=True):
             cache.encoded = None
-            cache.source = cache.source if answer is Answer.REUSE else None
+            cache.source = cache.source if reuses else None
         if operator.calibrated is not None:
             assert region.shape is not None
             assert region.execution is not None

@@ -37,6 +37,7 @@ class ModulatedOperator(QuantizedOperator):
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
+        self.state.stateful = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """One evaluation: warm up, refresh, advance by the quantized difference, or give the last output again.
@@ -65,7 +66,7 @@ class ModulatedOperator(QuantizedOperator):
         if torch.compiler.is_compiling():
             region, call = self.region, self.region.call
             region.call = call + 1
-            return region.answers[call], region.caches[call]
+            return Answer.REUSE if region.reuses[call] else Answer.ADVANCE, region.caches[call]
         self.require_range()
         cache = self.state.next_cache(self.name, x, self.shape.is_batched(x.ndim))
         answer = self.state.schedule.operator(self.state.evaluation, cache, x, self.modulation)
@@ -143,7 +144,7 @@ class ModulatedOperator(QuantizedOperator):
         """
         if self.modulation.warmup != "full" or self.calibrated is not None or self.apart:
             return None
-        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend
+        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend.name
 
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""

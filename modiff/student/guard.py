@@ -10,8 +10,11 @@ from typing_extensions import override
 
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.operators.adapters import find_adapter, is_unsupported
-from modiff.operators.quantized import ANEW, QuantizedOperator
+from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.session import Listener, ModulationState
+
+
+ANEW = "Call modiff.restore(student), make the change there, and quantize again"
 
 
 class Guard(Listener):
@@ -54,7 +57,7 @@ class Guard(Listener):
         flags = []
         with torch.no_grad():
             for operator in quantized:
-                operator.look_again()
+                _follow(operator)
                 flags.append(operator.weight_changed())
         known = [(op, flag) for op, flag in zip(quantized, flags, strict=True) if flag is not None]
         if not known:
@@ -88,3 +91,27 @@ def _is_linear(module: nn.Module) -> bool:
         return find_adapter(module) is not None or is_unsupported(module)
     except ConfigError:
         return True
+
+
+def _follow(operator: QuantizedOperator) -> None:
+    """Follow a change of the original's geometry (stride, padding, ...); refuse what the operator cannot follow.
+
+    Raises:
+        TrajectoryError: The original runs code of its own now, which the quantized operator does not.
+    """
+    module = operator.module
+    try:
+        adapter = find_adapter(module)
+    except ConfigError as error:
+        raise TrajectoryError(
+            f"Operator {operator.name!r} was changed after it was quantized: {error}, which the quantized operator "
+            f"would not run. {ANEW}."
+        ) from error
+    if adapter is not operator.adapter or module._forward_hooks or module._forward_pre_hooks:
+        raise TrajectoryError(
+            f"Operator {operator.name!r} was changed after it was quantized: its original has forward hooks or another "
+            f"class, which the quantized operator would not follow. {ANEW}."
+        )
+    shape = adapter.shape(module, operator.weight_spec)
+    if shape != operator.shape:
+        operator.use_shape(shape)

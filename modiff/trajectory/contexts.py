@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.calls import Call
 from modiff.trajectory.identity import KeptOutput
 from modiff.trajectory.probes import Probes
 
@@ -26,7 +28,7 @@ class Context:
         calls: Calls of each operator in the first evaluation.
         unchanged: Calls of each operator that were not computed, because the input was the last one's.
         shapes: Shape and dtype of each tensor among the denoiser's arguments in the first evaluation.
-        outputs: What modules between a fixed input and operators returned for it, by module.
+        outputs: What modules between a constant input and operators returned for it, by module.
     """
 
     name: str
@@ -37,6 +39,17 @@ class Context:
     unchanged: dict[str, int] = field(default_factory=dict, repr=False)
     shapes: tuple[object, ...] = field(default=(), repr=False)
     outputs: dict[str, KeptOutput | None] = field(default_factory=dict, repr=False)
+    start: int = 0
+    call: Call | None = field(default=None, repr=False)
+
+    @property
+    def age(self) -> int:
+        """Calls since its state was begun; 0 in a warm-up."""
+        return self.total - self.start
+
+    def begin_again(self) -> None:
+        """Forget the state: the next call is a warm-up."""
+        self.caches, self.outputs, self.calls, self.start = {}, {}, None, self.total
 
     def __str__(self) -> str:
         return f" of context {self.name!r}" if self.name else ""
@@ -63,6 +76,9 @@ class Trajectory:
     in_evaluation: bool = field(default=False, repr=False)
     closed: bool = field(default=False, repr=False)
     calls_in_step: int = field(default=0, repr=False)
+    taken: list[str] = field(default_factory=list, repr=False)
+    last_call: Call | None = field(default=None, repr=False)
+    stateful: bool = field(default=True, repr=False)
     probes: Probes = field(default_factory=Probes, repr=False)
 
     def __repr__(self) -> str:
@@ -91,7 +107,7 @@ class Trajectory:
 
     @property
     def constant(self) -> frozenset[str]:
-        """Operators that were computed in the first evaluation of each context only, because their input was fixed."""
+        """Operators that were computed in the first evaluation of each context only, as their input was constant."""
         longer = [context for context in self.contexts.values() if context.total > 1 and context.calls]
         found = [
             {n for n, skipped in c.unchanged.items() if skipped == (c.calls or {}).get(n, 0) * (c.total - 1)}
@@ -130,42 +146,95 @@ class Trajectory:
         finally:
             self.named = before
 
-    def begin(self) -> None:
-        """Start an evaluation: choose its context."""
+    def begin(self, call: Call | None = None) -> None:
+        """Start an evaluation: choose its context.
+
+        Args:
+            call: Its arguments.
+
+        Raises:
+            TrajectoryError: The call would share a state with another one that is conditioned differently.
+        """
+        reads = self.total < 4  # values on a device are compared in the first calls only, because that waits for it
+        same_time = None if call is None or self.last_call is None else call.same_time(self.last_call, reads)
         if self.named is not None:
             self.current = self._get(self.named)
-        elif self.order is not None:
-            self.current = self._get(self.order[self.calls_in_step % len(self.order)])
-            self.calls_in_step += 1
         else:
-            if self.one_call_per_step and self.calls_in_step:
-                raise TrajectoryError(
-                    "The denoiser was called twice in one step, and both calls would share one state. Name the calls "
-                    "of a step in their order, such as quantize_pipeline(pipe, config, contexts=('uncond', 'cond')); "
-                    "contexts=('all',) lets them share one."
-                )
-            self.current = self._get(DEFAULT)
+            if same_time is False and self.calls_in_step:
+                self.end_step()
+            if self.order is not None:
+                self.current = self._get(self._next(call))
+                self.taken.append(self.current.name)
+            else:
+                self._refuse_shared_state(call, same_time)
+                self.current = self._get(DEFAULT)
             self.calls_in_step += 1
+        self.last_call = call
+        self._grow(call)
+        self.current.call = call
         self.in_evaluation = True
+
+    def _next(self, call: Call | None) -> str:
+        """Which of the named calls of a step this one is: the one it was before by its arguments, else the next one."""
+        assert self.order is not None
+        left = [name for name in self.order if name not in self.taken]
+        if not left:
+            self.taken, left = [], list(self.order)
+        if call is None or len(self.order) == 1:
+            return left[0]
+        before = {name: self.contexts[name].call for name in left if name in self.contexts}
+        known = [name for name, last in before.items() if last is not None and call.same_condition(last)]
+        return next(iter([*known, *(name for name in left if name not in before), *left]))
+
+    def _refuse_shared_state(self, call: Call | None, same_time: bool | None) -> None:
+        if not self.stateful:
+            return
+        if self.one_call_per_step and self.calls_in_step and same_time is not False:
+            raise TrajectoryError(
+                "The denoiser was called twice in one step, and both calls would share one state. Name the calls "
+                "of a step in their order, such as quantize_pipeline(pipe, config, contexts=('uncond', 'cond')); "
+                "contexts=('all',) lets them share one."
+            )
+        if same_time and call is not None and self.last_call is not None and not call.same_condition(self.last_call):
+            raise TrajectoryError(
+                "The denoiser was called twice at one time step with different conditions, as guidance in two calls "
+                "does, and both calls would share one state. Name the calls of a step in their order, such as "
+                "modiff.trajectory(student, contexts=('uncond', 'cond')), or in quantize_pipeline(pipe, config, "
+                "contexts=...); contexts=('all',) lets them share one."
+            )
+
+    def _grow(self, call: Call | None) -> None:
+        """Warm up again where the batch doubles, because guidance in one batch begins on the way."""
+        last = self.current.call
+        if call is None or last is None or call.rows is None or last.rows is None or not self.guidance_may_end:
+            return
+        if call.rows == 2 * last.rows:
+            self.current.begin_again()
 
     def end_step(self) -> None:
         """Mark the end of a step, with the sampler's own.
 
         Raises:
-            TrajectoryError: The step made other calls than ``order`` names.
+            TrajectoryError: The step left out calls that ``order`` names, and nothing says which.
         """
-        if self.order is not None and self.calls_in_step % len(self.order):
-            raise TrajectoryError(
-                f"A step made {self.calls_in_step} denoiser calls, but contexts names {len(self.order)}: "
-                f"{', '.join(self.order)}. Where guidance switches off mid-way, use a pipeline that names its calls by "
-                "cache_context, or a loop of your own with run.context(name); else name the calls that a step makes."
-            )
-        self.calls_in_step = 0
+        if self.order is not None and self.stateful and self.calls_in_step % len(self.order):
+            used = [context.call for name in self.order if (context := self.contexts.get(name)) is not None]
+            known = [call for call in used if call is not None]
+            pairs = itertools.combinations(known, 2)
+            if len(used) > 1 and (len(known) < len(used) or any(a.same_condition(b) for a, b in pairs)):
+                raise TrajectoryError(
+                    f"A step made {self.calls_in_step} denoiser calls, but contexts names {len(self.order)}: "
+                    f"{', '.join(self.order)}. The calls do not differ in their arguments, so nothing says which of "
+                    "them was left out. Name each call where it is made: with run.context(name) in a loop of your own "
+                    "(of which modiff.trajectory gives run), with cache_context(name) in a pipeline."
+                )
+        self.calls_in_step, self.taken = 0, []
 
     def close(self) -> None:
         """Free the state; the counts stay."""
         for context in self.contexts.values():
-            context.caches, context.outputs = {}, {}
+            context.caches, context.outputs, context.call = {}, {}, None
+        self.last_call = None
         self.closed = True
         self.in_evaluation = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from modiff.errors import TrajectoryError
+from modiff.trajectory.calls import Call
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.contexts import Context, Trajectory, context_names
 from modiff.trajectory.identity import InputIdentity, KeptOutput
@@ -78,6 +81,9 @@ class ModulationState:
         trajectory: The open one.
         last: The last one that was closed, for its counts.
         listeners: Told about every evaluation.
+        stateful: Whether any operator is modulated, and so keeps state between evaluations.
+        names: Of all operators.
+        called: Operators that were called in the last trajectory, or in this one.
         schedule: Says what each call does.
         calls: Calls of each modulated operator in this evaluation.
         quantized: How many calls quantized their input in this evaluation, and how many could have.
@@ -88,6 +94,9 @@ class ModulationState:
         self.last: Trajectory | None = None
         self.listeners: list[Listener] = []
         self.schedule: Schedule = SCHEDULE
+        self.stateful = False
+        self.names: set[str] = set()
+        self.called: set[str] = set()
         self.calls: dict[str, int] = {}
         self.quantized = [0, 0]
         self._leaders: list[tuple[object, InputIdentity, OperatorCache]] = []
@@ -97,6 +106,7 @@ class ModulationState:
         """Copying or pickling is allowed between trajectories only."""
         self.refuse_inside("copied or pickled")
         kept = ModulationState()
+        kept.stateful, kept.names = self.stateful, self.names
         kept.listeners = [listener for listener in self.listeners if listener.copied]
         return kept.__dict__.copy()
 
@@ -132,6 +142,8 @@ class ModulationState:
                 "Close it first, or use a deepcopy of the student for each."
             )
         self.tell("before_trajectory")
+        run.stateful = self.stateful
+        self.called = set()
         self.trajectory = run
         return run
 
@@ -162,7 +174,7 @@ class ModulationState:
                     "The previous evaluation of this trajectory did not finish (it raised, or the student calls "
                     "itself), so its state is unusable. Start a new trajectory."
                 )
-            run.begin()
+            run.begin(Call.of(_parameters(type(_module)), args, kwargs))
             run.probes.begin()
             self.calls, self.quantized = {}, [0, 0]
         if self.listeners:
@@ -206,8 +218,8 @@ class ModulationState:
 
     @property
     def evaluation(self) -> int:
-        """Number of the current evaluation in its context, from 0; 0 outside of a trajectory."""
-        return 0 if self.trajectory is None else self.trajectory.current.total
+        """Evaluations since the current context's warm-up, which is 0; 0 outside of a trajectory."""
+        return 0 if self.trajectory is None else self.trajectory.current.age
 
     def next_cache(self, name: str, x: Tensor, batched: bool) -> OperatorCache | None:
         """The cache of this call of operator ``name``; None in the first evaluation of the current context.
@@ -221,16 +233,18 @@ class ModulationState:
             TrajectoryError: No trajectory is open, or the input's shape changed.
         """
         run = self.trajectory
-        if run is None or not run.in_evaluation:
-            where = "a trajectory" if run is None else "its student"
+        if run is None:
             raise TrajectoryError(
-                f"Modulated operator {name!r} was called outside {where}: it would run without the state of the last "
-                "evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student itself."
+                f"Modulated operator {name!r} was called outside a trajectory: it would run without the state of the "
+                "last evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student "
+                "itself. A diffusers pipeline opens one in every call once it is wrapped: "
+                "modiff.quantize_pipeline(pipe), after modiff.load too."
             )
+        self._require_evaluation(name)
         here = run.current
         call = self.calls.get(name, 0)
         self.calls[name] = call + 1
-        if here.total == 0:
+        if here.age == 0:
             return None
         caches = here.caches.get(name, [])
         if call >= len(caches):
@@ -251,6 +265,21 @@ class ModulationState:
                 )
             cache.keep_last_half()
         return cache
+
+    def _require_evaluation(self, name: str) -> None:
+        """Refuse a call inside a trajectory that does not come from the student's own forward.
+
+        Raises:
+            TrajectoryError: The student itself was not called.
+        """
+        assert self.trajectory is not None
+        if not self.trajectory.in_evaluation:
+            raise TrajectoryError(
+                f"Operator {name!r} was called inside a trajectory, but outside its student: the student itself was not "
+                "called, so no evaluation was counted. Call student(...). Where another method of it, such as "
+                "forward_with_cfg, calls self.forward: quantize a wrapper, a module that holds the denoiser and whose "
+                "forward calls that method."
+            )
 
     def peek_cache(self, name: str) -> OperatorCache | None:
         """The cache that the next call of operator ``name`` will get, if there is one."""
@@ -292,6 +321,7 @@ class ModulationState:
         found by a comparison on the device, which is read when the trajectory closes.
         """
         assert self.trajectory is not None
+        self.called.add(name)
         skipped = self.trajectory.current.unchanged
         skipped[name] = skipped.get(name, 0) + 1
         self.trajectory.probes.changes.append((name, torch.ne(x, cache.reconstruction()).any()))
@@ -308,6 +338,8 @@ class ModulationState:
         """
         if self.trajectory is None:
             return
+        self._require_evaluation(name)
+        self.called.add(name)
         self.trajectory.probes.inputs.append((name, probe))
         if quantized is not None:
             self.quantized[0] += int(quantized)
@@ -330,6 +362,12 @@ class ModulationState:
             return kept.output
         run.current.outputs[name] = KeptOutput.of(args[0], output)
         return None
+
+
+@functools.cache
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a module's forward."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -389,7 +427,7 @@ def trajectory(
 
 @contextmanager
 def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
-    """Have ``run`` be the student's trajectory inside; see :func:`trajectory`."""
+    """Make ``run`` the student's trajectory inside; see :func:`trajectory`."""
     state, probes = state_of(student), run.probes
     state.open(run)
     try:
