@@ -312,7 +312,7 @@ def calibrated_specs(teacher: nn.Module, config: QuantConfig) -> dict[str, Quant
 def _grids(student: nn.Module) -> dict[str, QuantizedWeight]:
     """Weights rounded to nearest, of the operators whose weights are quantized."""
     return {
-        name: round_nearest(operator.module.weight, operator.weight_spec)
+        name: round_nearest(operator.original_weight, operator.weight_spec)
         for name, operator in operators(student).items()
         if operator.weight_spec is not None
     }
@@ -320,7 +320,7 @@ def _grids(student: nn.Module) -> dict[str, QuantizedWeight]:
 
 def _lp_weights(student: nn.Module, norm: float) -> dict[str, PackedWeight]:
     return {
-        name: PackedWeight.pack(round_lp(operator.module.weight, operator.weight_spec, norm), operator.weight_spec)
+        name: PackedWeight.pack(round_lp(operator.original_weight, operator.weight_spec, norm), operator.weight_spec)
         for name, operator in operators(student).items()
         if operator.weight_spec is not None
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modiff.kernels.backend import Encoded, OperatorShape, Prepared, Quantizer, integer_obstacle, register
 from modiff.kernels.elementwise import ElementwiseBackend
+from modiff.kernels.transposed import as_convolution, flipped, stuffed
 from modiff.quantizers.packing import PackedWeight
 
 ZEROS = {True: 64, False: 128}
@@ -232,11 +233,17 @@ class OneDNN(ElementwiseBackend):
         scale = weight.scale.reshape(-1).float().expand(weight.shape[0]).contiguous()
         if shape.kind == "linear":
             return Prepared(shape, Handle(pack_linear(codes, scale)))
+        if shape.kind == "conv_transpose":
+            packed = self._pack_conv(flipped(codes), scale, as_convolution(shape))
+        else:
+            packed = self._pack_conv(codes, scale, shape)
+        return Prepared(shape, Handle(packed), torch.channels_last if len(shape.kernel) == 2 else None)
+
+    def _pack_conv(self, codes: Tensor, scale: Tensor, shape: OperatorShape) -> Packed:
         stride, padding, dilation = list(shape.stride), [low for low, _ in shape.padding], list(shape.dilation)
         if codes.ndim == 3:  # a Conv1d is a Conv2d of height 1
             codes, stride, padding, dilation = codes.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
-        packed = pack_conv(codes, scale, stride, padding, dilation, shape.groups)
-        return Prepared(shape, Handle(packed), torch.channels_last if len(shape.kernel) == 2 else None)
+        return pack_conv(codes, scale, stride, padding, dilation, shape.groups)
 
     def multiply(self, prepared: Prepared, encoded: Encoded) -> Tensor:
         """``A(codes - zero)`` times the scales of the weight, float32; of convolutions, channels last."""
@@ -246,6 +253,9 @@ class OneDNN(ElementwiseBackend):
         rank = len(shape.kernel)
         batched = codes.ndim > rank + 1
         x = codes if batched else codes.unsqueeze(0)
+        if shape.kind == "conv_transpose":
+            assert isinstance(encoded.zero, int)
+            x = stuffed(x, shape, encoded.zero)
         x = x.unsqueeze(2) if rank == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)
         y = int8_conv2d(x, number, shape.out_channels, encoded.zero)
@@ -256,8 +266,6 @@ class OneDNN(ElementwiseBackend):
 def _shape_obstacle(shape: OperatorShape) -> str | None:
     if shape.kind == "linear":
         return None
-    if shape.kind == "conv_transpose":
-        return "oneDNN's integer products have no transposed convolution"
     if len(shape.kernel) > 2:
         return "there is no integer Conv3d"
     if shape.padding_mode != "zeros":

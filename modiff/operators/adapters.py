@@ -13,6 +13,7 @@ from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
 from modiff.kernels.backend import OperatorShape
 from modiff.kernels.float import linear_map
+from modiff.kernels.transposed import canonical, native
 
 
 class OperatorAdapter(ABC):
@@ -40,6 +41,14 @@ class OperatorAdapter(ABC):
     def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``A(x) + bias`` with ``weight`` in place of the module's own."""
         return linear_map(x, weight, bias, self.shape(module))
+
+    def canonical(self, module: Any, weight: Tensor) -> Tensor:
+        """A weight of the module's own shape as ``[out, in / groups, *kernel]``."""
+        return weight
+
+    def native(self, module: Any, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`canonical`."""
+        return weight
 
     def is_batched(self, module: Any, ndim: int) -> bool:
         """Whether dim 0 of an input with ``ndim`` dims counts samples; PyTorch takes single samples too."""
@@ -89,7 +98,72 @@ class ConvAdapter(OperatorAdapter):
         return output.numel() * int(module.in_channels // module.groups) * math.prod(module.kernel_size)
 
 
-ADAPTERS: tuple[OperatorAdapter, ...] = (LinearAdapter(), ConvAdapter())
+class ConvTransposeAdapter(OperatorAdapter):
+    """``nn.ConvTranspose1d``, ``ConvTranspose2d`` and ``ConvTranspose3d``, called without ``output_size``.
+
+    Rules and granularities take them for convolutions.
+    """
+
+    kind = "conv"
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @override
+    def shape(self, module: Any, weight: QuantSpec | None = None) -> OperatorShape:
+        return OperatorShape(
+            "conv_transpose",
+            module.in_channels,
+            module.out_channels,
+            weight,
+            kernel=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            padding=tuple((pad, pad) for pad in module.padding),
+            dilation=tuple(module.dilation),
+            output_padding=tuple(module.output_padding),
+            groups=module.groups,
+        )
+
+    @override
+    def macs(self, module: Any, output: Tensor) -> int:
+        # Every input value meets the kernel once; from the output's size that is the input's up to its borders.
+        rank = len(module.kernel_size)
+        sizes = zip(
+            output.shape[-rank:],
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.kernel_size,
+            module.output_padding,
+            strict=True,
+        )
+        places = [(n - 1 - o + 2 * p - d * (k - 1)) // s + 1 for n, s, p, d, k, o in sizes]
+        batch = math.prod(output.shape[: output.ndim - rank - 1])
+        each = module.in_channels * module.out_channels // module.groups * math.prod(module.kernel_size)
+        return batch * math.prod(places) * int(each)
+
+    @override
+    def canonical(self, module: Any, weight: Tensor) -> Tensor:
+        return canonical(weight, module.groups)
+
+    @override
+    def native(self, module: Any, weight: Tensor) -> Tensor:
+        return native(weight, module.groups)
+
+
+ADAPTERS: list[OperatorAdapter] = [LinearAdapter(), ConvAdapter(), ConvTransposeAdapter()]
+
+
+def register_adapter(adapter: OperatorAdapter) -> OperatorAdapter:
+    """Have modules of ``adapter.types`` quantized: a linear operator of one's own.
+
+    It is asked before those that are there. docs/models.md has an example.
+
+    Raises:
+        ConfigError: It is no adapter.
+    """
+    if not isinstance(adapter, OperatorAdapter):
+        raise ConfigError(f"{adapter!r} is no adapter; give an object of a subclass of OperatorAdapter.")
+    ADAPTERS.insert(0, adapter)
+    return adapter
 
 
 def find_adapter(module: nn.Module) -> OperatorAdapter | None:
@@ -124,5 +198,4 @@ def bypassed_operators(model: nn.Module) -> dict[str, str]:
 
 def is_unsupported(module: nn.Module) -> bool:
     """Whether a module multiplies by a weight in a way that no adapter serves."""
-    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention)
-    return isinstance(module, kinds)
+    return isinstance(module, (nn.Bilinear, nn.MultiheadAttention))

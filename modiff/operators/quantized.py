@@ -94,8 +94,7 @@ class QuantizedOperator(WeightHolder):
         packed: PackedWeight | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(module, name, weight, packed)
-        self.adapter = adapter
+        super().__init__(module, name, adapter, weight, packed)
         self.activation_spec = activation
         self.state = state
         state.names.add(name)
@@ -241,7 +240,7 @@ class QuantizedOperator(WeightHolder):
 
     def prepared(self, execution: Execution) -> Prepared:
         """The weight in products; the original's is looked up in every call, for it may be replaced."""
-        return execution.prepared or Prepared(self.shape, self.module.weight)
+        return execution.prepared or Prepared(self.shape, self.original_weight)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """Quantize the input (equations 4 and 5) and apply the operator.
@@ -290,7 +289,7 @@ class QuantizedOperator(WeightHolder):
 
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
-        weight = self.module.weight if self.packed is None else self.quantized_weight()
+        weight = self.original_weight if self.packed is None else self.quantized_weight()
         return full_precision(a, weight, self.bias if with_bias else None, self.shape)
 
     def partition(self, ndim: int) -> Partition:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
+from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import memory_format
 from modiff.operators.wrapper import ModuleWrapper
 from modiff.quantizers.packing import PackedWeight
@@ -22,6 +23,7 @@ class WeightHolder(ModuleWrapper):
     Args:
         module: The original operator, kept untouched for :func:`modiff.restore` (but see :meth:`drop_original`).
         name: Its qualified name.
+        adapter: Of its type.
         weight: Weight spec or None.
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
 
@@ -29,9 +31,17 @@ class WeightHolder(ModuleWrapper):
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
 
-    def __init__(self, module: Any, name: str, weight: QuantSpec | None, packed: PackedWeight | None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        adapter: OperatorAdapter,
+        weight: QuantSpec | None,
+        packed: PackedWeight | None,
+    ) -> None:
         super().__init__()
         self.module: Any = module
+        self.adapter = adapter
         self.name = name
         self.weight_spec = weight
         self.dropped = False
@@ -69,7 +79,7 @@ class WeightHolder(ModuleWrapper):
         Raises:
             ConfigError: It is on the meta device, or holds NaN or Inf.
         """
-        weight: Tensor = self.module.weight
+        weight = self.original_weight
         if self.weight_spec is None:
             return
         if weight.is_meta:
@@ -151,10 +161,17 @@ class WeightHolder(ModuleWrapper):
         return 0 if self.packed is None else self.packed.scale.numel()
 
     @property
+    def original_weight(self) -> Tensor:
+        """The original's parameter as ``[out, in / groups, *kernel]``."""
+        return self.adapter.canonical(self.module, self.module.weight)
+
+    @property
     def weight_shape(self) -> torch.Size:
         """Shape of the original's weight."""
-        shape: torch.Size = self.module.weight.shape if self.packed is None else self.packed.shape
-        return shape
+        if self.packed is None:
+            shape: torch.Size = self.module.weight.shape
+            return shape
+        return self.adapter.native(self.module, torch.empty(self.packed.shape, device="meta")).shape
 
     @property
     def weight(self) -> Tensor:
@@ -166,7 +183,7 @@ class WeightHolder(ModuleWrapper):
         weight: Tensor = self.module.weight
         if self.packed is None:
             return weight
-        values = self.quantized_weight()
+        values = self.adapter.native(self.module, self.quantized_weight())
         if values.dtype == weight.dtype:
             return values
         if self._given is None or self._given.dtype != weight.dtype or self._given.device != values.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modiff.config.quant import QuantConfig
 from modiff.config.specs import STATE_DTYPES
 from modiff.errors import CheckpointError, ConfigError
+from modiff.operators.adapters import find_adapter
 from modiff.operators.dtypes import memory_format
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, undo
@@ -286,9 +287,13 @@ def _packed_weights(
         if row.name not in manifest["operators"]:
             continue
         assert row.weight is not None
-        weight: Tensor = model.get_submodule(row.name).weight  # type: ignore[assignment]
+        module = model.get_submodule(row.name)
+        adapter = find_adapter(module)
+        assert adapter is not None
+        weight: Tensor = module.weight  # type: ignore[assignment]
         device = torch.device("cpu") if weight.is_meta else weight.device
-        packed = PackedWeight.from_tensors(tensors, f"{row.name}.weight", weight.shape, row.weight)
+        shape = adapter.canonical(module, torch.empty(weight.shape, device="meta")).shape
+        packed = PackedWeight.from_tensors(tensors, f"{row.name}.weight", shape, row.weight)
         weights[row.name] = packed.to(device)
     return weights
 

@@ -34,6 +34,7 @@ class OperatorCost:
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
         constant: Its input was constant throughout the last trajectory before: its product is counted once per context.
+        uncalled: It was not called: its module is not used, or other code multiplies by its weight itself.
     """
 
     name: str
@@ -44,6 +45,7 @@ class OperatorCost:
     state_bytes: float
     weight_bytes: float
     constant: bool = False
+    uncalled: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,19 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
             module, macs, bits, (evaluations, contexts), name in constant
         )
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
-        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
+        rows.append(
+            OperatorCost(
+                name,
+                macs,
+                weight_bits,
+                activation_bits,
+                bops,
+                held[1],
+                held[0],
+                name in constant,
+                name not in counter.macs,
+            )
+        )
     other_bops = counter.other.bops / images
     return Cost(
         operators=tuple(rows),

@@ -13,7 +13,6 @@ from modiff.operators.adapters import find_adapter, is_unsupported
 from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.session import Listener, ModulationState
 
-
 ANEW = "Call modiff.restore(student), make the change there, and quantize again"
 
 
@@ -107,7 +106,7 @@ def _follow(operator: QuantizedOperator) -> None:
             f"Operator {operator.name!r} was changed after it was quantized: {error}, which the quantized operator "
             f"would not run. {ANEW}."
         ) from error
-    if adapter is not operator.adapter or module._forward_hooks or module._forward_pre_hooks:
+    if type(adapter) is not type(operator.adapter) or module._forward_hooks or module._forward_pre_hooks:
         raise TrajectoryError(
             f"Operator {operator.name!r} was changed after it was quantized: its original has forward hooks or another "
             f"class, which the quantized operator would not follow. {ANEW}."

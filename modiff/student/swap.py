@@ -23,6 +23,7 @@ from modiff.student.blocks import prompt_modules
 from modiff.student.describe import Description, Row
 from modiff.student.guard import Guard
 from modiff.student.match import Plan, plan, plans
+from modiff.student.refusals import allow_methods, refuse_methods
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, state_of
 
@@ -113,6 +114,7 @@ def convert(
     record.hooks = _watch(model, state, record.names)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
+    refuse_methods(model)
     return model
 
 
@@ -197,6 +199,7 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     for hook in record.hooks:
         hook.remove()
     state_of(student).tell("removed")
+    allow_methods(student)
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
@@ -254,7 +257,13 @@ def describe(student: nn.Module) -> Description:
     rows = getattr(student, RECORD).description.rows
     constant = state.last.constant if state.last else frozenset()
     found = operators(student)
-    return Description(tuple(replace(row, constant=row.name in constant, backend=_backend(found, row)) for row in rows))
+    uncalled = state.names - state.called if state.last and state.last.total else frozenset()
+    return Description(
+        tuple(
+            replace(row, constant=row.name in constant, uncalled=row.name in uncalled, backend=_backend(found, row))
+            for row in rows
+        )
+    )
 
 
 def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:

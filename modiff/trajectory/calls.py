@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 TIME = ("timestep", "timesteps", "time_step", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels")
@@ -31,6 +33,13 @@ class Seen:
         """A value as it is now."""
         counted = isinstance(value, Tensor) and not value.is_inference()
         return cls(value, value._version if counted else None)
+
+    def is_very(self, other: Seen) -> bool:
+        """Whether both are the same without a look at values."""
+        if isinstance(self.value, Tensor):
+            same = isinstance(other.value, Tensor) and self.value.data_ptr() == other.value.data_ptr()
+            return same and self.value.shape == other.value.shape and self.writes == other.writes
+        return bool(self.equals(other))
 
     def equals(self, other: Seen, reads: bool = True) -> bool | None:
         """Whether both were the same.
@@ -90,11 +99,17 @@ class Call:
         """Whether both are of one time step; None where it is not known."""
         return None if self.time is None or other.time is None else self.time.equals(other.time, reads)
 
-    def same_condition(self, other: Call) -> bool:
-        """Whether both have the same arguments but for x_t and the time step."""
+    def same_condition(self, other: Call, reads: bool = True) -> bool:
+        """Whether both have the same arguments but for x_t and the time step.
+
+        Args:
+            other: The other call.
+            reads: Values may be read; else only the very same tensors count as the same.
+        """
         if [name for name, _ in self.condition] != [name for name, _ in other.condition]:
             return False
-        return all(a.equals(b) for (_, a), (_, b) in zip(self.condition, other.condition, strict=True))
+        pairs = zip(self.condition, other.condition, strict=True)
+        return all(a.equals(b) if reads else a.is_very(b) for (_, a), (_, b) in pairs)
 
 
 def _is_time(value: Any) -> bool:
@@ -108,3 +123,18 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:  # objects of others may compare to anything, or to nothing
         return False
+
+
+@functools.cache
+def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a module's forward."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested arguments or outputs of a call."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
+            yield from tensors_of(dict(leaf))

@@ -79,6 +79,7 @@ class Trajectory:
     taken: list[str] = field(default_factory=list, repr=False)
     last_call: Call | None = field(default=None, repr=False)
     stateful: bool = field(default=True, repr=False)
+    timed: bool = field(default=False, repr=False)
     probes: Probes = field(default_factory=Probes, repr=False)
 
     def __repr__(self) -> str:
@@ -155,18 +156,14 @@ class Trajectory:
         Raises:
             TrajectoryError: The call would share a state with another one that is conditioned differently.
         """
-        reads = self.total < 4  # values on a device are compared in the first calls only, because that waits for it
-        same_time = None if call is None or self.last_call is None else call.same_time(self.last_call, reads)
         if self.named is not None:
             self.current = self._get(self.named)
         else:
-            if same_time is False and self.calls_in_step:
-                self.end_step()
             if self.order is not None:
                 self.current = self._get(self._next(call))
                 self.taken.append(self.current.name)
             else:
-                self._refuse_shared_state(call, same_time)
+                self._refuse_shared_state(call)
                 self.current = self._get(DEFAULT)
             self.calls_in_step += 1
         self.last_call = call
@@ -174,28 +171,61 @@ class Trajectory:
         self.current.call = call
         self.in_evaluation = True
 
+    def _same_time(self, call: Call | None) -> bool | None:
+        """Whether a call is at the time step of the last one; None where it is not known.
+
+        Values on a device are compared in the first calls only, because that waits for it.
+        """
+        return None if call is None or self.last_call is None else call.same_time(self.last_call, self.total < 4)
+
     def _next(self, call: Call | None) -> str:
         """Which of the named calls of a step this one is: the one it was before by its arguments, else the next one."""
         assert self.order is not None
+        if len(self.order) == 1:
+            return self.order[0]
+        same_time = self._same_time(call)
+        if same_time and not self.timed:
+            self.timed = True
+            if self.total > 1 and not self._distinct():
+                raise TrajectoryError(self._ambiguous())
+        if same_time is False and self.timed and self.calls_in_step:
+            self.end_step()
         left = [name for name in self.order if name not in self.taken]
         if not left:
             self.taken, left = [], list(self.order)
-        if call is None or len(self.order) == 1:
-            return left[0]
-        before = {name: self.contexts[name].call for name in left if name in self.contexts}
-        known = [name for name, last in before.items() if last is not None and call.same_condition(last)]
+        before = {name: context.call for name in left if (context := self.contexts.get(name)) is not None}
+        known = [n for n, last in before.items() if call is not None and last is not None and call.same_condition(last)]
         return next(iter([*known, *(name for name in left if name not in before), *left]))
 
-    def _refuse_shared_state(self, call: Call | None, same_time: bool | None) -> None:
-        if not self.stateful:
+    def _distinct(self) -> bool:
+        """Whether the named calls differ in their arguments, as far as they were made."""
+        used = [context.call for name in self.order or () if (context := self.contexts.get(name)) is not None]
+        known = [call for call in used if call is not None]
+        return len(known) == len(used) and not any(a.same_condition(b) for a, b in itertools.combinations(known, 2))
+
+    def _ambiguous(self) -> str:
+        return (
+            f"The steps of this trajectory make different numbers of denoiser calls, and contexts names "
+            f"{len(self.order or ())}: {', '.join(self.order or ())}. The calls do not differ in their arguments, so "
+            "nothing says which of them a shorter step leaves out. Name each call where it is made: with "
+            "run.context(name) in a loop of your own (modiff.trajectory gives run), with cache_context(name) in a "
+            "pipeline."
+        )
+
+    def _refuse_shared_state(self, call: Call | None) -> None:
+        if not self.stateful or self.last_call is None or call is None:
             return
-        if self.one_call_per_step and self.calls_in_step and same_time is not False:
+        marked = self.one_call_per_step and self.calls_in_step > 0
+        if not marked and call.same_condition(self.last_call, reads=False):
+            return
+        same_time = self._same_time(call)
+        if marked and same_time is not False:
             raise TrajectoryError(
                 "The denoiser was called twice in one step, and both calls would share one state. Name the calls "
                 "of a step in their order, such as quantize_pipeline(pipe, config, contexts=('uncond', 'cond')); "
                 "contexts=('all',) lets them share one."
             )
-        if same_time and call is not None and self.last_call is not None and not call.same_condition(self.last_call):
+        if same_time and not call.same_condition(self.last_call):
             raise TrajectoryError(
                 "The denoiser was called twice at one time step with different conditions, as guidance in two calls "
                 "does, and both calls would share one state. Name the calls of a step in their order, such as "
@@ -217,17 +247,10 @@ class Trajectory:
         Raises:
             TrajectoryError: The step left out calls that ``order`` names, and nothing says which.
         """
-        if self.order is not None and self.stateful and self.calls_in_step % len(self.order):
-            used = [context.call for name in self.order if (context := self.contexts.get(name)) is not None]
-            known = [call for call in used if call is not None]
-            pairs = itertools.combinations(known, 2)
-            if len(used) > 1 and (len(known) < len(used) or any(a.same_condition(b) for a, b in pairs)):
-                raise TrajectoryError(
-                    f"A step made {self.calls_in_step} denoiser calls, but contexts names {len(self.order)}: "
-                    f"{', '.join(self.order)}. The calls do not differ in their arguments, so nothing says which of "
-                    "them was left out. Name each call where it is made: with run.context(name) in a loop of your own "
-                    "(of which modiff.trajectory gives run), with cache_context(name) in a pipeline."
-                )
+        partial = self.order is not None and self.calls_in_step % len(self.order) > 0
+        used = sum(name in self.contexts for name in self.order or ())
+        if partial and self.stateful and used > 1 and not self._distinct():
+            raise TrajectoryError(self._ambiguous())
         self.calls_in_step, self.taken = 0, []
 
     def close(self) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from modiff.errors import TrajectoryError
-from modiff.trajectory.calls import Call
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.calls import Call, parameters_of, tensors_of
 from modiff.trajectory.contexts import Context, Trajectory, context_names
 from modiff.trajectory.identity import InputIdentity, KeptOutput
+from modiff.trajectory.listeners import Listener
 from modiff.trajectory.probes import Probes
+from modiff.trajectory.remarks import Remarks
 from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
 
 __all__ = [
@@ -34,41 +33,6 @@ __all__ = [
 ]
 
 ATTRIBUTE = "_modiff_state"
-
-
-class Listener:
-    """Is told about the evaluations of a student; overrides what it wants to know.
-
-    Compiled regions are listeners, and so is whatever records errors step by step.
-
-    Attributes:
-        copied: A copy of the student gets a copy of the listener.
-    """
-
-    copied = False
-
-    def before_trajectory(self, state: ModulationState) -> None:
-        """A trajectory is about to be opened; may raise to refuse it."""
-
-    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
-        """The denoiser is about to be called, inside a trajectory or outside of any.
-
-        Args:
-            state: Of the student.
-            arguments: The tensors among the denoiser's arguments.
-        """
-
-    def after_evaluation(self, state: ModulationState, output: Any) -> None:
-        """The denoiser has returned, inside a trajectory; its calls are about to be counted."""
-
-    def closed(self, state: ModulationState) -> None:
-        """The trajectory has ended, and its state is gone."""
-
-    def moved(self, state: ModulationState) -> None:
-        """An operator was moved to another device, cast or laid out anew."""
-
-    def removed(self, state: ModulationState) -> None:
-        """The student is being restored: nothing of the listener may stay on its modules."""
 
 
 class ModulationState:
@@ -96,6 +60,7 @@ class ModulationState:
         self.schedule: Schedule = SCHEDULE
         self.stateful = False
         self.names: set[str] = set()
+        self.remarks = Remarks()
         self.called: set[str] = set()
         self.calls: dict[str, int] = {}
         self.quantized = [0, 0]
@@ -174,7 +139,7 @@ class ModulationState:
                     "The previous evaluation of this trajectory did not finish (it raised, or the student calls "
                     "itself), so its state is unusable. Start a new trajectory."
                 )
-            run.begin(Call.of(_parameters(type(_module)), args, kwargs))
+            run.begin(Call.of(parameters_of(type(_module)), args, kwargs))
             run.probes.begin()
             self.calls, self.quantized = {}, [0, 0]
         if self.listeners:
@@ -237,8 +202,7 @@ class ModulationState:
             raise TrajectoryError(
                 f"Modulated operator {name!r} was called outside a trajectory: it would run without the state of the "
                 "last evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student "
-                "itself. A diffusers pipeline opens one in every call once it is wrapped: "
-                "modiff.quantize_pipeline(pipe), after modiff.load too."
+                "itself; a pipeline, also of a loaded student, is wrapped by modiff.quantize_pipeline(pipe)."
             )
         self._require_evaluation(name)
         here = run.current
@@ -275,10 +239,9 @@ class ModulationState:
         assert self.trajectory is not None
         if not self.trajectory.in_evaluation:
             raise TrajectoryError(
-                f"Operator {name!r} was called inside a trajectory, but outside its student: the student itself was not "
-                "called, so no evaluation was counted. Call student(...). Where another method of it, such as "
-                "forward_with_cfg, calls self.forward: quantize a wrapper, a module that holds the denoiser and whose "
-                "forward calls that method."
+                f"Operator {name!r} was called outside its student, so no evaluation was counted. Call the student "
+                "itself. Where another method of it, such as forward_with_cfg, calls self.forward: quantize a wrapper, "
+                "a module that holds the denoiser and whose forward calls that method."
             )
 
     def peek_cache(self, name: str) -> OperatorCache | None:
@@ -364,21 +327,6 @@ class ModulationState:
         return None
 
 
-@functools.cache
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the parameters of a module's forward."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments or outputs of a call."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
-            yield from tensors_of(dict(leaf))
-
-
 def state_of(student: nn.Module) -> ModulationState:
     """The state of a student.
 
@@ -437,3 +385,4 @@ def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
         state.close()
         run.probes = Probes()
     probes.check(run.total)
+    state.remarks.after(run, state.names, state.called)
