@@ -13,8 +13,8 @@ from PIL import Image
 
 from modiff.errors import ConfigError
 from modiff.lit.data.decoding import byte_pixels, unit_pixels
-from modiff.lit.data.modules import ImageDataModule
-from modiff.lit.data.reference import ReferenceImages
+from modiff.lit.data.images import ImageDataModule
+from modiff.lit.data.real_images import ReferenceImages
 
 RAMP = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)  # its mean is 32256 / 65535 = .492
 
