@@ -183,6 +183,11 @@ def find_adapter(module: nn.Module) -> OperatorAdapter | None:
     return None
 
 
+def adapter_of_type(module: nn.Module) -> OperatorAdapter | None:
+    """The adapter of a module's type, also where the module runs code of its own."""
+    return next((adapter for adapter in ADAPTERS if isinstance(module, adapter.types)), None)
+
+
 def bypassed_operators(model: nn.Module) -> dict[str, str]:
     """Operators of which PyTorch's own modules use the weight without calling them, and why they are skipped."""
     found = {}

@@ -24,8 +24,9 @@ from modiff.quantizers.packing import PackedWeight
 from modiff.storage.folder import check_target, dtype_name, read_manifest, read_tensors, write
 from modiff.student.swap import RECORD, Record, convert, operators, plan
 from modiff.student.tensors import Slot, slots
-from modiff.trajectory.session import state_of
+from modiff.trajectory.session import require_module, state_of, tensors_of
 
+REGISTERED = ("_parameters", "_buffers", "_modules")
 IGNORED_FIELDS = ("sample_size",)
 """Fields of a denoiser's configuration that do not change what it computes."""
 
@@ -112,6 +113,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
             says which tensor and which shape).
         ConfigError: The model is a student already.
     """
+    require_module(model)
     if any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student, ...) before modiff.load.")
     source = Path(path).resolve()
@@ -249,10 +251,11 @@ def _check_architecture(source: Path, manifest: dict[str, Any], model: nn.Module
         raise CheckpointError(f"{source} is of a {saved['class']}, but the model is a {given['class']}. {advice}")
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:
+            if key not in REGISTERED and any(tensor.is_meta for tensor in tensors_of(value)):
                 raise CheckpointError(
                     f"{name}.{key} is a tensor on the meta device that is neither parameter nor buffer, so no "
-                    "checkpoint holds it. Build the model on the CPU."
+                    "checkpoint holds it. Build the model inside `with accelerate.init_empty_weights():` instead of "
+                    "torch.device('meta'), which leaves such tensors on the CPU; or build it on the CPU."
                 )
 
 

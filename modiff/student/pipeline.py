@@ -101,23 +101,45 @@ def _quantize_all(denoisers: Iterable[nn.Module], config: QuantConfig, keep_teac
         getattr(denoiser, RECORD).keep_teacher = False
 
 
-def restore_pipeline(pipe: Any) -> Any:
+def restore_pipeline(pipe: Any, teacher: Any = None) -> Any:
     """Undo :func:`quantize_pipeline`: full-precision denoisers, and the pipeline's own class.
 
+    Args:
+        pipe: The pipeline.
+        teacher: Where the weights come from where the students were loaded, or made with ``keep_teacher=False``: a
+            pipeline with the same components, or the denoiser itself where there is one.
+
+    Returns:
+        The same pipeline.
+
     Raises:
-        ConfigError: It is not quantized, or the original weights were not kept.
+        ConfigError: It is not quantized, the original weights were not kept and no teacher is given, or the teacher
+            lacks a denoiser.
         TrajectoryError: A call is under way.
     """
     base = _unwrapped(type(pipe))
     if base is type(pipe):
         raise ConfigError(f"The {base.__name__} is not quantized. Call modiff.quantize_pipeline(pipe, config) first.")
-    students = {id(m): m for m in _modules(pipe).values() if hasattr(m, ATTRIBUTE)}
-    for student in students.values():
-        restore(student)
+    students = {id(m): (name, m) for name, m in _modules(pipe).items() if hasattr(m, ATTRIBUTE)}
+    teachers = {name: _teacher_of(teacher, name, len(students)) for name, _ in students.values()}
+    for name, student in students.values():
+        restore(student, teachers[name])
     pipe.__class__ = base
     for name in (CONTEXTS, TRAJECTORIES):
         vars(pipe).pop(name, None)
     return pipe
+
+
+def _teacher_of(teacher: Any, name: str, students: int) -> nn.Module | None:
+    """The teacher of one of a pipeline's students."""
+    if teacher is None or (isinstance(teacher, nn.Module) and students == 1):
+        return teacher
+    found = None if isinstance(teacher, nn.Module) else _modules(teacher).get(name)
+    if found is None:
+        raise ConfigError(
+            f"The teacher given has no module {name!r}. Give a pipeline with the components of the quantized one."
+        )
+    return found
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from modiff.errors import ConfigError
+
 TIME = ("timestep", "timesteps", "time_step", "t", "time", "sigma", "sigmas", "noise_level", "noise_labels")
 """Names of the parameter of a denoiser's forward that is the time step."""
 
@@ -138,3 +140,19 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield leaf
         elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
             yield from tensors_of(dict(leaf))
+
+
+def require_module(model: object) -> None:
+    """Refuse a pipeline where its denoiser is meant.
+
+    Raises:
+        ConfigError: It is one, or no module at all.
+    """
+    if isinstance(model, nn.Module):
+        return
+    parts = getattr(model, "components", None)
+    modules = [k for k, v in parts.items() if isinstance(v, nn.Module)] if isinstance(parts, dict) else []
+    names = [name for name in modules if name.startswith(("unet", "transformer"))] or modules
+    if names:
+        raise ConfigError(f"A {type(model).__name__} is a pipeline. Give its denoiser: pipe.{names[0]}.")
+    raise ConfigError(f"A {type(model).__name__} is no module. Give a denoiser, such as pipe.unet or pipe.transformer.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -188,14 +188,23 @@ class Trajectory:
             self.timed = True
             if self.total > 1 and not self._distinct():
                 raise TrajectoryError(self._ambiguous())
-        if same_time is False and self.timed and self.calls_in_step:
+        known = self._known(call)
+        if (
+            same_time is False
+            and self.calls_in_step
+            and (self.timed or (known and call is not None and call.condition))
+        ):
             self.end_step()
         left = [name for name in self.order if name not in self.taken]
         if not left:
             self.taken, left = [], list(self.order)
-        before = {name: context.call for name in left if (context := self.contexts.get(name)) is not None}
-        known = [n for n, last in before.items() if call is not None and last is not None and call.same_condition(last)]
-        return next(iter([*known, *(name for name in left if name not in before), *left]))
+        seen = [name for name in known if name in left]
+        return next(iter([*seen, *(name for name in left if name not in self.contexts), *left]))
+
+    def _known(self, call: Call | None) -> list[str]:
+        """Names of calls that had the same arguments but for x_t and the time step."""
+        found = {name: context.call for name in self.order or () if (context := self.contexts.get(name)) is not None}
+        return [n for n, last in found.items() if call is not None and last is not None and call.same_condition(last)]
 
     def _distinct(self) -> bool:
         """Whether the named calls differ in their arguments, as far as they were made."""
@@ -273,8 +282,8 @@ def context_names(contexts: Sequence[str] | None) -> tuple[str, ...] | None:
     """
     if contexts is None:
         return None
-    names = () if isinstance(contexts, str) else tuple(contexts)
-    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+    names = tuple(contexts) if isinstance(contexts, Iterable) and not isinstance(contexts, str) else ()
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ConfigError(
             f"contexts is {contexts!r}; give the names of a step's denoiser calls in their order, each once, such as "
             "('uncond', 'cond')."

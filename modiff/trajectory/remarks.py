@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from modiff.trajectory.contexts import Trajectory
 
@@ -14,6 +16,7 @@ class Remarks:
 
     def __init__(self) -> None:
         self.said: set[str] = set()
+        self._muted = False
 
     def after(self, run: Trajectory, names: set[str], called: set[str]) -> None:
         """Look at a trajectory.
@@ -23,7 +26,7 @@ class Remarks:
             names: Of the student's operators.
             called: Those that were called.
         """
-        if run.total == 0:
+        if run.total == 0 or self._muted:
             return
         uncalled = sorted(names - called)
         if uncalled:
@@ -41,6 +44,15 @@ class Remarks:
                 "All evaluations of this trajectory were warm-ups, in which activations are in full precision. With so "
                 "few steps use Modulation(warmup='refine'), whose first evaluation is quantized too.",
             )
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Say nothing of the trajectories inside."""
+        before, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = before
 
     def _say(self, key: str, text: str) -> None:
         if key not in self.said:

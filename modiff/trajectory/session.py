@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff.errors import TrajectoryError
 from modiff.trajectory.cache import OperatorCache
-from modiff.trajectory.calls import Call, parameters_of, tensors_of
+from modiff.trajectory.calls import Call, parameters_of, require_module, tensors_of
 from modiff.trajectory.contexts import Context, Trajectory, context_names
 from modiff.trajectory.identity import InputIdentity, KeptOutput
 from modiff.trajectory.listeners import Listener
@@ -27,12 +27,17 @@ __all__ = [
     "Trajectory",
     "context_names",
     "hold",
+    "require_module",
     "state_of",
     "tensors_of",
     "trajectory",
 ]
 
 ATTRIBUTE = "_modiff_state"
+SKIPPED = (
+    "A package that skips modules, and reuses what they gave in an earlier step, does not combine with modulation yet: "
+    "switch it off. If the denoiser itself calls the operator now and then, exclude it with Rule(..., skip=True)."
+)
 
 
 class ModulationState:
@@ -104,7 +109,7 @@ class ModulationState:
         if self.trajectory is not None:
             raise TrajectoryError(
                 "A trajectory is already open on this student; they can be neither nested nor concurrent. "
-                "Close it first, or use a deepcopy of the student for each."
+                "Close it first. Threads take turns, with a lock around the call, or have a deepcopy each."
             )
         self.tell("before_trajectory")
         run.stateful = self.stateful
@@ -165,8 +170,7 @@ class ModulationState:
             name = next(n for n in {**here.calls, **self.calls} if self.calls.get(n) != here.calls.get(n))
             raise TrajectoryError(
                 f"Operator {name!r} was called {self.calls.get(name, 0)} times in evaluation {here.total}{here}, but "
-                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. "
-                "Exclude it with Rule(..., skip=True)."
+                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. " + SKIPPED
             )
         run.in_evaluation = False
         self._forget_codes()
@@ -214,7 +218,7 @@ class ModulationState:
         if call >= len(caches):
             raise TrajectoryError(
                 f"Operator {name!r} is called more often in evaluation {here.total}{here} than in the first one. "
-                "Exclude it with Rule(..., skip=True)."
+                + SKIPPED
             )
         cache = caches[call]
         shape = cache.shape
@@ -333,6 +337,7 @@ def state_of(student: nn.Module) -> ModulationState:
     Raises:
         TrajectoryError: The module is not a student.
     """
+    require_module(student)
     state = getattr(student, ATTRIBUTE, None)
     if not isinstance(state, ModulationState):
         raise TrajectoryError(

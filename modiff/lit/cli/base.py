@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.progress import progress_bar
+from modiff.lit.cli.documents import check_arguments
 from modiff.lit.cli.errors import plain_error
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import settle_rank
@@ -29,6 +30,7 @@ class ModiffCLI(LightningCLI):
     def __init__(self, command: str, args: Sequence[str], **kwargs: Any) -> None:
         self.command = command
         self.raw_args = list(args)
+        check_arguments(args)
         self.callbacks: list[Any] = []
         quiet()
         kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
@@ -64,7 +66,7 @@ class ModiffCLI(LightningCLI):
         """Parse the arguments; a wrong field is reported once, in one plain sentence."""
         try:
             super().parse_arguments(parser, args)
-        except (ArgumentError, ValueError, TypeError) as error:
+        except (ArgumentError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(plain_error(error, parser)) from error
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
@@ -118,7 +120,7 @@ class ModiffCLI(LightningCLI):
                 config[key] = value
         try:
             return Trainer(**config)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def dump(self) -> str:
