@@ -201,6 +201,23 @@ def bypassed_operators(model: nn.Module) -> dict[str, str]:
     return found
 
 
+LINEAR_CALLS = ("linear", "bilinear", *(f"conv{t}{n}d" for n in "123" for t in ("", "_transpose")))
+"""Functions of PyTorch that multiply by a weight."""
+
+
+def own_linear(module: nn.Module) -> str | None:
+    """Which of PyTorch's linear functions a class of somebody's own calls with a weight of its own; None: none.
+
+    Looked up in the names that its forward uses; so are those of diffusers' and other packages' classes.
+    """
+    if type(module).__module__.startswith("torch.nn.") or not any(
+        p.ndim > 1 for p in module._parameters.values() if p is not None
+    ):
+        return None
+    code = getattr(type(module).forward, "__code__", None)
+    return next((name for name in LINEAR_CALLS if code is not None and name in code.co_names), None)
+
+
 def is_unsupported(module: nn.Module) -> bool:
     """Whether a module multiplies by a weight in a way that no adapter serves."""
     return isinstance(module, (nn.Bilinear, nn.MultiheadAttention))

@@ -52,8 +52,8 @@ class FullPrecisionShare(Listener):
             if adapter is not None:
                 self.macs[name] += adapter.macs(original, first)
             else:
-                weights = sum(p.numel() for p in original.parameters() if p.ndim > 1)
-                self.macs[name] += weights * (first.numel() // max(1, first.shape[-1]))
+                weights = [p for p in original.parameters() if p.ndim > 1]
+                self.macs[name] += sum(p.numel() * (first.numel() // p.shape[0]) for p in weights)
 
         self.handles.append(module.register_forward_hook(count))
 
