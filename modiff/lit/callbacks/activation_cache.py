@@ -102,7 +102,8 @@ def state_of_one_image(module: LitStudent) -> float:
     """
     index = torch.zeros(1, dtype=torch.long)
     args, kwargs = module.inputs(module.noise(index), index)
-    return cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
+    with module.in_precision():
+        return cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
 
 
 def explain_out_of_memory(error: BaseException, module: LitStudent, batch_size: int, where: str) -> ConfigError | None:

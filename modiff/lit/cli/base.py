@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.agreement import Agreement, own_signals
 from modiff.lit.callbacks.progress import progress_bar
+from modiff.lit.cli.documents import check_arguments
 from modiff.lit.cli.errors import plain_error
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import settle_rank
@@ -31,6 +32,7 @@ class ModiffCLI(LightningCLI):
     def __init__(self, command: str, args: Sequence[str], **kwargs: Any) -> None:
         self.command = command
         self.raw_args = list(args)
+        check_arguments(args)
         self.callbacks: list[Any] = []
         quiet()
         kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
@@ -66,7 +68,7 @@ class ModiffCLI(LightningCLI):
         """Parse the arguments; a wrong field is reported once, in one plain sentence."""
         try:
             super().parse_arguments(parser, args)
-        except (ArgumentError, ValueError, TypeError) as error:
+        except (ArgumentError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(plain_error(error, parser)) from error
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
@@ -93,6 +95,8 @@ class ModiffCLI(LightningCLI):
         )
         try:
             Trainer(**plain, **nothing)
+        except KeyError:
+            return  # a variable of the launcher is missing; the Trainer itself says which, where it needs it
         except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
@@ -137,7 +141,7 @@ class ModiffCLI(LightningCLI):
         config["callbacks"].append(Agreement(config["default_root_dir"]))
         try:
             return own_signals(Trainer(**config))
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def dump(self) -> str:

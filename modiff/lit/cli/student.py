@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from modiff.config.checks import shown
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.cli.quantization import resolve_quantization
@@ -18,6 +19,8 @@ from modiff.lit.modules.student import LitStudent
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import short_hash
 from modiff.teachers.zoo import ZOO, Teacher
+
+MOST = 1_000_000
 
 
 class StudentCLI(ModiffCLI):
@@ -60,6 +63,9 @@ class StudentCLI(ModiffCLI):
         rest += ["--model.preset=null", f"--model.config={json.dumps(quantization)}"]
         rest += [f"--model.calibration={json.dumps(calibration)}"]
         super().parse_arguments(parser, rest)
+        for name, low in (("sample_count", 1), ("error_images", 0), ("timing_rounds", 0)):
+            if not low <= self.config[name] <= MOST:
+                raise ConfigError(f"{name} is {shown(self.config[name])}; allowed are whole numbers, {low} to {MOST}.")
         if self.config.ckpt is not None:
             self._check_checkpoint(Path(self.config.ckpt), quantization, calibration)
         self._fill_in_teacher_defaults()

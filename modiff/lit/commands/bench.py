@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.bench.arms import COMPILED, EAGER, Bench
-from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table
+from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table, unequal_arms
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
@@ -100,7 +100,8 @@ def bench(args: Sequence[str]) -> int:
             "compiler_problem": problem,
             "provenance": provenance(trainer.strategy.root_device, clis),
         }
-    finish(run, {**facts, "summary": sentences(results), "results": results})
+    unequal = unequal_arms({name: student["backends"] for name, student in facts["students"].items()})
+    finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
     return 0
 
 
