@@ -6,9 +6,9 @@ from pathlib import Path
 
 EVALUATE = """
 seed: 0
-num_images: 48
+num_images: 32
 wandb: disabled
-error_images: 2
+error_images: 0
 timing_rounds: 0
 sample_count: 4
 save_images: true

@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not os.environ.get(name, "0").isdecimal():
             print(f"modiff: {name} is {os.environ[name]!r}; allowed are whole numbers. Unset it.", file=sys.stderr)
             return 1
+    # Where a rank is lost, PyTorch prints the stack of its C++ code; one line of ours says it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from modiff.lit.runs.endings import run_command
 
     return run_command(command, lambda: getattr(importlib.import_module(COMMANDS[command][0]), command)(rest))
