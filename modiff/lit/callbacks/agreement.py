@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import distributed
@@ -41,10 +40,10 @@ def own_signals(trainer: Trainer) -> Trainer:
     return trainer
 
 
-class Agreement(Checkpoint):
+class Agreement(Callback):
     """Ends a run where it was asked for: sampling at a time step, training with a checkpoint at the end of a batch.
 
-    Lightning calls it last, as it does with callbacks that write checkpoints, so that averages are taken before.
+    It comes last in the Trainer's list, so that averages of the step are taken before its checkpoint is written.
 
     Args:
         output: Directory that all ranks write to; None: none of them does.

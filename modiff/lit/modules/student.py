@@ -20,7 +20,7 @@ from modiff.errors import CalibrationError, ConfigError, ModiffError
 from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
-from modiff.lit.runs.control import current
+from modiff.lit.runs.control import stopping
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
@@ -323,13 +323,6 @@ class LitStudent(LightningModule):
         """
         noise = noise or self.noise
         scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
-        control, batch = current(), f"images {int(indices[0])} to {int(indices[-1])}"
-
-        def step(number: int, timestep: Any, x: Tensor) -> None:
-            control.step(f"{batch}, evaluation {number + 1}, time step {int(timestep)}")
-            if on_evaluation is not None:
-                on_evaluation(number, timestep, x)
-
         return sample(
             denoiser,
             scheduler,
@@ -337,7 +330,7 @@ class LitStudent(LightningModule):
             self.steps,
             eta=self.eta,
             step_noise=lambda step: noise(indices, step + 1),
-            on_evaluation=step,
+            on_evaluation=stopping(f"images {int(indices[0])} to {int(indices[-1])}", on_evaluation),
         ).float()
 
     def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
@@ -305,6 +305,18 @@ _current = Control()
 def current() -> Control:
     """The control of the command that runs in this process."""
     return _current
+
+
+def stopping(what: str, then: Callable[..., Any] | None = None) -> Callable[..., None]:
+    """A sampler's ``on_evaluation`` that ends the work there where that was asked for, and else goes on with ``then``."""
+    control = current()
+
+    def step(number: int, timestep: Any, x: Any) -> None:
+        control.step(f"{what}, evaluation {number + 1}, time step {int(timestep)}")
+        if then is not None:
+            then(number, timestep, x)
+
+    return step
 
 
 @contextmanager
