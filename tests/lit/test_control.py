@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import distributed
 
+from modiff.errors import ConfigError
+from modiff.lit.callbacks import agreement
+from modiff.lit.callbacks.progress import Pace
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.runs import directory
 from modiff.lit.runs.control import Control, Stop, controlling, current
@@ -217,3 +220,56 @@ def test_control_belongs_to_one_command() -> None:
         control.stop = Stop("a reason")
     assert current() is outer
     assert outer.stop is None
+
+
+def test_folder_of_one_machine_is_refused_before_anything_is_drawn(tmp_path, monkeypatch) -> None:
+    seen = []
+
+    class Group:
+        """Two ranks, of which the second one sees nothing."""
+
+        def broadcast_object_list(self, *_, **__) -> None:
+            pass
+
+        def barrier(self) -> None:
+            seen.extend(path.name for path in tmp_path.iterdir())
+
+        def all_gather_object(self, facts, mine) -> None:
+            facts[:] = [(mine[0], "node0"), (False, "node1")]
+
+    monkeypatch.setattr(agreement, "distributed", Group())
+    with pytest.raises(ConfigError, match=r"is not shared: rank 1 on node1 does not see what rank 0 on node0 wrote"):
+        agreement.refuse_separate_folders(tmp_path, 0, 2)
+    assert len(seen) == 1
+    assert not list(tmp_path.iterdir())  # the token is gone again
+    with pytest.raises(ConfigError, match="is not shared"):
+        monkeypatch.setattr(agreement, "TOKEN_WAIT_S", 0.1)
+        agreement.refuse_separate_folders(tmp_path / "elsewhere", 1, 2)
+
+
+def test_finished_quantize_is_not_repeated(modiff, recipe, tmp_path) -> None:
+    args = ("quantize", "--config", recipe, "--output", tmp_path / "student")
+    assert modiff(*args)[0] == 0
+    before = (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns
+    code, said, err = modiff(*args)
+    assert (code, err) == (0, "")
+    assert "holds this very student; nothing to do (--overwrite true repeats it)" in said
+    assert (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns == before
+    code, _, err = modiff(*args, "--model.config.activation.bits", "5")
+    assert code == 1
+    assert "holds a checkpoint already" in err
+
+
+def test_speed_counts_what_was_drawn_alone() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    pace.begin(4, 40, 10)
+    assert (pace.images_per_s, pace.seconds_left) == (0.0, None)
+    pace.end_batch()  # read from the disk
+    now[0] = 5.0
+    for _ in range(10):
+        pace.call()
+    assert pace.seconds_left == 10.0  # two batches of ten calls, half a second each
+    assert pace.images_per_s == 2.0
+    pace.end_batch()
+    assert pace.seconds_left == 10.0

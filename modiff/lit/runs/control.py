@@ -308,7 +308,7 @@ def current() -> Control:
 
 
 def stopping(what: str, then: Callable[..., Any] | None = None) -> Callable[..., None]:
-    """A sampler's ``on_evaluation`` that ends the work there where that was asked for, and else goes on with ``then``."""
+    """A sampler's ``on_evaluation``: it ends the work there where that was asked for, else calls ``then``."""
     control = current()
 
     def step(number: int, timestep: Any, x: Any) -> None:
