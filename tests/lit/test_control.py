@@ -242,8 +242,8 @@ def test_folder_of_one_machine_is_refused_before_anything_is_drawn(tmp_path, mon
         agreement.refuse_separate_folders(tmp_path, 0, 2)
     assert len(seen) == 1
     assert not list(tmp_path.iterdir())  # the token is gone again
+    monkeypatch.setattr(agreement, "TOKEN_WAIT_S", 0.1)
     with pytest.raises(ConfigError, match="is not shared"):
-        monkeypatch.setattr(agreement, "TOKEN_WAIT_S", 0.1)
         agreement.refuse_separate_folders(tmp_path / "elsewhere", 1, 2)
 
 

@@ -63,9 +63,13 @@ class Control:
     Args:
         limit: Looks, about a second each, that the work has to end once a stop is known.
         stall: Looks without a step of the work after which a rank counts as stalled.
+        end: Ends the process where the work does not end by itself in time.
     """
 
-    def __init__(self, limit: int | None = None, stall: int | None = None) -> None:
+    def __init__(
+        self, limit: int | None = None, stall: int | None = None, end: Callable[[Control], Any] | None = None
+    ) -> None:
+        self.end = end
         self.limit = limit or int(os.environ.get("MODIFF_STOP_SECONDS", "20"))
         self.stall = stall or int(os.environ.get("MODIFF_STALL_SECONDS", "1800"))
         self.stop: Stop | None = None
@@ -216,10 +220,8 @@ class Control:
                 self._stalled()
             if self.stop is not None or self.lost is not None:
                 looks_left -= 1 if self.stop is not None else 4
-                if looks_left <= 0:
-                    from modiff.lit.runs.endings import end_now
-
-                    end_now(self)
+                if looks_left <= 0 and self.end is not None:
+                    self.end(self)
 
     def _wait(self) -> None:
         if self._wakeup is None:
@@ -320,10 +322,10 @@ def stopping(what: str, then: Callable[..., Any] | None = None) -> Callable[...,
 
 
 @contextmanager
-def controlling() -> Iterator[Control]:
-    """A control of its own for one command."""
+def controlling(end: Callable[[Control], Any] | None = None) -> Iterator[Control]:
+    """A control of its own for one command; ``end`` as for :class:`Control`."""
     global _current
-    before, _current = _current, Control()
+    before, _current = _current, Control(end=end)
     try:
         with _current:
             yield _current

@@ -23,7 +23,7 @@ def run_command(command: str, work: Callable[[], Any]) -> int:
 
     Several ranks that do not end well leave without Python's own goodbye, in which they would wait for each other.
     """
-    with controlling() as control:
+    with controlling(end_now) as control:
         error: BaseException | None = None
         try:
             code = int(work() or 0)
