@@ -273,3 +273,13 @@ def test_speed_counts_what_was_drawn_alone() -> None:
     assert pace.images_per_s == 2.0
     pace.end_batch()
     assert pace.seconds_left == 10.0
+
+
+def test_command_without_a_trainer_ends_at_once(modiff, recipe, tmp_path, monkeypatch) -> None:
+    from modiff.lit.commands import bench
+
+    monkeypatch.setattr(bench, "measure", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = modiff("bench", recipe, "--batch_sizes", "2", "--output", tmp_path / "out")
+    assert code == 130
+    assert "modiff bench: interrupted by SIGTERM" in err
+    assert status(tmp_path / "out") == "interrupted"

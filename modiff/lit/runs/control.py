@@ -53,6 +53,10 @@ class Interrupted(BaseException):
         self.stop = stop
 
 
+class InterruptedAtOnce(Interrupted, KeyboardInterrupt):
+    """The same outside of Lightning's loops, wherever the work is: commands without a Trainer expect Ctrl-C there."""
+
+
 class PeerLost(ModiffError):
     """Another rank ended or does not move; the message names it."""
 
@@ -192,7 +196,7 @@ class Control:
         # Before the first step there is nothing to finish, and the other ranks may be long in coming.
         if self._signals == 1 and not (self.deferred and self._steps):
             assert self.stop is not None
-            raise Interrupted(self.stop)
+            raise (Interrupted if self.deferred else InterruptedAtOnce)(self.stop)
 
     def _ask(self, number: int) -> None:
         if self.stop is None:

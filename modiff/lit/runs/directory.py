@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -143,7 +144,7 @@ class RunDirectory:
 
     def report(self, **facts: Any) -> None:
         """Say in ``status.json`` how far the run is; a full disk does not end it here."""
-        self._facts |= facts
+        self._facts |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         now = {
             "status": "running",
             "updated": time.strftime("%FT%T%z"),
