@@ -6,7 +6,7 @@ from pathlib import Path
 
 EVALUATE = """
 seed: 0
-num_images: 32
+num_images: 24
 wandb: disabled
 error_images: 0
 timing_rounds: 0
@@ -16,7 +16,7 @@ model:
   teacher: {{path: {teacher}}}
   preset: w{bits}a4-modiff
   scheduler: ddim
-  steps: 10
+  steps: 6
   eta: 0.5
   features: {features}
 data: {{batch_size: 4}}
@@ -49,8 +49,8 @@ model:
 data: {{path: {data}, image_size: 8, batch_size: 4, horizontal_flips: true}}
 ema_decay: 0.9
 sample_images: 0
-checkpoint_every: 40
-trainer: {{max_epochs: 40, val_check_interval: 50, check_val_every_n_epoch: null, accelerator: cpu,
+checkpoint_every: 20
+trainer: {{max_epochs: 14, val_check_interval: 25, check_val_every_n_epoch: null, accelerator: cpu,
   enable_progress_bar: false, limit_val_batches: 1, log_every_n_steps: 10}}
 """
 

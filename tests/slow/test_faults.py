@@ -49,7 +49,7 @@ def test_two_ranks_train_like_one_with_twice_the_batch(bench) -> None:
     """Noise, time steps and images are those of the image's number; only the order of float sums differs."""
     curves, text = [], (bench.folder / "train.yaml").read_text().replace("dropout: 0.1", "dropout: 0.0")
     for ranks in (1, 2):
-        plain = text.replace("batch_size: 4", f"batch_size: {4 // ranks}").replace("max_epochs: 40", "max_steps: 20")
+        plain = text.replace("batch_size: 4", f"batch_size: {4 // ranks}").replace("max_epochs: 14", "max_steps: 20")
         (bench.folder / "train.yaml").write_text(plain.replace("log_every_n_steps: 10", "log_every_n_steps: 1"))
         case, out = Case("train", "srun", ranks, TERM, "one"), bench.folder / f"curve-{ranks}"
         assert bench.start(case, out, out.with_suffix(".log")).wait(400) == 0, out.with_suffix(".log").read_text()
