@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
@@ -94,6 +95,7 @@ def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -
     fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
     try:
         interruptible(trainer, fit)
+        use_finished_weights(cli.model, ckpt, trainer.max_steps)
         Guarded(logger, run.path)(lambda found: log_samples(found, run.path / "samples"))
     finally:
         finish_wandb(logger, int(sys.exc_info()[0] is not None))
@@ -101,6 +103,15 @@ def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -
         cli.model.export(run.path / "export")
         run.mark("complete")
         print(f"Trained; exported to {run.path / 'export'}.")
+
+
+def use_finished_weights(module: LightningModule, ckpt: str | None, max_steps: int) -> None:
+    """Take the averaged weights of a checkpoint that had nothing left to train: Lightning then ends without them."""
+    if ckpt is None:
+        return
+    saved = torch.load(ckpt, map_location="cpu", weights_only=False)
+    if 0 < max_steps <= saved["global_step"]:
+        module.load_state_dict(saved["state_dict"])
 
 
 def count_in_steps(cli: TrainCLI) -> None:
