@@ -1,7 +1,7 @@
 """The element-wise side: differences to â, ranges, codes and norms, in as few passes over memory as each scale allows.
 
-Every kernel sees its input as ``[samples, rows, channels]``, channels contiguous: tokens of a Linear, or pixels of a
-channels-last image. Numbers equal those of :mod:`modiff.kernels.stages` bit for bit: quotients are rounded to nearest,
+Every kernel sees its input as ``[samples, rows, channels]``: tokens of a Linear, or pixels of an image, of which either
+the channels or the pixels lie next to each other. Numbers equal those of :mod:`modiff.kernels.stages` bit for bit: quotients are rounded to nearest,
 and products and sums are never fused, so the launchers switch that off.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INT16_TOP = tl.constexpr(32767)
+INT16_TOP = tl.constexpr(32767.0)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no place for a fraction, half to even
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 FAR = tl.constexpr(512.0)  # beyond every code, with any zero point
@@ -21,6 +21,15 @@ HUGE = tl.constexpr(3.0e38)
 def nearest(x):
     """The nearest whole number, half to even, for ``|x| < 2^22``."""
     return (x + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def whole_quotient(value, divisor, inverse):
+    """How often a whole ``divisor`` goes into a whole ``value >= 0``, exactly, below 2^22; ``inverse`` may be rounded."""
+    found = tl.floor(value * inverse)
+    rest = value - found * divisor
+    found = tl.where(rest < 0.0, found - 1.0, found)
+    return tl.where(rest >= divisor, found + 1.0, found)
 
 
 @triton.jit
@@ -44,7 +53,7 @@ def whole_steps(scale, step, top):
     if step is None:
         return scale
     unit = tl.load(step)
-    most = tl.ceil(tl.div_rn((2 * INT16_TOP).to(tl.float32), top))
+    most = tl.ceil(tl.div_rn(65534.0, top))
     ratio = tl.minimum(tl.div_rn(scale, unit), 4194303.0)
     return tl.minimum(tl.maximum(nearest(ratio), 1.0), most) * unit
 
@@ -117,6 +126,10 @@ def quantize_kernel(
     padded_width,
     channels,
     padded_channels,
+    a_row,  # strides: 1 and something else, one way or the other
+    a_channel,
+    held_row,
+    held_channel,
     group_size,
     epsilon,
     highest,  # code, as a float
@@ -144,8 +157,9 @@ def quantize_kernel(
     inside = rows_inside[:, None] & (channel < channels)[None, :]
     row = y * width + x
     start = (sample * height).to(tl.int64) * width
-    place = start * channels + row[:, None] * channels + channel[None, :]
-    value = tl.load(a + place, inside, 0.0).to(tl.float32)
+    source = start * channels + (row * a_row)[:, None] + (channel * a_channel)[None, :]
+    place = start * channels + (row * held_row)[:, None] + (channel * held_channel)[None, :]
+    value = tl.load(a + source, inside, 0.0).to(tl.float32)
     if (NORM > 0) or SILU:
         value = normalized(value, rows_inside, inside, channel, sample, mean, rstd, gamma, beta, gain, shift, channels,
                            group_size, epsilon, NORM, SILU)
@@ -182,9 +196,9 @@ def quantize_kernel(
     if held is not None:
         if step is not None:
             multiple = nearest(tl.div_rn(width_of, tl.load(step)))
-            multiple = multiple + tl.zeros_like(residual)
-            fewest = tl.ceil(tl.div_rn(-INT16_TOP - number, multiple))
-            most = tl.floor(tl.div_rn(INT16_TOP - number, multiple))
+            inverse = 1.0 / multiple
+            most = whole_quotient(INT16_TOP - number, multiple, inverse)
+            fewest = -whole_quotient(INT16_TOP + number, multiple, inverse)
             code = tl.maximum(tl.minimum(code, most), fewest)
             if COMPENSATES:
                 advanced = number + code * multiple
@@ -221,6 +235,10 @@ def range_kernel(
     center,
     rows,
     channels,
+    a_row,
+    a_channel,
+    held_row,
+    held_channel,
     PER_CHANNEL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -237,8 +255,9 @@ def range_kernel(
     for i in range(REPEATS):
         row = (block * REPEATS + i) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & (channel < channels)[None, :]
-        place = start + row[:, None] * channels + channel[None, :]
-        value = tl.load(a + place, inside, 0.0).to(tl.float32)
+        source = start + (row * a_row)[:, None] + (channel * a_channel)[None, :]
+        place = start + (row * held_row)[:, None] + (channel * held_channel)[None, :]
+        value = tl.load(a + source, inside, 0.0).to(tl.float32)
         residual, _ = residual_of(value, held, step, center, place, inside)
         low = tl.minimum(low, tl.where(inside, residual, HUGE))
         high = tl.maximum(high, tl.where(inside, residual, -HUGE))
@@ -299,6 +318,8 @@ def moments_kernel(
     squares,  # likewise: sums of squared distances to that mean
     rows,
     channels,
+    a_row,
+    a_channel,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -308,7 +329,8 @@ def moments_kernel(
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (row < rows)[:, None] & (channel < channels)[None, :]
     start = (sample * rows).to(tl.int64) * channels
-    value = tl.load(a + start + row[:, None] * channels + channel[None, :], inside, 0.0).to(tl.float32)
+    source = start + (row * a_row)[:, None] + (channel * a_channel)[None, :]
+    value = tl.load(a + source, inside, 0.0).to(tl.float32)
     count = tl.minimum(rows - block * BLOCK_R, BLOCK_R).to(tl.float32)
     mean = tl.sum(value, 0) / count
     distance = tl.where(inside, value - mean[None, :], 0.0)

@@ -19,7 +19,7 @@ INTERPRETER_BLOCKS = Blocks(rows=32, columns=32, depth=32, warps=4, stages=1)
 TENSOR, SAMPLE, TOKEN, SAMPLE_CHANNEL = 0, 1, 2, 3
 NORMS = {"none": 0, "group": 1, "layer": 2}
 FACTS: dict[str, Any] = {"enable_fp_fusion": False}
-"""Of every element-wise launch: numbers equal those of PyTorch's eager operations."""
+"""Of every launch: numbers equal those of PyTorch's eager operations."""
 
 
 def table_for(device: torch.device) -> Table:
@@ -75,6 +75,7 @@ def product(
         "BLOCK_K": blocks.depth,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        **FACTS,
     }
     operands = (codes, weight, bias, code_scale, weight_scale, output, rows, columns)
     if not is_conv:
@@ -152,6 +153,18 @@ def block_of(channels: int, elements: int, whole_rows: bool) -> tuple[int, int]:
     return max(elements // columns, 1), columns
 
 
+def strides(a: Tensor) -> tuple[int, int]:
+    """From one pixel to the next, and from one channel to the next, of a dense ``[samples, height, width, channels]``.
+
+    >>> strides(torch.zeros(2, 3, 4, 5)), strides(torch.zeros(2, 5, 3, 4).permute(0, 2, 3, 1))
+    ((5, 1), (1, 12))
+    """
+    channels_last = a.is_contiguous()
+    if not (channels_last or a.permute(0, 3, 1, 2).is_contiguous()):
+        raise ValueError(f"Strides {a.stride()} of a tensor {list(a.shape)} are neither of its usual layouts.")
+    return (a.shape[3], 1) if channels_last else (1, a.shape[1] * a.shape[2])
+
+
 def parts_of(shape: list[int], device: torch.device, whole_rows: bool) -> int:
     """Parts of each sample of which :func:`quantize` returns probes and ranges.
 
@@ -183,7 +196,7 @@ def quantize(
 
     Args:
         codes: int8 ``[samples, padded height, padded width, padded channels]``; overwritten.
-        a: Any float ``[samples, height, width, channels]``, contiguous.
+        a: Any float ``[samples, height, width, channels]``; see :func:`strides`.
         held: â, likewise.
         grid: Step and center of an int16 â.
         scale: float32; one number, ``[samples]``, ``[samples, channels]``; ``[samples * height * width]`` per token, which
@@ -219,7 +232,8 @@ def quantize(
     encoding.quantize_kernel[grid_size](
         *(a, held, codes, lows, highs, probes, scale, zero, units, step, center),
         *(norm.mean, norm.rstd, norm.gamma, norm.beta, norm.gain, norm.shift),
-        *(height, width, *pads, codes.shape[1], codes.shape[2], channels, codes.shape[3], group_size),
+        *(height, width, *pads, codes.shape[1], codes.shape[2], channels, codes.shape[3]),
+        *(*strides(a), *strides(a if held is None else held), group_size),
         *(norm.epsilon, *numbers.arguments),
         PER=per,
         SYMMETRIC=numbers.symmetric,
@@ -242,7 +256,7 @@ def ranges(
     """Smallest and largest ``a - â`` of parts of each sample; NaN where ``a`` is not finite.
 
     Args:
-        a: Any float ``[samples, height, width, channels]``, contiguous.
+        a: Any float ``[samples, height, width, channels]``; see :func:`strides`.
         held: â, likewise.
         grid: Step and center of an int16 â.
         per_channel: Of each channel, ``[samples, parts, channels]``; else ``[samples, parts]``.
@@ -258,6 +272,7 @@ def ranges(
     step, center = grid or (None, None)
     encoding.range_kernel[grid_size](
         *(a, held, lows, highs, step, center, height * width, channels),
+        *(*strides(a), *strides(a if held is None else held)),
         PER_CHANNEL=per_channel,
         BLOCK_R=rows,
         BLOCK_C=columns,
@@ -295,7 +310,11 @@ def moments(a: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     means = torch.empty(samples, blocks, channels, dtype=torch.float32, device=a.device)
     squares = torch.empty_like(means)
     encoding.moments_kernel[(blocks, triton.cdiv(channels, columns), samples)](
-        *(a, means, squares, height * width, channels), BLOCK_R=rows, BLOCK_C=columns, num_warps=tuned.warps, **FACTS
+        *(a, means, squares, height * width, channels, *strides(a)),
+        BLOCK_R=rows,
+        BLOCK_C=columns,
+        num_warps=tuned.warps,
+        **FACTS,
     )
     mean = torch.empty(samples, groups, dtype=torch.float32, device=a.device)
     rstd = torch.empty_like(mean)

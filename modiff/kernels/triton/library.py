@@ -39,7 +39,7 @@ def _quantize(
     """Equations (4), (5) and (13) in one pass, or in two where the scale is not known.
 
     Args:
-        a: Any float ``[samples, height, width, channels]``, contiguous.
+        a: Any float ``[samples, height, width, channels]``, itself dense or a view of a dense ``[samples, channels, ...]``.
         held: â, likewise, float or int16; advanced in place.
         step: Of the int16 grid.
         center: Likewise.
