@@ -92,7 +92,7 @@ class Quantizer:
 
     def at(self, fixed: FixedScale | None) -> Quantizer:
         """The same with another calibrated scale."""
-        return self if fixed is None and self.fixed is None else replace(self, fixed=fixed)
+        return self if fixed is self.fixed else replace(self, fixed=fixed)
 
     @property
     def span(self) -> int:
