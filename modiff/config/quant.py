@@ -247,7 +247,7 @@ class QuantConfig:
     rules: tuple[Rule, ...] = field(default=())
     splits: tuple[Split, ...] = field(default=())
     smoothed: tuple[str, ...] = field(default=())
-    backend: Literal["auto", "simulate", "onednn"] = "auto"
+    backend: Literal["auto", "simulate", "onednn", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         _side("weight", self.weight, QuantSpec)
@@ -262,7 +262,7 @@ class QuantConfig:
             if not isinstance(given, (list, tuple)) or not all(isinstance(member, kind) for member in given):
                 raise ConfigError(f"{name} is {given!r}; give a list of {kind.__name__}.")
             object.__setattr__(self, name, tuple(given))
-        _member("backend", self.backend, ("auto", "simulate", "onednn"))
+        _member("backend", self.backend, ("auto", "simulate", "onednn", "triton"))
         if self.weight is not None:
             _weight_granularity(self.weight)
 

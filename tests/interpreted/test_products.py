@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modiff.kernels import accumulate
+from modiff.kernels.backend import OperatorShape
 from modiff.kernels.triton import launch
 from modiff.kernels.triton.tables import Blocks
+from modiff.operators.adapters import find_adapter
 
 SMALL = Blocks(rows=32, columns=32, depth=32, warps=4, stages=1, group=2)
 LARGE = Blocks(rows=64, columns=128, depth=64, warps=4, stages=3, parts=4, group=8)
@@ -21,6 +23,11 @@ def codes_like(kind: str, *shape: int) -> Tensor:
     if kind == "random":
         return torch.randint(-127, 128, shape, dtype=torch.int8)
     return torch.full(shape, 127 if kind == "highest" else -127, dtype=torch.int8)
+
+
+def shape_of(module: nn.Module) -> OperatorShape:
+    """An operator as plain data."""
+    return find_adapter(module).shape(module, None)
 
 
 def pad_columns(weight: Tensor) -> Tensor:
@@ -40,7 +47,7 @@ def test_gemm_sums(blocks: Blocks, kind: str, rows: int, columns: int, depth: in
     codes, weight = codes_like(kind, rows, depth), codes_like("random" if kind == "random" else "highest", columns, depth)
     output = torch.full((rows, columns), POISON, dtype=torch.int32)
     launch.product(output, codes, pad_columns(weight), torch.ones(columns), None, None, 1, False, True, blocks)
-    assert torch.equal(output.double(), accumulate(codes, weight, nn.Linear(depth, columns, device="meta")))
+    assert torch.equal(output.double(), accumulate(codes, weight, shape_of(nn.Linear(depth, columns))))
 
 
 def test_sums_at_the_depth_of_a_large_convolution_are_exact() -> None:
@@ -49,7 +56,7 @@ def test_sums_at_the_depth_of_a_large_convolution_are_exact() -> None:
     codes[:, 1::2] -= 1
     output = torch.full((3, 16), POISON, dtype=torch.int32)
     launch.product(output, codes, pad_columns(weight), torch.ones(16), None, None, 1, False, True, LARGE)
-    assert torch.equal(output.double(), accumulate(codes, weight, nn.Linear(11520, 16, device="meta")))
+    assert torch.equal(output.double(), accumulate(codes, weight, shape_of(nn.Linear(11520, 16))))
 
 
 @pytest.mark.parametrize("blocks", [SMALL, LARGE], ids=["small", "large"])
@@ -61,10 +68,10 @@ def test_sums_at_the_depth_of_a_large_convolution_are_exact() -> None:
 def test_convolution_sums(
     blocks: Blocks, stride: int, batch: int, channels: int, columns: int, size: tuple[int, int], kernel: tuple[int, int]
 ) -> None:
-    module = nn.Conv2d(channels, columns, kernel, stride, (kernel[0] // 2, kernel[1] // 2), device="meta")
+    shape = shape_of(nn.Conv2d(channels, columns, kernel, stride, (kernel[0] // 2, kernel[1] // 2)))
     codes = codes_like("random", batch, channels, *size)
     weight = codes_like("random", columns, channels, *kernel)
-    expected = accumulate(codes, weight, module)
+    expected = accumulate(codes, weight, shape)
     padded = F.pad(codes.permute(0, 2, 3, 1), (0, 0, kernel[1] // 2, kernel[1] // 2, kernel[0] // 2, kernel[0] // 2))
     laid_out = pad_columns(weight.permute(0, 2, 3, 1)).contiguous()
     output = torch.full((batch, *expected.shape[2:], columns), POISON, dtype=torch.int32)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -30,12 +29,9 @@ DEPTH_MULTIPLE = 32
 """Of the channels of codes: one tensor-core instruction sums so many. Others are filled up with zeros."""
 
 
-@functools.cache
-def library() -> ModuleType:
-    """The operators, which import Triton: only here, and only when an operator is prepared for them."""
-    from modiff.kernels.triton import library as found
-
-    return found
+def load_library() -> None:
+    """Register the operators. That imports Triton, so it waits until an operator is prepared for them."""
+    importlib.import_module("modiff.kernels.triton.library")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class TritonBackend:
 
     def prepare(self, weight: PackedWeight, shape: OperatorShape) -> Prepared:
         """Channels last, filled up with zeros where a block would read beyond."""
-        library()
+        load_library()
         quantized = weight.unpack()
         codes = quantized.codes if quantized.zero_point is None else quantized.codes - quantized.zero_point
         codes = codes.to(torch.int8)
@@ -134,13 +130,13 @@ class TritonBackend:
         plan = Plan.of(shape)
         if shape.kind == "linear":
             rows = F.pad(codes, (0, plan.channels - shape.in_channels)).reshape(-1, plan.channels)
-            found = library().product(rows, weight.codes, weight.scale, None, None, 1, shape.out_channels)
+            found = torch.ops.modiff.triton_product(rows, weight.codes, weight.scale, None, None, 1, shape.out_channels)
             return found.view(*codes.shape[:-1], shape.out_channels)
         image = _image(codes, shape)
         above, below, left, right = plan.pads
         image = F.pad(image, (0, plan.channels - shape.in_channels, left, right, above, below)).contiguous()
         stride = shape.stride[0]
-        found = library().product(image, weight.codes, weight.scale, None, None, stride, shape.out_channels)
+        found = torch.ops.modiff.triton_product(image, weight.codes, weight.scale, None, None, stride, shape.out_channels)
         return _from_image(found, codes.ndim, shape)
 
     def update(self, product: Tensor, encoded: Encoded, o_hat: Tensor) -> Tensor:
@@ -165,7 +161,7 @@ class TritonBackend:
         codes, scale, probe = self._encode(image, state, held, quantizer, Plan.of(shape))
         codes = codes.view(-1, codes.shape[3]) if is_linear else codes
         stride = 1 if is_linear else shape.stride[0]
-        library().product_(target, codes, weight.codes, weight.scale, scale, stride)
+        torch.ops.modiff.triton_product_(target, codes, weight.codes, weight.scale, scale, stride)
         return o_hat.to(torch.float32, copy=True), probe
 
     def _encode(
@@ -176,7 +172,7 @@ class TritonBackend:
         scale, zero = (None, None) if fixed is None else (None if t is None else t.reshape(-1) for t in fixed)
         if scale is not None and grid is not None:
             scale, zero = limits.calibrated(scale, zero, grid.step)
-        codes, scale, probe, _, _ = library().quantize(
+        codes, found, probe, _, _ = torch.ops.modiff.triton_quantize(
             image,
             state,
             None if grid is None else grid.step,
@@ -194,12 +190,12 @@ class TritonBackend:
             True if held is None else held.compensates,
             False,
         )
-        return codes, scale, probe
+        return codes, found if scale is None else scale, probe
 
 
 def _per(quantizer: Quantizer) -> int:
     """Which elements share a scale, by the numbers of :mod:`modiff.kernels.triton.launch`."""
-    if quantizer.fixed is not None:
+    if quantizer.fixed is not None or not quantizer.partition.keep:  # an input without a batch is one sample
         return 0
     return ("tensor", "sample", "token").index(quantizer.spec.granularity)
 

@@ -197,8 +197,8 @@ def quantize_kernel(
         if step is not None:
             multiple = nearest(tl.div_rn(width_of, tl.load(step)))
             inverse = 1.0 / multiple
-            most = whole_quotient(INT16_TOP - number, multiple, inverse)
-            fewest = -whole_quotient(INT16_TOP + number, multiple, inverse)
+            most = whole_quotient(-(number - INT16_TOP), multiple, inverse)
+            fewest = -whole_quotient(number + INT16_TOP, multiple, inverse)
             code = tl.maximum(tl.minimum(code, most), fewest)
             if COMPENSATES:
                 advanced = number + code * multiple

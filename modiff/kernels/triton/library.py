@@ -58,11 +58,11 @@ def _quantize(
         measures: Also return the range of the residual.
 
     Returns:
-        Codes less their zero point, int8 ``[samples, padded height, padded width, padded channels]``; their scale,
-        float32; a scalar that is NaN where ``a`` is not finite; lows and highs ``[samples, parts]``, empty where nothing
+        Codes less their zero point, int8 ``[samples, padded height, padded width, padded channels]``; the scale that
+        was found, float32, empty where it was known; a scalar that is NaN where ``a`` is not finite; lows and highs ``[samples, parts]``, empty where nothing
         is measured.
     """
-    numbers, found = Codes(highest, clip, symmetric, clips), None
+    numbers, found, known = Codes(highest, clip, symmetric, clips), None, scale is not None
     grid = None if step is None or center is None else (step, center)
     if scale is None and per != launch.TOKEN:
         lows, highs = launch.ranges(a, held, grid, per_channel=False)
@@ -74,7 +74,7 @@ def _quantize(
     probes, lows, highs = launch.quantize(
         codes, a, held, grid, scale, zero, units, per, numbers, (pads[0], pads[2]), compensates, measures
     )
-    return codes, scale, (probes if found is None else found).sum(), lows, highs
+    return codes, scale.new_empty(0) if known else scale, (probes if found is None else found).sum(), lows, highs
 
 
 def _fake_quantize(
@@ -98,7 +98,7 @@ def _fake_quantize(
     shape = _padded(a, pads, padded_channels)
     sets = {launch.TENSOR: 1, launch.SAMPLE: a.shape[0], launch.TOKEN: a.shape[0] * a.shape[1] * a.shape[2]}
     codes = a.new_empty(shape, dtype=torch.int8)
-    found = a.new_empty(sets[per], dtype=torch.float32) if scale is None else torch.empty_like(scale)
+    found = a.new_empty(sets[per] if scale is None else 0, dtype=torch.float32)
     parts = launch.parts_of(shape, a.device, per == launch.TOKEN) if measures else 0
     ranges = a.new_empty(a.shape[0], parts, dtype=torch.float32)
     return codes, found, a.new_empty((), dtype=torch.float32), ranges, torch.empty_like(ranges)
@@ -164,13 +164,14 @@ def _norm_quantize(
     mean, rstd = launch.moments(a, groups, epsilon) if groups else (None, None)
     kind = "group" if groups else "layer"
     norm = Norm(kind, silu, mean, rstd, gamma, beta, gain, shift, epsilon)
+    known = scale is not None
     scale = scale if scale is not None else torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
     codes = torch.empty(_padded(a, pads, padded_channels), dtype=torch.int8, device=a.device)
     numbers = Codes(highest, clip, symmetric, clips)
     probes, lows, highs = launch.quantize(
         codes, a, held, grid, scale, zero, None, per, numbers, (pads[0], pads[2]), True, measures, norm
     )
-    return codes, scale, probes.sum(), lows, highs
+    return codes, scale.new_empty(0) if known else scale, probes.sum(), lows, highs
 
 
 def _fake_norm_quantize(
@@ -197,7 +198,7 @@ def _fake_norm_quantize(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = _padded(a, pads, padded_channels)
-    found = a.new_empty(a.shape[:-1].numel(), dtype=torch.float32) if scale is None else torch.empty_like(scale)
+    found = a.new_empty(a.shape[:-1].numel() if scale is None else 0, dtype=torch.float32)
     parts = launch.parts_of(shape, a.device, per == launch.TOKEN or not groups) if measures else 0
     ranges = a.new_empty(a.shape[0], parts, dtype=torch.float32)
     codes = a.new_empty(shape, dtype=torch.int8)

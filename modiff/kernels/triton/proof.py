@@ -180,12 +180,14 @@ def compile_range(table: Table, channels: int = 256) -> Compiled:
 
 
 def compile_table(table: Table) -> Iterator[Compiled]:
-    """Everything that the table of an architecture may launch, in the variants that use most registers."""
-    for blocks in table.every():
-        for kind in ("gemm", "conv1", "conv2"):
-            for output in ("fp16", "fp32"):
-                yield compile_product(table.architecture, kind, blocks, output)
-            yield compile_product(table.architecture, kind, blocks, "fp32", adds=False)
+    """All blocks that the table of an architecture may launch, in the variants that use most registers."""
+    architecture, every = table.architecture, table.every()
+    for blocks in every:
+        yield compile_product(architecture, "gemm", blocks, "fp32")
+        yield compile_product(architecture, "conv1", blocks, "fp32")
+    for kind in ("gemm", "conv1", "conv2"):
+        yield compile_product(architecture, kind, every[0], "fp16")
+        yield compile_product(architecture, kind, every[0], "fp32", adds=False)
     for held in ("i16", "fp32"):
         yield compile_quantize(table, held=held)
         yield compile_quantize(table, "group", held=held)
