@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.quantizers.affine import dequantize, quantize, scale_from_range
 from modiff.quantizers.granularity import weight_partition
 
@@ -24,7 +24,7 @@ class QuantizedWeight:
     Args:
         codes: Floats holding whole numbers, ``[out, in / groups, *kernel]``.
         scale: Broadcasts against the codes.
-        zero_point: Likewise; None when symmetric.
+        zero_point: Broadcasts against the codes; None when symmetric.
         num_scales: How many scales are stored.
     """
 

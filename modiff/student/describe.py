@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config.specs import Modulation, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Row:
         name: Qualified name; of a module registered under several names, the first.
         type: Class of the original.
         weight: Its weight spec, None for full precision.
-        activation: Likewise.
+        activation: Its activation spec, None for full precision.
         modulation: None: plain quantization.
         rule: Pattern of the rule that matched last, None where the config's own fields apply.
         skipped: Why it was left untouched; None where it was quantized.
-        constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
+        constant: Its input was constant throughout the last trajectory, so it was computed once in each context.
         backend: Its execution and, where that is not in integers, why.
     """
 
@@ -55,7 +55,9 @@ class Description:
                 row.type,
                 "" if row.skipped else _spec_text(row.weight),
                 "" if row.skipped else _spec_text(row.activation),
-                "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
+                ""
+                if row.skipped
+                else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",
                 row.backend,
                 row.rule or "",
                 row.skipped or "",

@@ -83,8 +83,8 @@ def convert(
 
     Args:
         model: As for :func:`quantize`.
-        config: Likewise.
-        keep_teacher: Likewise.
+        config: What to quantize, and how.
+        keep_teacher: As for :func:`quantize`.
         weights: Quantized weight by operator; None: the model's are rounded to nearest.
         ranges: Calibrated ranges of activations by operator, as many as there are.
         divisors: Of the input channels of each smoothed operator.
@@ -122,7 +122,9 @@ def _require_quantizable(model: nn.Module, config: QuantConfig) -> None:
         ConfigError: One of them.
     """
     if not isinstance(config, QuantConfig):
-        raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
+        raise ConfigError(
+            f"config is {config!r}; give a QuantConfig or the name of a preset, for example 'w8a4-modiff'."
+        )
     if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
     if find_adapter(model) is not None:
