@@ -17,6 +17,7 @@ from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
+from modiff.operators.graphs import in_graph
 from modiff.operators.weight import WeightHolder
 from modiff.quantizers.affine import Limits
 from modiff.quantizers.calibrated import CalibratedRange
@@ -208,10 +209,10 @@ class QuantizedOperator(WeightHolder):
 
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
-        if torch.compiler.is_compiling():
+        if in_graph():
             assert self.region.execution is not None
             return self.region.execution
-        key = (a.device, a.dtype, a.ndim)
+        key = (a.device, torch.promote_types(a.dtype, torch.float32), a.ndim)
         found = self._executions.get(key)
         if found is None:
             found = self._executions[key] = self._execution(a)
@@ -219,6 +220,7 @@ class QuantizedOperator(WeightHolder):
         return found
 
     def _execution(self, a: Tensor) -> Execution:
+        a = torch.empty((1,) * a.ndim, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
         choice, partition = self.choice(a.device, a.dtype), self.partition(a.ndim)
         with torch.inference_mode(False), torch.no_grad():
             quantizer = self._quantizer(a, partition, clip=None)
@@ -249,7 +251,7 @@ class QuantizedOperator(WeightHolder):
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
-            if not torch.compiler.is_compiling():
+            if not in_graph():
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
@@ -262,11 +264,11 @@ class QuantizedOperator(WeightHolder):
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.execution(a).quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if in_graph() else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             self.state.note(self.name, probe, quantized)
 
     def add_bias(self, output: Tensor) -> Tensor:

@@ -79,6 +79,8 @@ class TritonBackend:
     """Triton's kernels; see :class:`modiff.kernels.backend.Backend`."""
 
     name = "triton"
+    reads_half = True  # inputs of encode and advance may be float16 or bfloat16
+    returns_state = True  # advance returns ô itself
     devices = ("cuda", "cpu") if support.interpreted() else ("cuda",)
 
     def obstacle(
@@ -149,20 +151,27 @@ class TritonBackend:
     def advance(
         self, a: Tensor, held: Held, prepared: Prepared, quantizer: Quantizer, o_hat: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Two kernels where the scale is known or per token, else four: range, scale, codes, product with ô."""
+        """Two kernels where the scale is known or per token, else four: range, scale, codes, product with ô.
+
+        What is returned is ô itself.
+        """
         shape, weight = prepared.shape, prepared.weight
         per, is_linear = _per(quantizer), shape.kind == "linear"
         image, state = (_tokens(x, per) if is_linear else _image(x, shape) for x in (a, held.a_hat))
         target = o_hat.view(-1, shape.out_channels) if is_linear else _image(o_hat, shape)
         if not target.is_contiguous() or not _is_image(state):
             encoded = self.encode(a, held, quantizer)
-            return self.update(self.multiply(prepared, encoded), encoded, o_hat), encoded.probe
+            self.update(self.multiply(prepared, encoded), encoded, o_hat)
+            return o_hat, encoded.probe
         image = image if _is_image(image) else image.contiguous()
         codes, scale, probe = self._encode(image, state, held, quantizer, Plan.of(shape))
         codes = codes.view(-1, codes.shape[3]) if is_linear else codes
         stride = 1 if is_linear else shape.stride[0]
         torch.ops.modiff.triton_product_(target, codes, weight.codes, weight.scale, scale, stride)
-        return o_hat.to(torch.float32, copy=True), probe
+        if not torch.compiler.is_compiling():  # PyTorch does not see what the kernels write
+            if not o_hat.is_inference():
+                torch.autograd.graph.increment_version(o_hat)
+        return o_hat, probe
 
     def _encode(
         self, image: Tensor, state: Tensor | None, held: Held | None, quantizer: Quantizer, plan: Plan
