@@ -12,7 +12,6 @@ import diffusers
 import torch
 from diffusers import loaders
 
-
 EVALUATIONS = {"stable_diffusion": 5}
 """Denoiser calls of four steps where they are not four: PNDM evaluates its second time step twice."""
 
