@@ -134,7 +134,9 @@ def exactness(products: Sequence[Any], device: torch.device, clock: Clock) -> li
         if clock.left < 0:
             break
         blocks = launch.table_for(device).blocks(product)
-        small = replace(product, rows=min(product.rows, 2 * blocks.rows + 3)) if product.run == product.depth else product
+        small = (
+            replace(product, rows=min(product.rows, 2 * blocks.rows + 3)) if product.run == product.depth else product
+        )
         extreme = torch.full((5, small.depth), 127, dtype=torch.int8, device=device)
         sums = torch.full((5, 128), -77777, dtype=torch.int32, device=device)
         weight = torch.full((128, small.depth), -127, dtype=torch.int8, device=device)
@@ -209,7 +211,9 @@ def arm(name: str, model: Model, device: torch.device) -> nn.Module:
     student = modiff.quantize(denoiser, config)
     extra = {"choose": "measured"} if options.get("choose") else {}
     if on_gpu:
-        modiff.compile(student, "whole" if options.get("graph") else "stages", cuda_graph=bool(options.get("graph")), **extra)
+        modiff.compile(
+            student, "whole" if options.get("graph") else "stages", cuda_graph=bool(options.get("graph")), **extra
+        )
     return student
 
 
@@ -305,15 +309,24 @@ def bench(given: argparse.Namespace, device: torch.device, chosen: Sequence[Mode
 def markdown(found: dict[str, Any]) -> str:
     """The table for the README."""
     lines = [f"{found['device']}, torch {found['torch']}, medians; `python benchmarks/gpu.py bench`", ""]
-    lines += ["| model, batch | arm | ms per evaluation | over compiled bf16 with CUDA graph | peak MiB |", "|---|---|---|---|---|"]
-    base = {r["model"]: r["ms_per_evaluation"] for r in found["rows"] if r["arm"] == "bf16 compiled, CUDA graph" and "ms" in r}
+    lines += [
+        "| model, batch | arm | ms per evaluation | over compiled bf16 with CUDA graph | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    base = {
+        r["model"]: r["ms_per_evaluation"]
+        for r in found["rows"]
+        if r["arm"] == "bf16 compiled, CUDA graph" and "ms" in r
+    }
     for row in found["rows"]:
         if "error" in row:
             lines.append(f"| {row['model']} | {row['arm']} | failed: {row['error']} | | |")
             continue
         ratio = f"{base[row['model']] / row['ms_per_evaluation']:.2f}x" if row["model"] in base else ""
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        lines.append(f"| {row['model']}, {row['batch']} | {row['arm']} | {row['ms_per_evaluation']:.2f} | {ratio} | {peak} |")
+        lines.append(
+            f"| {row['model']}, {row['batch']} | {row['arm']} | {row['ms_per_evaluation']:.2f} | {ratio} | {peak} |"
+        )
     lines += ["", "PSNR to the packaged teacher's images in dB: "]
     lines[-1] += ", ".join(f"{name} {value:.1f}" for name, value in found["psnr_db"].items()) + "."
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from modiff.teachers.architectures import ARCHITECTURES, random_denoiser
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
-# Name: bf16 products in TFLOP/s, int8 over bf16 in library products, memory in TB/s, and the expectation that is stated.
+# bf16 products in TFLOP/s, int8 over bf16 in library products, memory in TB/s, and the expectation that is stated.
 GPUS = {
     "H100": (800.0, 1.52, 3.0, (1.0, 1.35)),
     "A100": (250.0, 1.74, 1.5, (1.2, 1.4)),

@@ -1,8 +1,8 @@
 """Whole evaluations as CUDA graphs: one launch instead of thousands, with the state in memory that stays where it is.
 
-The first evaluation of a trajectory and refreshes run eagerly, as around every compiled region. The next ones are run
-once to warm up, then recorded, then replayed: in this trajectory and in all later ones with the same shapes, whose state
-lies in the same memory.
+The first evaluation of a trajectory and refreshes run eagerly, as around every compiled region. Of the others, the
+first two warm up, the third is recorded, and all later ones are replayed: in this trajectory and in those that follow
+with the same shapes, whose state lies in the same memory.
 """
 
 from __future__ import annotations

@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import modiff
 from modiff.config.quant import Modulation, QuantSpec
 from modiff.kernels import accumulate
 from modiff.kernels.backend import BACKENDS, Held, Int16Grid, Prepared, Quantizer
-from modiff.kernels.triton.backend import TritonBackend
 from modiff.operators.adapters import find_adapter
 from modiff.quantizers.affine import Limits
 from modiff.quantizers.granularity import activation_partition
@@ -149,13 +147,32 @@ def test_the_fakes_know_the_shapes() -> None:
     a = torch.randn(size)
     _, prepared, _ = weights_for(module)
     image = a.permute(0, 2, 3, 1)
-    arguments = (image, image.clone(), None, None, None, None, None, 1, [1, 1, 1, 1], 32, 127, 1.0, True, False, True, True)
+    arguments = (
+        image,
+        image.clone(),
+        None,
+        None,
+        None,
+        None,
+        None,
+        1,
+        [1, 1, 1, 1],
+        32,
+        127,
+        1.0,
+        True,
+        False,
+        True,
+        True,
+    )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.modiff.triton_quantize.default, arguments, test_utils=tests)
     codes = torch.ops.modiff.triton_quantize(*arguments)[0]
     weight = prepared.weight
     torch.library.opcheck(
-        torch.ops.modiff.triton_product.default, (codes, weight.codes, weight.scale, None, None, 2, 16), test_utils=tests
+        torch.ops.modiff.triton_product.default,
+        (codes, weight.codes, weight.scale, None, None, 2, 16),
+        test_utils=tests,
     )
     o_hat = torch.randn(2, 3, 3, 16)
     torch.library.opcheck(

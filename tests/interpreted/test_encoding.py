@@ -41,7 +41,9 @@ def scale_of(low: Tensor, high: Tensor, numbers: Codes, step: Tensor | None) -> 
     return scale, zero
 
 
-def define(a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None, scale: Tensor, zero: Tensor, numbers: Codes):
+def define(
+    a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None, scale: Tensor, zero: Tensor, numbers: Codes
+):
     """Codes less their zero point, and the next â: equations (4), (5) and (13)."""
     residual = residual_of(a, held, grid)
     low = -numbers.highest if numbers.symmetric else 0
@@ -52,7 +54,9 @@ def define(a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None, s
         return codes, held + codes * scale
     multiple = (scale / grid[0]).round()
     number = held.float()
-    codes = torch.maximum(torch.minimum(codes, ((32767 - number) / multiple).floor()), ((-32767 - number) / multiple).ceil())
+    codes = torch.maximum(
+        torch.minimum(codes, ((32767 - number) / multiple).floor()), ((-32767 - number) / multiple).ceil()
+    )
     return codes, (number + codes * multiple).to(torch.int16)
 
 
@@ -129,7 +133,10 @@ def test_every_layout_gives_the_same(a_last: bool, held_last: bool, per: int) ->
     a, held, _ = inputs("float")
     other = held.clone()
     expected = encode(a, held, None, per, EIGHT)
-    a, other = (x if last else x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for x, last in ((a, a_last), (other, held_last)))
+    a, other = (
+        x if last else x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        for x, last in ((a, a_last), (other, held_last))
+    )
     found = encode(a, other, None, per, EIGHT)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
@@ -140,7 +147,9 @@ def test_every_layout_gives_the_same(a_last: bool, held_last: bool, per: int) ->
 def test_known_scales_need_one_pass(numbers: Codes) -> None:
     a, held, _ = inputs("float")
     scale, zero = torch.tensor([0.02]), torch.tensor([3.0 * (not numbers.symmetric)])
-    expected, advanced = define(a, held.clone(), None, scale, zero, Codes(numbers.highest, 1.0, numbers.symmetric, True))
+    expected, advanced = define(
+        a, held.clone(), None, scale, zero, Codes(numbers.highest, 1.0, numbers.symmetric, True)
+    )
     codes, _, _ = encode(a, held, None, TENSOR, numbers, scale, None if numbers.symmetric else zero)
     assert numbers is EIGHT or (expected + zero == numbers.highest).any()  # some fall outside
     assert torch.equal(codes[:, 1:-1, 2:-1, :48].float(), expected)

@@ -44,7 +44,10 @@ def _seed() -> None:
 @pytest.mark.parametrize("kind", ["random", "highest", "lowest"])
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 16, 64), (77, 48, 128), (70, 144, 64)])
 def test_gemm_sums(blocks: Blocks, kind: str, rows: int, columns: int, depth: int) -> None:
-    codes, weight = codes_like(kind, rows, depth), codes_like("random" if kind == "random" else "highest", columns, depth)
+    codes, weight = (
+        codes_like(kind, rows, depth),
+        codes_like("random" if kind == "random" else "highest", columns, depth),
+    )
     output = torch.full((rows, columns), POISON, dtype=torch.int32)
     launch.product(output, codes, pad_columns(weight), torch.ones(columns), None, None, 1, False, True, blocks)
     assert torch.equal(output.double(), accumulate(codes, weight, shape_of(nn.Linear(depth, columns))))
@@ -63,7 +66,12 @@ def test_sums_at_the_depth_of_a_large_convolution_are_exact() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "channels", "columns", "size", "kernel"),
-    [(1, 64, 16, (5, 7), (3, 3)), (3, 64, 144, (4, 2), (3, 3)), (2, 64, 32, (9, 1), (5, 1)), (2, 128, 16, (4, 4), (1, 1))],
+    [
+        (1, 64, 16, (5, 7), (3, 3)),
+        (3, 64, 144, (4, 2), (3, 3)),
+        (2, 64, 32, (9, 1), (5, 1)),
+        (2, 128, 16, (4, 4), (1, 1)),
+    ],
 )
 def test_convolution_sums(
     blocks: Blocks, stride: int, batch: int, channels: int, columns: int, size: tuple[int, int], kernel: tuple[int, int]

@@ -56,7 +56,9 @@ def images(student: nn.Module) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("modulation", [{}, {"reconstruction_dtype": "int16", "warmup": "refine"}], ids=["full", "int16"])
+@pytest.mark.parametrize(
+    "modulation", [{}, {"reconstruction_dtype": "int16", "warmup": "refine"}], ids=["full", "int16"]
+)
 def test_a_trajectory_is_the_simulated_one(modulation: dict[str, object]) -> None:
     """Sums are exact, so that only the float32 rounding of scales times sums differs."""
     found, expected = images(student_of("auto", **modulation)), images(student_of("simulate", **modulation))

@@ -10,7 +10,6 @@ import torch
 from small_models import config, denoiser, noise
 from torch import Tensor
 
-
 import modiff
 from modiff.compiling.graphs import WARM_UPS, use_graphs
 from modiff.compiling.modes import uncompile

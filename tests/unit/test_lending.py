@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -30,9 +29,8 @@ class Returning(FloatBackend):
 
 
 @pytest.fixture
-def _returning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def returning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "simulate", Returning())
-    yield
 
 
 def outputs(model: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -47,7 +45,7 @@ def student_of(teacher: nn.Module) -> nn.Module:
     return modiff.quantize(teacher, replace(config(), backend="simulate"))
 
 
-def test_the_outputs_are_the_same_and_stay_as_they_were(_returning: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_outputs_are_the_same_and_stay_as_they_were(returning: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler that keeps the denoiser's outputs must not see them change."""
     student = student_of(denoiser())
     found = outputs(student, noise(5))
@@ -56,7 +54,7 @@ def test_the_outputs_are_the_same_and_stay_as_they_were(_returning: None, monkey
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_state_itself_is_returned(_returning: None) -> None:
+def test_the_state_itself_is_returned(returning: None) -> None:
     student, seen = student_of(denoiser()), []
     student.conv_in.register_forward_hook(lambda _m, _a, output: seen.append(output.data_ptr()))
     with modiff.trajectory(student) as run:
@@ -83,14 +81,15 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("since", [0, 1])
 def test_an_operator_whose_output_is_overwritten_returns_copies(
-    since: int, _returning: None, monkeypatch: pytest.MonkeyPatch
+    since: int, returning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen at the first evaluation, whose output is a copy always; later it is an error."""
     torch.manual_seed(0)
     teacher, inputs = InPlace(since).eval().requires_grad_(False), [x for x, _ in noise(5)]
     student = student_of(teacher)
     if since:
-        with pytest.raises(TrajectoryError, match="'first' was overwritten in place, for the first time in evaluation 1"):
+        message = "'first' was overwritten in place, for the first time in evaluation 1"
+        with pytest.raises(TrajectoryError, match=message):
             outputs(student, [(x,) for x in inputs])
         return
     found = outputs(student, [(x,) for x in inputs])
@@ -100,7 +99,7 @@ def test_an_operator_whose_output_is_overwritten_returns_copies(
     assert all(torch.equal(a, b) for a, b in zip(found, outputs(student, [(x,) for x in inputs]), strict=True))
 
 
-def test_half_precision_reaches_a_backend_that_reads_it(_returning: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_reaches_a_backend_that_reads_it(returning: None, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = noise(4)
     student = student_of(denoiser())
     with torch.autocast("cpu", dtype=torch.bfloat16):

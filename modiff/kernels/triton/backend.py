@@ -138,7 +138,9 @@ class TritonBackend:
         above, below, left, right = plan.pads
         image = F.pad(image, (0, plan.channels - shape.in_channels, left, right, above, below)).contiguous()
         stride = shape.stride[0]
-        found = torch.ops.modiff.triton_product(image, weight.codes, weight.scale, None, None, stride, shape.out_channels)
+        found = torch.ops.modiff.triton_product(
+            image, weight.codes, weight.scale, None, None, stride, shape.out_channels
+        )
         return _from_image(found, codes.ndim, shape)
 
     def update(self, product: Tensor, encoded: Encoded, o_hat: Tensor) -> Tensor:
@@ -168,9 +170,8 @@ class TritonBackend:
         codes = codes.view(-1, codes.shape[3]) if is_linear else codes
         stride = 1 if is_linear else shape.stride[0]
         torch.ops.modiff.triton_product_(target, codes, weight.codes, weight.scale, scale, stride)
-        if not torch.compiler.is_compiling():  # PyTorch does not see what the kernels write
-            if not o_hat.is_inference():
-                torch.autograd.graph.increment_version(o_hat)
+        if not (torch.compiler.is_compiling() or o_hat.is_inference()):  # PyTorch does not see what kernels write
+            torch.autograd.graph.increment_version(o_hat)
         return o_hat, probe
 
     def _encode(

@@ -1,4 +1,4 @@
-"""Launches of the kernels: grids, strides and blocks. The one module that :mod:`modiff.kernels.triton.library` calls."""
+"""Launches of the kernels: grids, strides and blocks. :mod:`modiff.kernels.triton.library` calls nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from modiff.kernels.triton import encoding, products
+from modiff.kernels.triton import encoding, norms, products
 from modiff.kernels.triton.tables import Blocks, Product, Table, architecture_of, table
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -177,20 +177,11 @@ def parts_of(shape: list[int], device: torch.device, whole_rows: bool) -> int:
     return int(triton.cdiv(shape[1] * shape[2], rows) * triton.cdiv(shape[3], columns))
 
 
+# fmt: off
 def quantize(
-    codes: Tensor,
-    a: Tensor,
-    held: Tensor | None,
-    grid: tuple[Tensor, Tensor] | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    units: Tensor | None,
-    per: int,
-    numbers: Codes,
-    pads: tuple[int, int],
-    compensates: bool = True,
-    measures: bool = False,
-    norm: Norm | None = None,
+    codes: Tensor, a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None,
+    scale: Tensor, zero: Tensor | None, units: Tensor | None, per: int, numbers: Codes, pads: tuple[int, int],
+    compensates: bool = True, measures: bool = False, norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write codes, advance â, and return probes and (where asked for) the ranges of the residual.
 
@@ -199,8 +190,7 @@ def quantize(
         a: Any float ``[samples, height, width, channels]``; see :func:`strides`.
         held: â, likewise.
         grid: Step and center of an int16 â.
-        scale: float32; one number, ``[samples]``, ``[samples, channels]``; ``[samples * height * width]`` per token, which
-            is written.
+        scale: float32; one number, ``[samples]``, ``[samples, channels]``; per token it is written: one for each row.
         zero: Zero points, likewise.
         units: What one code is worth in the container, ``[samples, channels]``.
         per: :data:`TENSOR`, :data:`SAMPLE`, :data:`TOKEN` or :data:`SAMPLE_CHANNEL`.
@@ -218,36 +208,25 @@ def quantize(
     tuned = table_for(a.device)
     whole = per == TOKEN or norm.kind == "layer"
     rows, columns = block_of(codes.shape[3], tuned.elements, whole)
-    grid_size = (
-        triton.cdiv(codes.shape[1] * codes.shape[2], rows),
-        triton.cdiv(codes.shape[3], columns),
-        samples,
-    )
-    parts = grid_size[0] * grid_size[1]
+    blocks = triton.cdiv(codes.shape[1] * codes.shape[2], rows), triton.cdiv(codes.shape[3], columns)
+    parts = blocks[0] * blocks[1]
     probes = torch.empty(samples, parts, dtype=torch.float32, device=a.device)
     lows = torch.empty(samples, parts if measures else 0, dtype=torch.float32, device=a.device)
     highs = torch.empty_like(lows)
     step, center = grid or (None, None)
     group_size = channels if norm.mean is None else channels // norm.mean.shape[1]
-    encoding.quantize_kernel[grid_size](
+    encoding.quantize_kernel[(*blocks, samples)](
         *(a, held, codes, lows, highs, probes, scale, zero, units, step, center),
         *(norm.mean, norm.rstd, norm.gamma, norm.beta, norm.gain, norm.shift),
         *(height, width, *pads, codes.shape[1], codes.shape[2], channels, codes.shape[3]),
         *(*strides(a), *strides(a if held is None else held), group_size),
         *(norm.epsilon, *numbers.arguments),
-        PER=per,
-        SYMMETRIC=numbers.symmetric,
-        CLIPS=numbers.clips or held is not None,
-        COMPENSATES=compensates,
-        MEASURES=measures,
-        NORM=NORMS[norm.kind],
-        SILU=norm.silu,
-        BLOCK_R=rows,
-        BLOCK_C=columns,
-        num_warps=tuned.warps,
-        **FACTS,
+        PER=per, SYMMETRIC=numbers.symmetric, CLIPS=numbers.clips or held is not None, COMPENSATES=compensates,
+        MEASURES=measures, NORM=NORMS[norm.kind], SILU=norm.silu, BLOCK_R=rows, BLOCK_C=columns,
+        num_warps=tuned.warps, **FACTS,
     )
     return probes, lows, highs
+# fmt: on
 
 
 def ranges(
@@ -309,7 +288,7 @@ def moments(a: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(height * width, rows)
     means = torch.empty(samples, blocks, channels, dtype=torch.float32, device=a.device)
     squares = torch.empty_like(means)
-    encoding.moments_kernel[(blocks, triton.cdiv(channels, columns), samples)](
+    norms.moments_kernel[(blocks, triton.cdiv(channels, columns), samples)](
         *(a, means, squares, height * width, channels, *strides(a)),
         BLOCK_R=rows,
         BLOCK_C=columns,
@@ -318,7 +297,7 @@ def moments(a: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     )
     mean = torch.empty(samples, groups, dtype=torch.float32, device=a.device)
     rstd = torch.empty_like(mean)
-    encoding.group_kernel[(groups, samples)](
+    norms.group_kernel[(groups, samples)](
         *(means, squares, mean, rstd, height * width, channels, channels // groups, blocks, epsilon),
         BLOCK_R=rows,
         BLOCK_P=16,

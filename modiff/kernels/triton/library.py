@@ -14,37 +14,26 @@ from torch import Tensor
 from modiff.kernels.triton import launch
 from modiff.kernels.triton.launch import Codes, Norm
 
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _GRID = "Tensor? step, Tensor? center"
 _NUMBERS = "int highest, float clip, bool symmetric, bool clips"
 
 
+# fmt: off
 def _quantize(
-    a: Tensor,
-    held: Tensor | None,
-    step: Tensor | None,
-    center: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    units: Tensor | None,
-    per: int,
-    pads: list[int],
-    padded_channels: int,
-    highest: int,
-    clip: float,
-    symmetric: bool,
-    clips: bool,
-    compensates: bool,
-    measures: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
+    scale: Tensor | None, zero: Tensor | None, units: Tensor | None, per: int, pads: list[int], padded_channels: int,
+    highest: int, clip: float, symmetric: bool, clips: bool, compensates: bool, measures: bool,
+) -> Five:
     """Equations (4), (5) and (13) in one pass, or in two where the scale is not known.
 
     Args:
-        a: Any float ``[samples, height, width, channels]``, itself dense or a view of a dense ``[samples, channels, ...]``.
+        a: Any float ``[samples, height, width, channels]``; see :func:`modiff.kernels.triton.launch.strides`.
         held: â, likewise, float or int16; advanced in place.
         step: Of the int16 grid.
-        center: Likewise.
-        scale: float32, see :func:`modiff.kernels.triton.launch.quantize`; None: found from the range of ``a - â``, by a
-            pass of its own unless each token has one.
+        center: Of the int16 grid.
+        scale: See :func:`modiff.kernels.triton.launch.quantize`, like zero, units and per; None: found from the range
+            of ``a - â``, by a pass of its own unless each token has one.
         zero: Zero points.
         units: What one code is worth in the container.
         per: Which elements share a scale.
@@ -59,84 +48,50 @@ def _quantize(
 
     Returns:
         Codes less their zero point, int8 ``[samples, padded height, padded width, padded channels]``; the scale that
-        was found, float32, empty where it was known; a scalar that is NaN where ``a`` is not finite; lows and highs ``[samples, parts]``, empty where nothing
-        is measured.
+        was found, float32, empty where it was known; a scalar that is NaN where ``a`` is not finite; lows and highs
+        ``[samples, parts]``, empty where nothing is measured.
     """
-    numbers, found, known = Codes(highest, clip, symmetric, clips), None, scale is not None
+    numbers, found, given = Codes(highest, clip, symmetric, clips), None, scale
     grid = None if step is None or center is None else (step, center)
     if scale is None and per != launch.TOKEN:
         lows, highs = launch.ranges(a, held, grid, per_channel=False)
         sets = 1 if per == launch.TENSOR else a.shape[0]
         scale, zero, found = launch.scales(lows.view(sets, -1), highs.view(sets, -1), step, numbers)
-    elif scale is None:
-        scale = torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
+    scale = _room(a) if scale is None else scale
     codes = torch.empty(_padded(a, pads, padded_channels), dtype=torch.int8, device=a.device)
     probes, lows, highs = launch.quantize(
         codes, a, held, grid, scale, zero, units, per, numbers, (pads[0], pads[2]), compensates, measures
     )
-    return codes, scale.new_empty(0) if known else scale, (probes if found is None else found).sum(), lows, highs
+    probe = (probes if found is None else found).sum()
+    return codes, scale if given is None else scale.new_empty(0), probe, lows, highs
 
 
 def _fake_quantize(
-    a: Tensor,
-    held: Tensor | None,
-    step: Tensor | None,
-    center: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    units: Tensor | None,
-    per: int,
-    pads: list[int],
-    padded_channels: int,
-    highest: int,
-    clip: float,
-    symmetric: bool,
-    clips: bool,
-    compensates: bool,
-    measures: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = _padded(a, pads, padded_channels)
-    sets = {launch.TENSOR: 1, launch.SAMPLE: a.shape[0], launch.TOKEN: a.shape[0] * a.shape[1] * a.shape[2]}
-    codes = a.new_empty(shape, dtype=torch.int8)
-    found = a.new_empty(sets[per] if scale is None else 0, dtype=torch.float32)
-    parts = launch.parts_of(shape, a.device, per == launch.TOKEN) if measures else 0
-    ranges = a.new_empty(a.shape[0], parts, dtype=torch.float32)
-    return codes, found, a.new_empty((), dtype=torch.float32), ranges, torch.empty_like(ranges)
+    a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
+    scale: Tensor | None, zero: Tensor | None, units: Tensor | None, per: int, pads: list[int], padded_channels: int,
+    *rest: Any,
+) -> Five:
+    sets = {launch.TENSOR: 1, launch.SAMPLE: a.shape[0], launch.TOKEN: a.shape[:-1].numel()}
+    found = sets[per] if scale is None else 0
+    return _fakes(a, pads, padded_channels, found, whole=per == launch.TOKEN, measures=rest[-1])
 
 
 def _norm_quantize(
-    a: Tensor,
-    held: Tensor | None,
-    step: Tensor | None,
-    center: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    per: int,
-    pads: list[int],
-    padded_channels: int,
-    highest: int,
-    clip: float,
-    symmetric: bool,
-    clips: bool,
-    measures: bool,
-    groups: int,
-    epsilon: float,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
+    scale: Tensor | None, zero: Tensor | None, per: int, pads: list[int], padded_channels: int,
+    highest: int, clip: float, symmetric: bool, clips: bool, measures: bool, groups: int, epsilon: float,
+    gamma: Tensor | None, beta: Tensor | None, gain: Tensor | None, shift: Tensor | None, silu: bool,
+) -> Five:
     """:func:`_quantize` of a normalized input, which itself is never written.
 
     Args:
         a: What the norm reads.
-        held: â of what it gives; see :func:`_quantize`, like all that is not named here.
-        step: Likewise.
-        center: Likewise.
-        scale: It must be known, unless it is per token.
+        held: â of what the norm gives; see :func:`_quantize`, like all that is not named here.
+        step: Of the int16 grid.
+        center: Of the int16 grid.
+        scale: It must be known, unless each token has one.
         zero: Zero points.
-        per: :data:`launch.TENSOR`, :data:`launch.SAMPLE` or :data:`launch.TOKEN`.
+        per: Which elements share a scale; not sample and channel.
         pads: Zeros around the image.
         padded_channels: Channels of the codes.
         highest: Code.
@@ -149,76 +104,55 @@ def _norm_quantize(
         gamma: Weight of the norm, ``[channels]``.
         beta: Its bias.
         gain: Of an adaptive norm, ``[samples, channels]``.
-        shift: Likewise.
+        shift: Of an adaptive norm.
         silu: Whether SiLU follows.
 
-    Returns:
-        As :func:`_quantize`.
-
     Raises:
-        ValueError: The scale is neither known nor per token: the range needs what this operator does not write.
+        ValueError: The scale is neither known nor per token: its range needs what this operator does not write.
     """
     if scale is None and per != launch.TOKEN:
         raise ValueError("A scale per tensor or sample must be known where the norm is fused; quantize in two passes.")
     grid = None if step is None or center is None else (step, center)
     mean, rstd = launch.moments(a, groups, epsilon) if groups else (None, None)
-    kind = "group" if groups else "layer"
-    norm = Norm(kind, silu, mean, rstd, gamma, beta, gain, shift, epsilon)
-    known = scale is not None
-    scale = scale if scale is not None else torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
+    norm = Norm("group" if groups else "layer", silu, mean, rstd, gamma, beta, gain, shift, epsilon)
+    found = _room(a) if scale is None else scale
     codes = torch.empty(_padded(a, pads, padded_channels), dtype=torch.int8, device=a.device)
     numbers = Codes(highest, clip, symmetric, clips)
     probes, lows, highs = launch.quantize(
-        codes, a, held, grid, scale, zero, None, per, numbers, (pads[0], pads[2]), True, measures, norm
+        codes, a, held, grid, found, zero, None, per, numbers, (pads[0], pads[2]), True, measures, norm
     )
-    return codes, scale.new_empty(0) if known else scale, probes.sum(), lows, highs
+    return codes, found if scale is None else found.new_empty(0), probes.sum(), lows, highs
 
 
 def _fake_norm_quantize(
-    a: Tensor,
-    held: Tensor | None,
-    step: Tensor | None,
-    center: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    per: int,
-    pads: list[int],
-    padded_channels: int,
-    highest: int,
-    clip: float,
-    symmetric: bool,
-    clips: bool,
-    measures: bool,
-    groups: int,
-    epsilon: float,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
+    scale: Tensor | None, zero: Tensor | None, per: int, pads: list[int], padded_channels: int,
+    highest: int, clip: float, symmetric: bool, clips: bool, measures: bool, groups: int, *rest: Any,
+) -> Five:
+    found = a.shape[:-1].numel() if scale is None else 0
+    return _fakes(a, pads, padded_channels, found, whole=per == launch.TOKEN or not groups, measures=measures)
+
+
+def _fakes(a: Tensor, pads: list[int], padded_channels: int, found: int, whole: bool, measures: bool) -> Five:
     shape = _padded(a, pads, padded_channels)
-    found = a.new_empty(a.shape[:-1].numel() if scale is None else 0, dtype=torch.float32)
-    parts = launch.parts_of(shape, a.device, per == launch.TOKEN or not groups) if measures else 0
-    ranges = a.new_empty(a.shape[0], parts, dtype=torch.float32)
-    codes = a.new_empty(shape, dtype=torch.int8)
-    return codes, found, a.new_empty((), dtype=torch.float32), ranges, torch.empty_like(ranges)
+    parts = launch.parts_of(shape, a.device, whole) if measures else 0
+    numbers = [a.new_empty(size, dtype=torch.float32) for size in ((found,), (), (a.shape[0], parts))]
+    return a.new_empty(shape, dtype=torch.int8), numbers[0], numbers[1], numbers[2], torch.empty_like(numbers[2])
+
+
+def _room(a: Tensor) -> Tensor:
+    """For the scales of tokens."""
+    return torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
 
 
 def _scales(
-    lows: Tensor,
-    highs: Tensor,
-    step: Tensor | None,
-    highest: int,
-    clip: float,
-    symmetric: bool,
-    margin: float,
+    lows: Tensor, highs: Tensor, step: Tensor | None, highest: int, clip: float, symmetric: bool, margin: float
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points from ranges of the previous evaluation, widened by a margin.
 
     Args:
         lows: float32 ``[sets, parts]``.
-        highs: Likewise.
+        highs: float32 ``[sets, parts]``.
         step: Of an int16 grid.
         highest: Code.
         clip: Share of the range.
@@ -233,6 +167,7 @@ def _fake_scales(
     lows: Tensor, highs: Tensor, step: Tensor | None, highest: int, clip: float, symmetric: bool, margin: float
 ) -> tuple[Tensor, Tensor]:
     return lows.new_empty(lows.shape[0]), lows.new_empty(0 if symmetric else lows.shape[0])
+# fmt: on
 
 
 def _product(

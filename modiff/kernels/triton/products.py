@@ -2,13 +2,15 @@
 
 Triton waits after every int8 wgmma of sm_90, so what hides the latency is a second block on the same multiprocessor:
 the tuned tables keep registers and shared memory small enough for two. Trip counts are arguments, since constants would
-be unrolled into spills.
+be unrolled into spills. See :func:`modiff.kernels.triton.launch.product` for the arguments of both kernels.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# fmt: off
 
 
 @triton.jit
@@ -56,102 +58,65 @@ def finish(sums, bias, code_scale, weight_scale, output, rows, columns, rows_per
 
 
 @triton.jit
-def gemm_kernel(
-    codes,  # int8 [rows, depth]
-    weight,  # int8 [columns padded to BLOCK_N, depth]
-    bias,  # float32 [columns] or None
-    code_scale,  # float32, one for each rows_per_scale rows, or None
-    weight_scale,  # float32 [columns]
-    output,  # any float [rows, columns]
-    rows,
-    columns,
-    depth,
-    rows_per_scale,
-    GROUP: tl.constexpr,  # blocks of rows that share the columns they read in the second-level cache
-    ADDS: tl.constexpr,  # add to what the output holds (14)
-    SUMS: tl.constexpr,  # write the int32 sums themselves
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def block_of(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of this program's block: GROUP blocks of rows read the same columns side by side."""
     program = tl.program_id(0)
     blocks_m = tl.cdiv(rows, BLOCK_M)
     blocks_n = tl.cdiv(columns, BLOCK_N)
     first = program // (GROUP * blocks_n) * GROUP
     height = tl.minimum(blocks_m - first, GROUP)
     within = program % (GROUP * blocks_n)
-    block_m = first + within % height
-    block_n = within // height
+    return (first + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
+
+@triton.jit
+def gemm_kernel(
+    codes, weight, bias, code_scale, weight_scale, output, rows, columns, depth, rows_per_scale,
+    GROUP: tl.constexpr, ADDS: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Codes ``[rows, depth]`` times a weight ``[padded columns, depth]``."""
+    first_row, first_column = block_of(rows, columns, GROUP, BLOCK_M, BLOCK_N)
     # Rows beyond the last read the last one again, and are not stored: no mask in the loop.
-    row = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - first_row)
+    column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    start = (block_m * BLOCK_M).to(tl.int64)
-    a = codes + start * depth + ((row - block_m * BLOCK_M) * depth)[:, None] + k[None, :]
+    a = codes + first_row.to(tl.int64) * depth + (row * depth)[:, None] + k[None, :]
     b = weight + (column * depth)[None, :] + k[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for _ in range(0, depth // BLOCK_K):
         sums = tl.dot(tl.load(a), tl.load(b), sums)
         a += BLOCK_K
         b += BLOCK_K
-
-    finish(sums, bias, code_scale, weight_scale, output, rows, columns, rows_per_scale, block_m * BLOCK_M,
-           block_n * BLOCK_N, ADDS, SUMS, PARTS, BLOCK_M, BLOCK_N)
+    finish(sums, bias, code_scale, weight_scale, output, rows, columns, rows_per_scale, first_row, first_column,
+           ADDS, SUMS, PARTS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def conv_kernel(
-    codes,  # int8 [batch, padded height, padded width, channels], zeros around
-    weight,  # int8 [columns padded to BLOCK_N, kernel height, kernel width, channels]
-    bias,
-    code_scale,
-    weight_scale,
-    output,  # any float [batch, height, width, columns]
-    rows,  # batch * height * width
-    columns,
-    height,
-    width,
-    padded_height,
-    padded_width,
-    channels,
-    kernel_height,
-    run,  # kernel width * channels: neighbours in memory
-    rows_per_scale,
-    STRIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    ADDS: tl.constexpr,
-    SUMS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    codes, weight, bias, code_scale, weight_scale, output, rows, columns, height, width,
+    padded_height, padded_width, channels, kernel_height, run, rows_per_scale,
+    STRIDE: tl.constexpr, GROUP: tl.constexpr, ADDS: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    blocks_m = tl.cdiv(rows, BLOCK_M)
-    blocks_n = tl.cdiv(columns, BLOCK_N)
-    first = program // (GROUP * blocks_n) * GROUP
-    size = tl.minimum(blocks_m - first, GROUP)
-    within = program % (GROUP * blocks_n)
-    block_m = first + within % size
-    block_n = within // size
+    """A convolution of codes with zeros around, whose rows of output are the pixels of all images.
 
-    row = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1)
+    ``run`` is the kernel's width times the channels: the codes under one row of the kernel are neighbours in memory.
+    """
+    first_row, first_column = block_of(rows, columns, GROUP, BLOCK_M, BLOCK_N)
+    row = tl.minimum(first_row + tl.arange(0, BLOCK_M), rows - 1)
     x = row % width
-    y = row // width
-    image = y // height
-    y = y % height
-    first_image = block_m * BLOCK_M // (width * height)
+    image = row // width // height
+    y = row // width % height
+    first_image = first_row // (width * height)
     start = (first_image * padded_height).to(tl.int64) * (padded_width * channels)
     place = ((image - first_image) * padded_height + y * STRIDE) * padded_width + x * STRIDE
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a = codes + start + (place * channels)[:, None] + k[None, :]
     b = weight + (column * (kernel_height * run))[None, :] + k[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    # The codes under one row of the kernel are neighbours; then comes a jump to the next row of the image.
-    jump = padded_width * channels - run
+    jump = padded_width * channels - run  # from the end of one row of the kernel to the next row of the image
     left = run
     for _ in range(0, kernel_height * run // BLOCK_K):
         sums = tl.dot(tl.load(a), tl.load(b), sums)
@@ -160,6 +125,5 @@ def conv_kernel(
         left = tl.where(left == 0, run, left)
         a += BLOCK_K + step
         b += BLOCK_K
-
-    finish(sums, bias, code_scale, weight_scale, output, rows, columns, rows_per_scale, block_m * BLOCK_M,
-           block_n * BLOCK_N, ADDS, SUMS, PARTS, BLOCK_M, BLOCK_N)
+    finish(sums, bias, code_scale, weight_scale, output, rows, columns, rows_per_scale, first_row, first_column,
+           ADDS, SUMS, PARTS, BLOCK_M, BLOCK_N)

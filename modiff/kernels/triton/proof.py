@@ -93,9 +93,7 @@ def compile_kernel(
     registers, stack, sass = _disassemble(found.asm["cubin"])
     loop, matrix = _main_loop(sass)
     used = tuple(sorted(set(re.findall(r"(?:wgmma|mma\.sync)\S*s8\S*", found.asm["ptx"]))))
-    return Compiled(
-        architecture, name, blocks, used, registers, stack, found.metadata.shared, warps * 32, loop, matrix
-    )
+    return Compiled(architecture, name, blocks, used, registers, stack, found.metadata.shared, warps * 32, loop, matrix)
 
 
 def compile_product(architecture: str, kind: str, blocks: Blocks, output: str = "fp16", adds: bool = True) -> Compiled:
@@ -151,9 +149,7 @@ def compile_quantize(
     arguments |= {"lows": "*fp32", "highs": "*fp32", "probes": "*fp32", "scale": "*fp32", "zero": None, "units": None}
     arguments |= {"step": grid, "center": grid, "mean": of_group, "rstd": of_group, "gamma": of_norm, "beta": of_norm}
     arguments |= {"gain": None, "shift": None}
-    arguments |= dict.fromkeys(
-        ("height", "width", "top_pad", "left_pad", "padded_height", "padded_width"), "i32:1"
-    )
+    arguments |= dict.fromkeys(("height", "width", "top_pad", "left_pad", "padded_height", "padded_width"), "i32:1")
     arguments |= {"channels": "i32", "padded_channels": "i32", "a_row": "i32", "a_channel": 1}
     arguments |= {"held_row": "i32", "held_channel": 1, "group_size": "i32:1", "epsilon": "fp32"}
     arguments |= {"highest": "fp32", "clip": "fp32", "factor": "fp32", "PER": per, "SYMMETRIC": True, "CLIPS": True}
@@ -170,25 +166,36 @@ def compile_range(table: Table, channels: int = 256) -> Compiled:
     """The pass that finds ranges of the residual of fp16 inputs, with an int16 â."""
     rows, columns = block_of(channels, table.elements, whole_rows=False)
     arguments: dict[str, Any] = {"a": "*fp16", "held": "*i16", "lows": "*fp32", "highs": "*fp32"}
-    arguments |= {"step": "*fp32", "center": "*fp32", "rows": "i32:1", "channels": "i32", "a_row": "i32", "a_channel": 1}
+    arguments |= {
+        "step": "*fp32",
+        "center": "*fp32",
+        "rows": "i32:1",
+        "channels": "i32",
+        "a_row": "i32",
+        "a_channel": 1,
+    }
     arguments |= {"held_row": "i32", "held_channel": 1, "PER_CHANNEL": False}
     arguments |= {"BLOCK_R": rows, "BLOCK_C": columns, "REPEATS": 4}
     shape = f"{rows}x{columns}, {table.warps} warps"
-    return compile_kernel(
-        table.architecture, encoding.range_kernel, "range, â i16", shape, arguments, table.warps, 3
-    )
+    return compile_kernel(table.architecture, encoding.range_kernel, "range, â i16", shape, arguments, table.warps, 3)
 
 
-def compile_table(table: Table) -> Iterator[Compiled]:
-    """All blocks that the table of an architecture may launch, in the variants that use most registers."""
+def compile_table(table: Table, thorough: bool = False) -> Iterator[Compiled]:
+    """All blocks that the table of an architecture may launch, in the variants that use most registers.
+
+    Args:
+        table: Of an architecture.
+        thorough: Linears with every blocks too, and the pass that makes codes with both kinds of â.
+    """
     architecture, every = table.architecture, table.every()
     for blocks in every:
-        yield compile_product(architecture, "gemm", blocks, "fp32")
         yield compile_product(architecture, "conv1", blocks, "fp32")
+    for blocks in every if thorough else every[:1]:
+        yield compile_product(architecture, "gemm", blocks, "fp32")
     for kind in ("gemm", "conv1", "conv2"):
         yield compile_product(architecture, kind, every[0], "fp16")
-        yield compile_product(architecture, kind, every[0], "fp32", adds=False)
-    for held in ("i16", "fp32"):
+    yield compile_product(architecture, "conv1", every[0], "fp32", adds=False)
+    for held in ("i16", "fp32") if thorough else ("i16",):
         yield compile_quantize(table, held=held)
         yield compile_quantize(table, "group", held=held)
         yield compile_quantize(table, "none", TOKEN, held)

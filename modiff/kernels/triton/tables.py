@@ -1,4 +1,4 @@
-"""The tuned tables: which blocks a product is cut into on which architecture. Data files; nothing is tuned at run time."""
+"""The tuned tables: how a product is cut on which architecture. They are data files; nothing is tuned at run time."""
 
 from __future__ import annotations
 

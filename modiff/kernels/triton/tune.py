@@ -43,7 +43,9 @@ def candidates(product: Product) -> list[Blocks]:
                 if rows * columns < 64 * 128 and warps == 8:
                     continue
                 parts = max(rows * columns // (32 * warps * 32), 1)
-                found += [Blocks(rows, columns, depth, warps, stages, min(parts, columns // 16)) for stages in (2, 3, 4)]
+                found += [
+                    Blocks(rows, columns, depth, warps, stages, min(parts, columns // 16)) for stages in (2, 3, 4)
+                ]
     return found
 
 
@@ -78,7 +80,7 @@ def image_size(rows: int) -> int:
 
 
 def check(product: Product, blocks: Blocks, device: torch.device) -> bool:
-    """Whether the sums of a product are exact, on a part of it that one can compute in float64, with poisoned output."""
+    """Whether the sums of a product are exact, in poisoned memory, on a part of it that float64 computes soon."""
     rows = min(product.rows, 2 * blocks.rows + 3) if product.run == product.depth else image_size(product.rows) ** 2
     codes, weight, output = operands(replace(product, rows=rows), device)
     sums = torch.full(output.shape, -77777, dtype=torch.int32, device=device)
