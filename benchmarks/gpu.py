@@ -205,6 +205,7 @@ def arm(name: str, model: Model, device: torch.device) -> nn.Module:
     denoiser = denoiser.to(device, torch.float16 if on_gpu else torch.float32)
     denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = modiff.QuantConfig.preset(options["preset"])
+    config = replace(config, activation=modiff.QuantSpec(8, granularity="sample"))  # asymmetric 8-bit codes need 9 bits
     if config.modulation is not None and on_gpu:
         state = replace(config.modulation, state_dtype="float16", reconstruction_dtype="int16")
         config = replace(config, modulation=state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from selection import crossed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,10 +41,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("blocks", [SMALL, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("kind", ["random", "highest", "lowest"])
-@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 16, 64), (77, 48, 128), (70, 144, 64)])
-def test_gemm_sums(blocks: Blocks, kind: str, rows: int, columns: int, depth: int) -> None:
+SIZES = [(1, 16, 64), (77, 48, 128), (70, 144, 64)]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kind", "size"),
+    crossed(
+        [(SMALL, LARGE), ("random", "highest", "lowest"), SIZES],
+        lambda blocks, kind, size: (kind == "random") == (blocks is SMALL),
+    ),
+)
+def test_gemm_sums(blocks: Blocks, kind: str, size: tuple[int, int, int]) -> None:
+    rows, columns, depth = size
     codes, weight = (
         codes_like(kind, rows, depth),
         codes_like("random" if kind == "random" else "highest", columns, depth),
@@ -62,8 +71,9 @@ def test_sums_at_the_depth_of_a_large_convolution_are_exact() -> None:
     assert torch.equal(output.double(), accumulate(codes, weight, shape_of(nn.Linear(11520, 16))))
 
 
-@pytest.mark.parametrize("blocks", [SMALL, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("blocks", "stride"), crossed([(SMALL, LARGE), (1, 2)], lambda blocks, stride: (blocks is SMALL) == (stride == 1))
+)
 @pytest.mark.parametrize(
     ("batch", "channels", "columns", "size", "kernel"),
     [
@@ -87,9 +97,17 @@ def test_convolution_sums(
     assert torch.equal(output.permute(0, 3, 1, 2).double(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("sets", [1, 6, 30], ids=["tensor", "sample", "token"])
-@pytest.mark.parametrize("blocks", [SMALL, LARGE], ids=["small", "large"])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SETS = (1, 6, 30)  # one scale for all, for each of six samples, for each row
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sets", "blocks"),
+    crossed(
+        [DTYPES, SETS, (SMALL, LARGE)],
+        lambda dtype, sets, blocks: DTYPES.index(dtype) == SETS.index(sets) and (blocks is SMALL) == (sets != 6),
+    ),
+)
 def test_the_output_advances_by_scaled_sums(dtype: torch.dtype, sets: int, blocks: Blocks) -> None:
     codes, weight = codes_like("random", 30, 64), codes_like("random", 48, 64)
     weight_scale, code_scale, before = torch.rand(48) / 100, torch.rand(sets) / 100, torch.randn(30, 48).to(dtype)
