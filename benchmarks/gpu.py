@@ -273,8 +273,8 @@ def quality(device: torch.device, images: int, steps: int) -> dict[str, float]:
     def draw(preset: str | None, where: torch.device, backend: str) -> Tensor:
         teacher = load_teacher(TeacherSpec("mnist"))
         denoiser = teacher.denoiser.to(where)
-        noise = torch.randn(images, 1, 32, 32, generator=torch.Generator().manual_seed(0)).to(where)
-        scheduler = make_scheduler("ddim", teacher.scheduler)
+        noise = torch.randn(images, *teacher.sample_shape, generator=torch.Generator().manual_seed(0)).to(where)
+        scheduler = make_scheduler("ddim", teacher.scheduler_config)
         with torch.no_grad():
             if preset is None:
                 found = sample(denoiser, scheduler, noise, steps)

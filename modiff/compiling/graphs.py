@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
-from modiff.operators.graphs import capturing
 from modiff.operators.quantized import QuantizedOperator
 from modiff.student.swap import operators
 from modiff.trajectory.contexts import DEFAULT
+from modiff.trajectory.graphs import capturing
 from modiff.trajectory.session import ModulationState, state_of
 
 WARM_UPS = 2

@@ -30,9 +30,9 @@ class QuantConfig:
         smoothed: Linears whose input channels are divided by calibrated factors (SmoothQuant); a calibration with
             ``smoothing`` fills it in. Their parts are named ``<name>.inner``.
         backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
-            CPU, refused where an operator's could not be exact. ``triton``: likewise on NVIDIA GPUs (``docs/kernels.md``).
-            ``auto``: integers where they are exact, else
-            ``simulate``; :func:`modiff.describe` says which, and why.
+            CPU, refused where an operator's could not be exact. ``triton``: integer products on NVIDIA GPUs, likewise
+            (``docs/kernels.md``). ``auto``: integers where they are exact, else ``simulate``; :func:`modiff.describe`
+            says which, and why.
 
     Raises:
         ConfigError: A field is wrong.

@@ -12,10 +12,10 @@ from modiff.errors import TrajectoryError
 from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
-from modiff.operators.graphs import in_graph
 from modiff.operators.quantized import Execution, QuantizedOperator
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
 from modiff.trajectory.schedule import Answer

@@ -17,13 +17,13 @@ from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
-from modiff.operators.graphs import in_graph
 from modiff.operators.weight import WeightHolder
 from modiff.quantizers.affine import Limits
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.session import ModulationState
 
 

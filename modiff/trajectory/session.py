@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from modiff.errors import TrajectoryError
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.contexts import Context, Trajectory, context_names
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity, KeptOutput
 from modiff.trajectory.probes import Probes
 from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
@@ -340,7 +341,7 @@ class ModulationState:
         device, like the input in :meth:`note_unchanged`.
         """
         run = self.trajectory
-        if torch.compiler.is_compiling() or run is None or not run.in_evaluation:
+        if in_graph() or run is None or not run.in_evaluation:
             return None
         if len(args) != 1 or not isinstance(output, Tensor):
             return None

@@ -33,7 +33,7 @@ class Again:
         return _Later(self)
 
     def replay(self) -> None:
-        from modiff.operators.graphs import capturing
+        from modiff.trajectory.graphs import capturing
 
         self.replays += 1
         with capturing():

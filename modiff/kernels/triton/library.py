@@ -5,6 +5,7 @@ On CUDA they launch kernels; on the CPU they do so only in Triton's interpreter,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +240,17 @@ def _fake_product_(
     return None
 
 
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the GPU of the first tensor: Triton takes the current one."""
+
+    @functools.wraps(run)
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
+
+
 def _padded(a: Tensor, pads: list[int], channels: int) -> list[int]:
     return [a.shape[0], a.shape[1] + pads[0] + pads[1], a.shape[2] + pads[2] + pads[3], channels]
 
@@ -288,7 +300,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
 for _name, (_schema, _run, _fake) in _OPERATORS.items():
     _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _run, "CUDA")
+    _LIBRARY.impl(_name, _on_its_device(_run), "CUDA")
     if launch.INTERPRETED:
         _LIBRARY.impl(_name, _run, "CPU")
     torch.library.register_fake(f"modiff::{_name}", _fake, lib=_LIBRARY)

@@ -126,7 +126,8 @@ def compile_product(architecture: str, kind: str, blocks: Blocks, output: str = 
     constants |= {"BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.depth}
     kernel = products.gemm_kernel if kind == "gemm" else products.conv_kernel
     name = f"{kind}, {'ô' if adds else 'output'} {output}"
-    arguments = {**operands, **sizes, "rows_per_scale": "i32", **constants}
+    # Triton makes a constant of every 1; a Linear's tokens each have a scale.
+    arguments = {**operands, **sizes, "rows_per_scale": 1 if kind == "gemm" else "i32", **constants}
     return compile_kernel(architecture, kernel, name, blocks.key, arguments, blocks.warps, blocks.stages)
 
 
@@ -150,6 +151,8 @@ def compile_quantize(
     arguments |= {"step": grid, "center": grid, "mean": of_group, "rstd": of_group, "gamma": of_norm, "beta": of_norm}
     arguments |= {"gain": None, "shift": None}
     arguments |= dict.fromkeys(("height", "width", "top_pad", "left_pad", "padded_height", "padded_width"), "i32:1")
+    if per == TOKEN:  # of a Linear: one row of pixels, and constants for all that is 1
+        arguments |= {"height": 1, "padded_height": 1}
     arguments |= {"channels": "i32", "padded_channels": "i32", "a_row": "i32", "a_channel": 1}
     arguments |= {"held_row": "i32", "held_channel": 1, "group_size": "i32:1", "epsilon": "fp32"}
     arguments |= {"highest": "fp32", "clip": "fp32", "factor": "fp32", "PER": per, "SYMMETRIC": True, "CLIPS": True}
