@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -80,3 +81,14 @@ def test_the_description_says_why_an_operator_is_simulated(monkeypatch: pytest.M
 def test_asked_for_by_name_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(ConfigError, match="'triton' cannot run operator 'grouped' exactly: it has 4 groups"):
         student_of("triton")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::DeprecationWarning")
+def test_a_graph_holds_the_kernels_as_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as a whole, without inductor's code: the fakes and what each operator writes to are as they say."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    expected = images(student_of("auto", warmup="full"))
+    student = student_of("auto", warmup="full")
+    found = images(modiff.compile(student, "whole"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

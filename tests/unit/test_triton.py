@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -181,6 +182,18 @@ def test_everything_in_the_tables_compiles(architecture: str) -> None:
 
     for found in proof.compile_table(table(architecture), thorough=True):
         proven(architecture, found)
+
+
+@needs_triton
+def test_the_page_shows_what_was_compiled_of_the_tables_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kernels
+
+    results = json.loads(kernels.RESULTS.read_text())["kernels"]
+    assert kernels.markdown(results) in kernels.PAGE.read_text(encoding="utf-8")
+    for architecture, rows in results.items():
+        assert {blocks.key for blocks in table(architecture).every()} <= {row["blocks"] for row in rows}
+        assert all(row["stack"] == 0 for row in rows)
 
 
 def interpret(*arguments: str) -> None:

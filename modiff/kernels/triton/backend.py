@@ -242,7 +242,7 @@ def _is_dense(a: Tensor) -> bool:
 
 def _in_memory_order(a: Tensor, per: int) -> Tensor:
     """A dense tensor as ``[samples, 1, rows, channels]``, where only samples and tokens have a meaning."""
-    order = sorted(range(a.ndim), key=lambda d: (-a.stride(d), d))
+    order = sorted(range(a.ndim), key=lambda d: (-a.stride()[d], d))
     flat = a.permute(order)
     if per == 2:
         return flat.reshape(1, 1, -1, a.shape[-1])

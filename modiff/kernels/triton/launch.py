@@ -208,14 +208,14 @@ def quantize(
     tuned = table_for(a.device)
     whole = per == TOKEN or norm.kind == "layer"
     rows, columns = block_of(codes.shape[3], tuned.elements, whole)
-    blocks = triton.cdiv(codes.shape[1] * codes.shape[2], rows), triton.cdiv(codes.shape[3], columns)
+    blocks = triton.cdiv(codes.shape[1] * codes.shape[2], rows), triton.cdiv(codes.shape[3], columns), samples
     parts = blocks[0] * blocks[1]
     probes = torch.empty(samples, parts, dtype=torch.float32, device=a.device)
     lows = torch.empty(samples, parts if measures else 0, dtype=torch.float32, device=a.device)
     highs = torch.empty_like(lows)
     step, center = grid or (None, None)
     group_size = channels if norm.mean is None else channels // norm.mean.shape[1]
-    encoding.quantize_kernel[(*blocks, samples)](
+    encoding.quantize_kernel[blocks](
         *(a, held, codes, lows, highs, probes, scale, zero, units, step, center),
         *(norm.mean, norm.rstd, norm.gamma, norm.beta, norm.gain, norm.shift),
         *(height, width, *pads, codes.shape[1], codes.shape[2], channels, codes.shape[3]),
