@@ -83,6 +83,7 @@ def test_asked_for_by_name_what_does_not_fit_is_an_error() -> None:
         student_of("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::DeprecationWarning")
 def test_a_graph_holds_the_kernels_as_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as a whole, without inductor's code: the fakes and what each operator writes to are as they say."""

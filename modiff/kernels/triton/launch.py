@@ -15,7 +15,7 @@ from modiff.kernels.triton.tables import Blocks, Product, Table, architecture_of
 
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of the CPU: ``TRITON_INTERPRET=1`` when it was imported."""
-INTERPRETER_BLOCKS = Blocks(rows=32, columns=32, depth=32, warps=4, stages=1)
+INTERPRETER_BLOCKS = Blocks(rows=64, columns=64, depth=32, warps=4, stages=1)
 TENSOR, SAMPLE, TOKEN, SAMPLE_CHANNEL = 0, 1, 2, 3
 NORMS = {"none": 0, "group": 1, "layer": 2}
 FACTS: dict[str, Any] = {"enable_fp_fusion": False}
