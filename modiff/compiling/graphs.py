@@ -7,6 +7,7 @@ with the same shapes, whose state lies in the same memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +25,10 @@ from modiff.trajectory.contexts import DEFAULT
 from modiff.trajectory.graphs import capturing
 from modiff.trajectory.session import ModulationState, state_of
 
+log = logging.getLogger("modiff")
+
+RECORDINGS = 16
+"""Recorded evaluations of one student; each holds memory of its own."""
 WARM_UPS = 2
 """Evaluations before one is recorded: kernels are compiled, and libraries choose theirs."""
 
@@ -114,15 +119,22 @@ class Graphed:
         self.state = state
         self.recorder = recorder
         self.recordings: dict[Any, Recording] = {}
+        self.gave_up = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Warm up, record or replay."""
         leaves, structure = tree_flatten((args, kwargs))
+        device = next((p.device for p in self.regions.modules[0].parameters()), torch.device("cpu"))
+        # A graph cannot read from the host; a time step there is a tensor without dims.
+        leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        key = self._key(leaves, structure)
+        if key not in self.recordings and len(self.recordings) == RECORDINGS:
+            return self._give_up(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        found = self.recordings.setdefault(self._key(leaves, structure), Recording())
+        found = self.recordings.setdefault(key, Recording())
         fixed = self._fixed()
         if found.recorder is not None and found.addresses != self._addresses():
-            found = self.recordings[self._key(leaves, structure)] = Recording()
+            found = self.recordings[key] = Recording()
         if found.warm_ups < WARM_UPS:
             found.warm_ups += 1
             with capturing():
@@ -138,6 +150,18 @@ class Graphed:
         for operator in self.regions.operators.values():
             operator.region.call = len(operator.region.caches)
         return tree_map_only(Tensor, torch.clone, found.output)
+
+    def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run as it is, which one line says."""
+        if not self.gave_up:
+            log.warning(
+                "modiff.compile: %d evaluations are recorded, and this one has other shapes or numbers; it and others "
+                "like it are not. Give time steps as tensors: each number is a recording of its own.",
+                RECORDINGS,
+            )
+        self.gave_up = True
+        with capturing():
+            return self.function(*args, **kwargs)
 
     def _record(self, found: Recording, leaves: list[Any], structure: Any, fixed: list[Tensor]) -> None:
         """Record on arguments and scales of its own; nothing is computed while a CUDA graph is recorded."""

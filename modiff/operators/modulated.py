@@ -222,7 +222,11 @@ class ModulatedOperator(QuantizedOperator):
             output, probe = backend.advance(a, cache.held, prepared, quantizer, cache.o_hat)
         else:
             encoded = self.shared_codes(a, x, cache, execution)
-            output = backend.update(backend.multiply(prepared, encoded), encoded, cache.o_hat)
+            into = getattr(backend, "multiply_into", None)
+            if into is None:
+                output = backend.update(backend.multiply(prepared, encoded), encoded, cache.o_hat)
+            else:
+                output = into(prepared, encoded, cache.o_hat)
             probe = encoded.probe
         self.note(probe, quantized=True)
         return output

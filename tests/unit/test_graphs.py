@@ -119,6 +119,16 @@ def test_calibrated_scales_of_each_evaluation_are_copied_in() -> None:
     assert len(Again.made) == 1
 
 
+def test_too_many_shapes_run_as_they_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("modiff.compiling.graphs.RECORDINGS", 1)
+    plain, graphed = pair()
+    for batch in (2, 3):
+        expected, _ = run(plain, 0, batch=batch)
+        assert all(torch.equal(a, b) for a, b in zip(run(graphed, 0, batch=batch)[0], expected, strict=True))
+    assert len(Again.made) == 1
+    assert caplog.text.count("this one has other shapes or numbers") == 1
+
+
 def test_it_can_be_undone_and_needs_a_gpu() -> None:
     plain, graphed = pair()
     run(graphed)

@@ -150,6 +150,19 @@ class TritonBackend:
         o_hat.copy_(total)
         return total
 
+    def multiply_into(self, prepared: Prepared, encoded: Encoded, o_hat: Tensor) -> Tensor:
+        """One kernel for a Linear, whose codes other operators made; a convolution's get their border before."""
+        shape, weight = prepared.shape, prepared.weight
+        target = o_hat.view(-1, shape.out_channels) if shape.kind == "linear" else None
+        if target is None or encoded.scale is None:
+            self.update(self.multiply(prepared, encoded), encoded, o_hat)
+            return o_hat
+        channels = Plan.of(shape).channels
+        rows = F.pad(encoded.codes, (0, channels - shape.in_channels)).reshape(-1, channels)
+        torch.ops.modiff.triton_product_(target, rows, weight.codes, weight.scale, encoded.scale.reshape(-1), 1)
+        _count_write(o_hat)
+        return o_hat
+
     def advance(
         self, a: Tensor, held: Held, prepared: Prepared, quantizer: Quantizer, o_hat: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -170,8 +183,7 @@ class TritonBackend:
         codes = codes.view(-1, codes.shape[3]) if is_linear else codes
         stride = 1 if is_linear else shape.stride[0]
         torch.ops.modiff.triton_product_(target, codes, weight.codes, weight.scale, scale, stride)
-        if not (torch.compiler.is_compiling() or o_hat.is_inference()):  # PyTorch does not see what kernels write
-            torch.autograd.graph.increment_version(o_hat)
+        _count_write(o_hat)
         return o_hat, probe
 
     def _encode(
@@ -201,6 +213,12 @@ class TritonBackend:
             False,
         )
         return codes, found if scale is None else scale, probe
+
+
+def _count_write(o_hat: Tensor) -> None:
+    """PyTorch does not see what kernels write."""
+    if not (torch.compiler.is_compiling() or o_hat.is_inference()):
+        torch.autograd.graph.increment_version(o_hat)
 
 
 def _per(quantizer: Quantizer) -> int:
