@@ -23,6 +23,7 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.session import ModulationState
 
 
@@ -209,10 +210,10 @@ class QuantizedOperator(WeightHolder):
 
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
-        if torch.compiler.is_compiling():
+        if in_graph():
             assert self.region.execution is not None
             return self.region.execution
-        key = (a.device, a.dtype, a.ndim)
+        key = (a.device, torch.promote_types(a.dtype, torch.float32), a.ndim)
         found = self._executions.get(key)
         if found is None:
             found = self._executions[key] = self._execution(a)
@@ -220,6 +221,7 @@ class QuantizedOperator(WeightHolder):
         return found
 
     def _execution(self, a: Tensor) -> Execution:
+        a = torch.empty((1,) * a.ndim, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
         choice, partition = self.choice(a.device, a.dtype), self.partition(a.ndim)
         with torch.inference_mode(False), torch.no_grad():
             quantizer = self._quantizer(a, partition, clip=None)
@@ -251,7 +253,7 @@ class QuantizedOperator(WeightHolder):
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
-            if not torch.compiler.is_compiling():
+            if not in_graph():
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
@@ -269,11 +271,11 @@ class QuantizedOperator(WeightHolder):
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.execution(a).quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if in_graph() else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             self.state.note(self.name, probe, quantized)
 
     def add_bias(self, output: Tensor) -> Tensor:

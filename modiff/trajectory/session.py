@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from modiff.errors import TrajectoryError
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.calls import Call, parameters_of, require_module, tensors_of
 from modiff.trajectory.contexts import Context, Trajectory, context_names
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity, KeptOutput
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.probes import Probes
@@ -56,6 +58,8 @@ class ModulationState:
         schedule: Says what each call does.
         calls: Calls of each modulated operator in this evaluation.
         quantized: How many calls quantized their input in this evaluation, and how many could have.
+        lent: Memory of each ô that was returned as it is in this evaluation, by the address of its storage.
+        static: Caches whose memory the next trajectory uses again, by operator: CUDA graphs hold their addresses.
     """
 
     def __init__(self) -> None:
@@ -69,6 +73,8 @@ class ModulationState:
         self.called: set[str] = set()
         self.calls: dict[str, int] = {}
         self.quantized = [0, 0]
+        self.lent: set[int] = set()
+        self.static: dict[str, list[OperatorCache]] = {}
         self._leaders: list[tuple[object, InputIdentity, OperatorCache]] = []
         self._leading: list[OperatorCache] = []
 
@@ -146,21 +152,24 @@ class ModulationState:
                 )
             run.begin(Call.of(parameters_of(type(_module)), args, kwargs))
             run.probes.begin()
-            self.calls, self.quantized = {}, [0, 0]
+            self.calls, self.quantized, self.lent = {}, [0, 0], set()
         if self.listeners:
             arguments = [*tensors_of((args, kwargs))]
             for listener in self.listeners:
                 listener.before_evaluation(self, arguments)
 
-    def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook of the root module.
+
+        Returns:
+            The output; where it is the state of an operator, a copy, for samplers keep outputs.
 
         Raises:
             TrajectoryError: A modulated operator was called more or less often than in the first evaluation.
         """
         run = self.trajectory
         if run is None:
-            return
+            return None
         here = run.current
         for listener in self.listeners:
             listener.after_evaluation(self, output)
@@ -178,6 +187,23 @@ class ModulationState:
         done, all_ = self.quantized
         here.quantized += int(all_ > 0 and done == all_)
         run.probes.end(next(tensors_of(output), None))
+        return tree_map_only(Tensor, self._own, output) if self.lent else None
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage()._cdata in self.lent else tensor
+
+    def static_room(self, name: str, a: Tensor) -> OperatorCache | None:
+        """In the first evaluation: a cache of an earlier trajectory whose memory fits; None: make a new one.
+
+        Args:
+            name: The operator.
+            a: Its input.
+        """
+        assert self.trajectory is not None
+        kept, call = self.static.get(name, []), len(self.trajectory.current.caches.get(name, []))
+        found = kept[call] if call < len(kept) else None
+        fits = found is not None and found.shape == a.shape and found.a_hat.device == a.device
+        return found if fits else None
 
     def _forget_codes(self) -> None:
         """Drop what leaders encoded in this evaluation."""
@@ -319,7 +345,7 @@ class ModulationState:
         device, like the input in :meth:`note_unchanged`.
         """
         run = self.trajectory
-        if torch.compiler.is_compiling() or run is None or not run.in_evaluation:
+        if in_graph() or run is None or not run.in_evaluation:
             return None
         if len(args) != 1 or not isinstance(output, Tensor):
             return None
