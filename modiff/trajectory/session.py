@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from modiff.errors import TrajectoryError
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.contexts import Context, Trajectory, context_names
 from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity, KeptOutput
+from modiff.trajectory.lending import without_lent
 from modiff.trajectory.probes import Probes
 from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
 
@@ -201,23 +202,7 @@ class ModulationState:
         done, all_ = self.quantized
         here.quantized += int(all_ > 0 and done == all_)
         run.probes.end(next(tensors_of(output), None))
-        return tree_map_only(Tensor, self._own, output) if self.lent else None
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage()._cdata in self.lent else tensor
-
-    def static_room(self, name: str, a: Tensor) -> OperatorCache | None:
-        """In the first evaluation: a cache of an earlier trajectory whose memory fits; None: make a new one.
-
-        Args:
-            name: The operator.
-            a: Its input.
-        """
-        assert self.trajectory is not None
-        kept, call = self.static.get(name, []), len(self.trajectory.current.caches.get(name, []))
-        found = kept[call] if call < len(kept) else None
-        fits = found is not None and found.shape == a.shape and found.a_hat.device == a.device
-        return found if fits else None
+        return without_lent(output, self.lent)
 
     def _forget_codes(self) -> None:
         """Drop what leaders encoded in this evaluation."""
