@@ -253,8 +253,14 @@ FACTORS_OUT = tuple(name for name, cls in GRANULARITIES.items() if cls.factors_o
 """Granularities whose scale is the same for all inputs of an output, so that it can be applied to the sum."""
 
 
-def integer_obstacle(shape: OperatorShape, quantizer: Quantizer) -> str | None:
-    """Why no product of int8 codes gives an operator's exact sums; None where one does."""
+def integer_obstacle(shape: OperatorShape, quantizer: Quantizer, keeps_zero: bool = False) -> str | None:
+    """Why no product of int8 codes gives an operator's exact sums; None where one does.
+
+    Args:
+        shape: The operator.
+        quantizer: Of its input.
+        keeps_zero: The backend takes codes with their zero point in them, and corrects the sums.
+    """
     weight, activation = shape.weight, quantizer.spec
     assert weight is not None
     if activation.granularity not in FACTORS_OUT:
@@ -263,7 +269,7 @@ def integer_obstacle(shape: OperatorShape, quantizer: Quantizer) -> str | None:
         return "weight scales per group do not factor out of the sum; channel and tensor do"
     if weight.code_range[1] > 127:
         return "asymmetric 8-bit weight codes less their zero point need 9 bits; symmetric ones fit"
-    if quantizer.span > 127:
+    if quantizer.span > 127 and not keeps_zero:
         return "asymmetric 8-bit codes less their zero point need 9 bits; symmetric ones, or fewer bits, fit"
     return None
 

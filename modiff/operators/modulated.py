@@ -34,18 +34,20 @@ class ModulatedOperator(QuantizedOperator):
     """
 
     modulation: Modulation
+    apart = False  # keeps an â of its own, also where another operator reads the same tensor
 
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
-        self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
+        self.state.stateful = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """One evaluation: warm up, refresh, advance by the quantized difference, or give the last output again.
 
         The same code runs eagerly and while ``torch.compile`` traces; only who keeps the books differs: this operator,
         or :mod:`modiff.compiling.regions` outside the graph.
         """
+        x = input
         self.check(x)
         answer, cache = self.next_call(x)
         if answer is Answer.REUSE:

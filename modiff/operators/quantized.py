@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff.config.specs import Modulation, QuantSpec
 from modiff.errors import CalibrationError, TrajectoryError
-from modiff.kernels.backend import BACKENDS, Backend, FixedScale, Prepared, Quantizer
+from modiff.kernels.backend import BACKENDS, Backend, FixedScale, OperatorShape, Prepared, Quantizer
 from modiff.kernels.elementwise import rescale
 from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
@@ -95,10 +95,10 @@ class QuantizedOperator(WeightHolder):
         packed: PackedWeight | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(module, name, weight, packed)
-        self.adapter = adapter
+        super().__init__(module, name, adapter, weight, packed)
         self.activation_spec = activation
         self.state = state
+        state.names.add(name)
         self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
         self.backend = backend
         self.shape = adapter.shape(module, weight)
@@ -107,6 +107,7 @@ class QuantizedOperator(WeightHolder):
         self._executions: dict[tuple[Any, ...], Execution] = {}
         self._partitions: dict[int, Partition] = {}
         self.train(module.training)
+        self._complete = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
@@ -241,13 +242,14 @@ class QuantizedOperator(WeightHolder):
 
     def prepared(self, execution: Execution) -> Prepared:
         """The weight in products; the original's is looked up in every call, for it may be replaced."""
-        return execution.prepared or Prepared(self.shape, self.module.weight)
+        return execution.prepared or Prepared(self.shape, self.original_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """Quantize the input (equations 4 and 5) and apply the operator.
 
         While ``torch.compile`` traces, :mod:`modiff.compiling.regions` does the bookkeeping outside.
         """
+        x = input
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
@@ -261,6 +263,11 @@ class QuantizedOperator(WeightHolder):
             return self.product(encoded.codes, with_bias=True).to(output_dtype(x))
         product = execution.backend.multiply(self.prepared(execution), encoded)
         return self.add_bias(rescale(product, encoded)).to(output_dtype(x))
+
+    def use_shape(self, shape: OperatorShape) -> None:
+        """Run as another geometry (stride, padding, ...) of the same weight from now on."""
+        self.shape = shape
+        self.forget_executions()
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
@@ -284,7 +291,7 @@ class QuantizedOperator(WeightHolder):
 
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
-        weight = self.module.weight if self.packed is None else self.quantized_weight()
+        weight = self.original_weight if self.packed is None else self.quantized_weight()
         return full_precision(a, weight, self.bias if with_bias else None, self.shape)
 
     def partition(self, ndim: int) -> Partition:
