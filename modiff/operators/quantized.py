@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.weight import WeightHolder
-from modiff.quantizers.affine import Limits
+from modiff.quantizers.affine import Limits, frees_zero
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
@@ -236,6 +236,8 @@ class QuantizedOperator(WeightHolder):
         assert self.activation_spec is not None
         fixed = clip is None and self.calibrated is not None
         limits = Limits.of(self.activation_spec, like, clip, fixed)
+        if self.modulation is not None and not fixed and frees_zero(self.activation_spec):
+            limits = replace(limits, free=True)
         return Quantizer(self.activation_spec, partition, limits, modulation=self.modulation)
 
     def prepared(self, execution: Execution) -> Prepared:
