@@ -117,7 +117,6 @@ def sd(scheduler: str = "DDIMScheduler", channels: int = 4, **more: Any) -> Part
         "low_res_scheduler": diffusers.DDPMScheduler(),
     }
     parts["controlnet"] = diffusers.ControlNetModel.from_unet(parts["unet"]) if channels == 4 else None
-    parts["adapter"] = diffusers.T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=1)
     return parts, dict(TEXT)
 
 
@@ -133,7 +132,6 @@ def sdxl(channels: int = 4, score: bool = False, **more: Any) -> Parts:
     )
     parts = {"vae": _vae(), "unet": unet, "scheduler": diffusers.EulerDiscreteScheduler()}
     parts["controlnet"] = diffusers.ControlNetModel.from_unet(unet) if channels == 4 else None
-    parts["adapter"] = diffusers.T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=1)
     return parts, dict(TEXT)
 
 
@@ -156,9 +154,9 @@ def sd3(**more: Any) -> Parts:
     return parts, call
 
 
-def animate(xl: bool = False) -> Parts:
+def animate(xl: bool = False, channels: int = 4) -> Parts:
     """A UNet of images with motion modules."""
-    parts, call = sdxl() if xl else sd()
+    parts, call = sdxl(channels=channels) if xl else sd(channels=channels)
     parts["motion_adapter"] = diffusers.MotionAdapter(
         block_out_channels=(8, 16),
         motion_layers_per_block=1,
@@ -191,18 +189,17 @@ def kandinsky(prior: bool = False, channels: int = 4) -> Parts:
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=(8, 16),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         encoder_hid_dim=12,
         encoder_hid_dim_type="image_proj",
         cross_attention_dim=12,
         attention_head_dim=4,
-        norm_num_groups=4,
         resnet_time_scale_shift="scale_shift",
     )
     movq = diffusers.VQModel(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
         latent_channels=4,
         num_vq_embeddings=8,
         norm_type="spatial",
@@ -213,3 +210,191 @@ def kandinsky(prior: bool = False, channels: int = 4) -> Parts:
     call = {"image_embeds": _embeddings(2, 12), "negative_image_embeds": _embeddings(2, 12, seed=2)}
     parts = {"unet": unet, "movq": movq, "scheduler": diffusers.DDIMScheduler(clip_sample=False)}
     return parts, {**TEXT, **call, "height": 64, "width": 64}
+
+
+def auraflow() -> Parts:
+    """AuraFlow."""
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+    parts = {"transformer": transformer, "vae": _vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return parts, dict(TEXT)
+
+
+def lumina2() -> Parts:
+    """Lumina 2."""
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(16, 16, 16),
+        cap_feat_dim=12,
+    )
+    parts = {"transformer": transformer, "vae": _vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return parts, {**TEXT, "height": 16, "width": 16}
+
+
+def ltx() -> Parts:
+    """LTX video."""
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=12,
+    )
+    parts = {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return parts, {**TEXT, "height": 64, "width": 64, "num_frames": 9, "output_type": "latent"}
+
+
+def wan() -> Parts:
+    """Wan video: guidance in two calls, which the pipeline names."""
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    parts = {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)}
+    return parts, {**TEXT, "height": 64, "width": 64, "num_frames": 5, "output_type": "latent"}
+
+
+def cogvideox() -> Parts:
+    """CogVideoX."""
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=12,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=5,
+    )
+    parts = {"transformer": transformer, "scheduler": diffusers.CogVideoXDDIMScheduler()}
+    return parts, {**TEXT, "height": 16, "width": 16, "num_frames": 9, "output_type": "latent"}
+
+
+def hunyuandit() -> Parts:
+    """HunyuanDiT: its attention pool multiplies by weights of its operators itself."""
+    transformer = diffusers.HunyuanDiT2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        cross_attention_dim=12,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=4,
+        hidden_size=24,
+        activation_fn="gelu-approximate",
+        in_channels=4,
+        text_len=5,
+        text_len_t5=5,
+    )
+    parts = {"transformer": transformer, "vae": _vae(), "scheduler": diffusers.DDPMScheduler()}
+    second = {f"{name}_2": value for name, value in TEXT.items() if name.endswith(("embeds", "attention_mask"))}
+    second |= {"prompt_embeds_2": _embeddings(2, 5, 16), "negative_prompt_embeds_2": _embeddings(2, 5, 16, seed=2)}
+    return parts, {**TEXT, **second, "height": 16, "width": 16}
+
+
+def cogview4() -> Parts:
+    """CogView 4: guidance in two calls, which the pipeline names."""
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        out_channels=4,
+        text_embed_dim=12,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+    )
+    parts = {"transformer": transformer, "vae": _vae(), "scheduler": scheduler}
+    return parts, {**TEXT, "height": 16, "width": 16}
+
+
+def chroma() -> Parts:
+    """Chroma: guidance in two calls."""
+    transformer = diffusers.ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    parts = {"transformer": transformer, "vae": _vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return parts, dict(TEXT)
+
+
+def qwen() -> Parts:
+    """Qwen-Image: guidance in two calls, which the pipeline names."""
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(8, 4, 4),
+    )
+    parts = {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return parts, {**TEXT, "height": 32, "width": 32, "true_cfg_scale": 2.0, "output_type": "latent"}
+
+
+def bria() -> Parts:
+    """Bria, which asks for the class of its scheduler."""
+    transformer = diffusers.BriaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=None,
+        axes_dims_rope=(0, 4, 4),
+    )
+    parts = {"transformer": transformer, "vae": _vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return parts, {**TEXT, "height": 16, "width": 16}

@@ -18,12 +18,12 @@ def student(spec: QuantSpec, **modulation) -> nn.Module:
     )
 
 
-def inputs(n: int = 4) -> list[torch.Tensor]:
+def inputs(n: int = 4, size: float = 1.0) -> list[torch.Tensor]:
     """Every channel rises, each by another amount: residuals on one side of 0."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, 6, 6, generator=g)
     rise = torch.tensor([1.0, 2.0, 4.0, 8.0]).reshape(1, 4, 1, 1)
-    return [x + i * (rise + 0.05 * torch.rand(x.shape, generator=g)) for i in range(n)]
+    return [x + size * i * (rise + 0.05 * torch.rand(x.shape, generator=g)) for i in range(n)]
 
 
 def errors(spec: QuantSpec) -> list[float]:
@@ -50,11 +50,11 @@ def test_one_sided_residuals_lose_far_less() -> None:
 def test_as_the_reference_has_it(granularity, bits, clip, warmup) -> None:
     size = {"group_size": 2} if granularity == "group" else {}
     spec = QuantSpec(bits, granularity, symmetric=False, clip=clip, **size)
-    model = student(spec, warmup=warmup)
+    model = student(spec, warmup=warmup).double()  # float32 rounds some values to the other code
     reference = ReferenceOperator(model[0].module, None, spec, Modulation(warmup=warmup))
     with modiff.trajectory(model):
         for x in inputs():
-            assert torch.allclose(model(x).double(), reference(x), atol=2e-4)
+            assert torch.allclose(model(x.double()), reference.evaluate(x), atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, 5.3, -1e-20, 1e30])
@@ -68,10 +68,11 @@ def test_a_constant_residual_is_kept(value) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_compiled_and_int16_state(bits) -> None:
+def test_int16_state(bits) -> None:
     spec = QuantSpec(bits, "sample_channel", symmetric=False)
+    few = inputs(size=0.1)  # what int16 holds
     with modiff.trajectory(model := student(spec)):
-        expected = [model(x) for x in inputs()]
+        expected = [model(x) for x in few]
     with modiff.trajectory(model := student(spec, reconstruction_dtype="int16")):
-        for x, other in zip(inputs(), expected, strict=True):
+        for x, other in zip(few, expected, strict=True):
             assert (model(x) - other).norm() / other.norm() < 0.01
