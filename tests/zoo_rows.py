@@ -34,12 +34,6 @@ ROWS = (
     Row("ddpm.pipeline_ddpm", "DDPMPipeline", unconditional),
     Row("ddim.pipeline_ddim", "DDIMPipeline", unconditional, {"scheduler": "DDIMScheduler"}),
     Row(
-        OLD + "score_sde_ve.pipeline_score_sde_ve",
-        "ScoreSdeVePipeline",
-        unconditional,
-        {"scheduler": "ScoreSdeVeScheduler"},
-    ),
-    Row(
         OLD + "repaint.pipeline_repaint",
         "RePaintPipeline",
         unconditional,
@@ -52,7 +46,12 @@ ROWS = (
         unconditional,
         {"scheduler": "CMStochasticIterativeScheduler"},
     ),
-    Row(OLD + "latent_diffusion_uncond.pipeline_latent_diffusion_uncond", "LDMPipeline", of(pipelines.ldm)),
+    Row(
+        OLD + "latent_diffusion_uncond.pipeline_latent_diffusion_uncond",
+        "LDMPipeline",
+        of(pipelines.ldm),
+        config="w4a4-modiff",
+    ),
     Row("stable_diffusion.pipeline_stable_diffusion", "StableDiffusionPipeline", sd),
     Row("stable_diffusion.pipeline_stable_diffusion_img2img", "StableDiffusionImg2ImgPipeline", sd),
     Row("stable_diffusion.pipeline_stable_diffusion_inpaint", "StableDiffusionInpaintPipeline", sd),

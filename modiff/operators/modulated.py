@@ -56,14 +56,14 @@ class ModulatedOperator(QuantizedOperator):
         else:
             cache = self.allocate(a, x) if cache is None else cache
             output = self.refine(a, cache) if answer is Answer.REFINE else self.full(a, cache)
-        if not torch.compiler.is_compiling():
+        if not self.traced:
             exact = answer is Answer.COMPUTE or (answer is Answer.ADVANCE and not cache.held.compensates)
             cache.source = InputIdentity.of(x) if exact else None
         return output.to(output_dtype(x))
 
     def next_call(self, x: Tensor) -> tuple[Answer, OperatorCache]:
         """What this call does, and its cache (None in the first evaluation); a graph reads what was decided before."""
-        if torch.compiler.is_compiling():
+        if self.traced:
             region, call = self.region, self.region.call
             region.call = call + 1
             return Answer.REUSE if region.reuses[call] else Answer.ADVANCE, region.caches[call]
@@ -78,7 +78,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def reuse(self, x: Tensor, cache: OperatorCache) -> Tensor:
         """The input is the very tensor that â holds, so the residual is 0 and ô stays: no product (trap 10)."""
-        if not torch.compiler.is_compiling():
+        if not self.traced:
             self.state.note_unchanged(self.name, x, cache, quantized=not self.refreshes())
         return cache.o_hat.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
@@ -189,7 +189,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def shared_codes(self, a: Tensor, x: Tensor, cache: OperatorCache, execution: Execution) -> Encoded:
         """Equation (13), by the first of those operators that share â; the others get its codes."""
-        traced, leader = torch.compiler.is_compiling(), cache.leader
+        traced, leader = self.traced, cache.leader
         if leader is None:
             encoded = execution.backend.encode(a, cache.held, execution.quantizer)
             cache.encoded = encoded if traced else encoded.clone()  # another operator's codes may overwrite these

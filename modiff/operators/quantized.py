@@ -82,6 +82,7 @@ class QuantizedOperator(WeightHolder):
     """
 
     modulation: Modulation | None = None
+    traceable = False  # modiff.compile keeps the books outside of its graphs
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class QuantizedOperator(WeightHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
-        kept: dict[str, Any] = {"wrapper": None, "region": Region(), "_executions": {}}
+        kept: dict[str, Any] = {"wrapper": None, "region": Region(), "_executions": {}, "traceable": False}
         return {**self.__dict__, **kept}
 
     def use(self, packed: PackedWeight) -> None:
@@ -207,9 +208,17 @@ class QuantizedOperator(WeightHolder):
             quantizer = self._quantizer(torch.empty((), dtype=dtype), self.partition(ndim), clip=None)
         return choose(self.backend, self.shape, quantizer, device, dtype)
 
+    @property
+    def traced(self) -> bool:
+        """Whether this runs in a graph of :func:`modiff.compile`, which keeps the books outside of it.
+
+        Under ``torch.compile`` by somebody else the operator keeps them itself, at the price of breaks in the graph.
+        """
+        return self.traceable and torch.compiler.is_compiling()
+
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
-        if torch.compiler.is_compiling():
+        if self.traced:
             assert self.region.execution is not None
             return self.region.execution
         key = (a.device, a.dtype, a.ndim)
@@ -253,7 +262,7 @@ class QuantizedOperator(WeightHolder):
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
-            if not torch.compiler.is_compiling():
+            if not self.traced:
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
@@ -271,11 +280,11 @@ class QuantizedOperator(WeightHolder):
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.execution(a).quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if self.traced else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
-        if not torch.compiler.is_compiling():
+        if not self.traced:
             self.state.note(self.name, probe, quantized)
 
     def add_bias(self, output: Tensor) -> Tensor:
