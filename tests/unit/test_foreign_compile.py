@@ -1,4 +1,4 @@
-"""``torch.compile`` of a student by somebody else: slower than ``modiff.compile``, the same numbers and counts."""
+"""``torch.compile`` of a plain student by somebody else: slower than ``modiff.compile``, the same numbers and counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(model: nn.Module, called: nn.Module) -> tuple[list[torch.Tensor], int, i
     return outputs, counts.total, counts.quantized
 
 
-@pytest.mark.parametrize("name", ["w8a8-ptq", "w8a8-modiff"])
+@pytest.mark.parametrize("name", ["w8a8-ptq", "w4a4-ptq"])
 @pytest.mark.parametrize("eager_first", [False, True])
 def test_counts_and_numbers(name, eager_first) -> None:
     expected, total, quantized = run(reference := student(name), reference)
