@@ -1,4 +1,4 @@
-"""``torch.compile`` of a plain student by somebody else: slower than ``modiff.compile``, the same numbers and counts."""
+"""``torch.compile`` of a plain student by somebody else: no ``modiff.compile``, but the same numbers and counts."""
 
 from __future__ import annotations
 

@@ -62,9 +62,10 @@ class RunDirectory:
 
     def claim(self, name: str) -> None:
         """Take the directory: delete what ``--overwrite`` allowed to, write the marker."""
+        folder = self.path.resolve()  # behind a symbolic link, which stays
         if self._stale:
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.mark("running")
 
