@@ -13,7 +13,7 @@ from modiff.errors import ConfigError
 
 __all__ = ["BACKENDS", "Modulation", "QuantConfig", "QuantSpec", "Rule", "Split"]
 
-BACKENDS = ["auto", "simulate", "onednn"]
+BACKENDS = ["auto", "simulate", "onednn", "triton"]
 """Names that ``backend`` allows; a backend that registers itself adds its own."""
 
 
@@ -30,8 +30,9 @@ class QuantConfig:
         smoothed: Linears whose input channels are divided by calibrated factors (SmoothQuant); a calibration with
             ``smoothing`` fills it in. Their parts are named ``<name>.inner``.
         backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
-            CPU, refused where an operator's could not be exact. ``auto``: integers where they are exact, else
-            ``simulate``; :func:`modiff.describe` says which, and why.
+            CPU, refused where an operator's could not be exact. ``triton``: integer products on NVIDIA GPUs, likewise
+            (``docs/kernels.md``). ``auto``: integers where they are exact, else ``simulate``; :func:`modiff.describe`
+            says which, and why.
 
     Raises:
         ConfigError: A field is wrong.

@@ -152,6 +152,10 @@ class Backend(Protocol):
     Attributes:
         name: As in ``QuantConfig.backend``.
         devices: Types of devices that it runs on, such as ``("cpu",)``; empty: all.
+        reads_half: May be missing, for no: :meth:`encode` and :meth:`advance` take float16 and bfloat16 inputs.
+        returns_state: May be missing, for no: :meth:`advance` returns ``o_hat`` itself.
+        multiply_into: May be missing: :meth:`multiply` and :meth:`update` in one, called with the prepared weight, the
+            codes and ô; returns what :meth:`advance` does.
     """
 
     name: str
@@ -212,7 +216,8 @@ class Backend(Protocol):
         Operators that share â with others call the three instead.
 
         Returns:
-            What :meth:`update` returns, and the probe (:class:`Encoded`).
+            What :meth:`update` returns, or where ``returns_state`` ``o_hat`` itself, whose count of writes the backend
+            then raises; and the probe (:class:`Encoded`).
         """
 
 

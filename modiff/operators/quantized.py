@@ -23,6 +23,7 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.session import ModulationState
 
 
@@ -214,14 +215,14 @@ class QuantizedOperator(WeightHolder):
 
         Under ``torch.compile`` by somebody else the operator keeps them itself, at the price of breaks in the graph.
         """
-        return self.traceable and torch.compiler.is_compiling()
+        return in_graph() and (self.traceable or not torch.compiler.is_compiling())
 
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
         if self.traced:
             assert self.region.execution is not None
             return self.region.execution
-        key = (a.device, a.dtype, a.ndim)
+        key = (a.device, torch.promote_types(a.dtype, torch.float32), a.ndim)
         found = self._executions.get(key)
         if found is None:
             found = self._executions[key] = self._execution(a)
@@ -229,6 +230,7 @@ class QuantizedOperator(WeightHolder):
         return found
 
     def _execution(self, a: Tensor) -> Execution:
+        a = torch.empty((1,) * a.ndim, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
         choice, partition = self.choice(a.device, a.dtype), self.partition(a.ndim)
         with torch.inference_mode(False), torch.no_grad():
             quantizer = self._quantizer(a, partition, clip=None)

@@ -66,6 +66,8 @@ class Cost:
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
+        peak_state_mib_per_image: State, and the int8 codes of the operator with the largest input: what a GPU holds at
+            the same time on top of a teacher's activations, where ô is the operators' output without a copy.
     """
 
     operators: tuple[OperatorCost, ...]
@@ -77,6 +79,7 @@ class Cost:
     gbops_per_evaluation: float
     weight_mib: float
     state_mib_per_image: float
+    peak_state_mib_per_image: float
 
     def __str__(self) -> str:
         text = (
@@ -144,6 +147,8 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": quantized}
         rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], **seen))
     other_bops = counter.other.bops / images
+    state_mib = sum(r.state_bytes for r in rows) / 2**20
+    codes = [counter.inputs.get(n, 0) for n, (m, _) in found.items() if getattr(m, "activation_spec", None) is not None]
     return Cost(
         operators=tuple(rows),
         other_macs=counter.other.macs / images,
@@ -153,7 +158,8 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         contexts=contexts,
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
-        state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+        state_mib_per_image=state_mib,
+        peak_state_mib_per_image=state_mib + max(codes, default=0) / images / 2**20,
     )
 
 
@@ -306,6 +312,7 @@ class _Counter:
         self._depth = 0
         self.macs: dict[str, int] = {}
         self.bits: dict[str, int] = {}
+        self.inputs: dict[str, int] = {}
         self.other = _Sum()
 
     def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
@@ -342,8 +349,9 @@ class _Counter:
         def before(_: nn.Module, __: Any) -> None:
             self._depth += 1
 
-        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+        def after(_: nn.Module, args: Any, output: Tensor) -> None:
             self._depth -= 1
+            self.inputs[name] = max(self.inputs.get(name, 0), *(a.numel() for a in args if isinstance(a, Tensor)))
             self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
             self.bits[name] = 8 * output.element_size()
 

@@ -93,6 +93,16 @@ def test_rank_by_launcher(environment, variables, of, rank) -> None:
     assert rank_zero_only.rank == rank
 
 
+def test_launcher_decides_where_the_recipe_leaves_it_open(environment) -> None:
+    environment(TORCHELASTIC_RUN_ID="x", RANK="3", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+    of = trainer("auto")
+    assert settle_rank(of).rank == 3
+    assert (of.devices, of.num_nodes) == (2, 2)
+    of = trainer(1)
+    with pytest.raises(ConfigError, match="torchrun started 4 processes, but the recipe asks for 1 devices"):
+        settle_rank(of)
+
+
 @pytest.mark.parametrize(
     ("variables", "of", "message"),
     [

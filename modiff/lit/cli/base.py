@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modiff.errors import ConfigError
+from modiff.lit.callbacks.agreement import Agreement, own_signals
 from modiff.lit.callbacks.progress import progress_bar
 from modiff.lit.cli.documents import check_arguments
 from modiff.lit.cli.errors import plain_error
@@ -77,10 +79,26 @@ class ModiffCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the classes; fields that only their class can check are refused here, as plainly."""
+        self._refuse_devices()
         try:
             super().instantiate_classes()
         except (ArgumentError, ValueError, TypeError) as error:
             raise ConfigError(plain_error(error)) from error
+
+    def _refuse_devices(self) -> None:
+        """Let Lightning look for the devices, before anything is written."""
+        given = self.config.trainer
+        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+        plain = {name: given[name] for name in names if isinstance(given[name], (str, int, list, type(None)))}
+        nothing = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
+        )
+        try:
+            Trainer(**plain, **nothing)
+        except KeyError:
+            return  # a variable of the launcher is missing; the Trainer itself says which, where it needs it
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def _set_seed(self) -> None:
         seed_everything(self.config.seed, workers=True, verbose=False)
@@ -97,8 +115,10 @@ class ModiffCLI(LightningCLI):
 
     @property
     def output_path(self) -> Path:
-        """``--output``, or the directory named after the recipe."""
-        return Path(self.config.output or Path("runs") / self.recipe)
+        """``--output``, or the directory named after the recipe; a run of a W&B sweep has one of its own."""
+        sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+        own = Path("sweeps") / sweep / run if sweep and run else Path(self.recipe)
+        return Path(self.config.output or Path("runs") / own)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build nothing yet: :meth:`make_trainer` does, once the output directory is known."""
@@ -118,8 +138,9 @@ class ModiffCLI(LightningCLI):
         for key, value in kwargs.items():
             if config.get(key) is None:
                 config[key] = value
+        config["callbacks"].append(Agreement(config["default_root_dir"]))
         try:
-            return Trainer(**config)
+            return own_signals(Trainer(**config))
         except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 

@@ -39,6 +39,11 @@ class StudentCLI(ModiffCLI):
             "--error_images", type=int, default=4, help="Number of samples for the error curves; 0 skips them."
         )
         parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of timing; 0 skips it.")
+        parser.add_argument("--shards", type=Literal["tar", "npz"] | None, default=None, help="Images as shards, too.")
+        parser.add_argument("--shard_images", type=int, default=1000, help="Images in a shard.")
+        if self.command == "evaluate":
+            text = "Folder of shards: their metrics, without drawing."
+            parser.add_argument("--from_images", type=str | None, default=None, help=text)
         if self.command == "quantize":
             parser.add_argument(
                 "--remainder_dtype",
@@ -52,6 +57,7 @@ class StudentCLI(ModiffCLI):
         """Resolve the quantization first: ``--model.config.FIELD`` overrides a field of the preset too."""
         if any(str(arg).endswith(".help") for arg in args):
             super().parse_arguments(parser, args)  # prints it and exits
+        args = [str(arg).replace("--from-images", "--from_images", 1) for arg in args]
         rest, quantization, calibration = resolve_quantization(args)
         # The last option wins over the recipes, which jsonargparse reads as well.
         rest += ["--model.preset=null", f"--model.config={json.dumps(quantization)}"]
@@ -112,8 +118,14 @@ class StudentCLI(ModiffCLI):
             "seed": config.seed,
             "precision": config.trainer.precision,
             "ckpt": None if config.ckpt is None else checkpoint_digest(Path(config.ckpt)),
+            **self._shards_identity(),
             **self.datamodule.identity(),
         }
+
+    def _shards_identity(self) -> dict[str, Any]:
+        """The images that were given, where they are not drawn."""
+        given = self.config.get("from_images")
+        return {} if given is None else {"from_images": short_hash((Path(given) / "shards.json").read_text())}
 
     @property
     def num_images(self) -> int:

@@ -24,6 +24,7 @@ from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.compare import split_forwarded, unique_names
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.modules.teacher import compiler_problem
+from modiff.lit.runs.control import current
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import settle_single_rank
 from modiff.lit.runs.running import rank_zero
@@ -86,7 +87,7 @@ def bench(args: Sequence[str]) -> int:
     if run.complete and run.resumed:
         print(f"{run.path} holds this very bench, complete; nothing to do (--overwrite true repeats it).")
         return 0
-    with _threads(options.threads):
+    with current().marking(run), _threads(options.threads):
         trainer = _trainer(next(iter(clis.values())))
         modules = build(clis, trainer.strategy.root_device, options.channels_last)
         rank_zero(run.claim, "bench")

@@ -21,6 +21,7 @@ from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.modules.precision import casting, dtype_of, in_dtype
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
+from modiff.lit.runs.control import stopping
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
@@ -319,7 +320,7 @@ class LitStudent(LightningModule):
             self.steps,
             eta=self.eta,
             step_noise=lambda step: noise(indices, step + 1),
-            on_evaluation=on_evaluation,
+            on_evaluation=stopping(f"images {int(indices[0])} to {int(indices[-1])}", on_evaluation),
         ).float()
 
     def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:

@@ -53,6 +53,8 @@ class Launch:
 def settle_rank(trainer: Any) -> Launch:
     """Decide the rank of this process by the Trainer's cluster environment, and tell Lightning's helpers.
 
+    Where the recipe leaves the devices open (``auto``), a launcher's number is taken.
+
     Args:
         trainer: The ``trainer`` section of a parsed recipe.
 
@@ -60,8 +62,12 @@ def settle_rank(trainer: Any) -> Launch:
         ConfigError: The launcher started another number of processes than the recipe asks for, or several processes
             that Lightning would each take for a run of its own.
     """
-    devices, nodes = wanted_devices(trainer.devices, trainer.accelerator), int(trainer.num_nodes)
     launch = _launched(trainer)
+    if launch is not None and trainer.devices in ("auto", -1, "-1"):
+        trainer.devices = launch.per_node
+        if int(trainer.num_nodes) == 1:
+            trainer.num_nodes = max(1, launch.world_size // launch.per_node)
+    devices, nodes = wanted_devices(trainer.devices, trainer.accelerator), int(trainer.num_nodes)
     if launch is None:
         launch = _alone(devices, nodes)
     elif launch.world_size != devices * nodes:
