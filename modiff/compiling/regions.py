@@ -14,8 +14,9 @@ from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.contexts import Context
+from modiff.trajectory.listeners import Listener
 from modiff.trajectory.schedule import Answer
-from modiff.trajectory.session import Listener, ModulationState
+from modiff.trajectory.session import ModulationState
 
 
 class Regions(Listener):

@@ -24,7 +24,6 @@ from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
 
 __all__ = [
     "Context",
-    "Listener",
     "ModulationState",
     "OperatorCache",
     "Trajectory",
