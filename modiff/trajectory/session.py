@@ -143,7 +143,7 @@ class ModulationState:
                     "The previous evaluation of this trajectory did not finish (it raised, or the student calls "
                     "itself), so its state is unusable. Start a new trajectory."
                 )
-            run.begin(Call.of(parameters_of(type(_module)), args, kwargs))
+            run.begin(Call.of(parameters_of(type(_module)), args, kwargs))  # type: ignore[arg-type]
             run.probes.begin()
             self.calls, self.quantized, self.lent = {}, [0, 0], set()
         if self.listeners:
