@@ -143,8 +143,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
             module, macs, bits, (evaluations, contexts), name in constant
         )
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
-        quantized = isinstance(module, QuantizedOperator) and (module.weight_spec or module.activation_spec) is not None
-        seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": quantized}
+        seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": _is_quantized(module)}
         rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], **seen))
     other_bops = counter.other.bops / images
     state_mib = sum(r.state_bytes for r in rows) / 2**20
@@ -186,6 +185,11 @@ def _count_one(
     if student is not None and before is not None:
         student.last, student.called = before
     return counter, state
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether an operator quantizes its weight or its input."""
+    return isinstance(module, QuantizedOperator) and (module.weight_spec or module.activation_spec) is not None
 
 
 def weight_bytes(model: nn.Module) -> float:

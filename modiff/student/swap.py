@@ -26,7 +26,8 @@ from modiff.student.match import Plan, plan, plans
 from modiff.student.refusals import allow_methods, refuse_methods
 from modiff.student.share import FullPrecisionShare
 from modiff.student.tensors import Slot, slots
-from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, require_module, state_of
+from modiff.trajectory.listeners import Listener
+from modiff.trajectory.session import ATTRIBUTE, ModulationState, require_module, state_of
 
 __all__ = ["RECORD", "Description", "Record", "Row", "convert", "describe", "operators", "plan", "quantize", "restore"]
 
