@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from modiff.config.quant import QuantSpec
 from modiff.quantizers.granularity import Partition
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Numbers of a quantizer as tensors: ``torch.compile`` would make a graph for each Python float.
+
+    Args:
+        top: Highest code, 0-dim.
+        clip: Share of the range that is kept, 0-dim.
+        factor: ``clip / top``, rounded as eager mode rounds it.
+        symmetric: Codes -top..top; else 0..top with a zero point.
+        clips: Codes can fall outside: clipped, or a range that is not the residual's own.
+        codes: Lowest and highest code as Python numbers, for eager mode and for kernels of other languages.
+        ratio: ``clip`` as a Python number.
+    """
+
+    top: Tensor
+    clip: Tensor
+    factor: Tensor
+    symmetric: bool
+    clips: bool
+    codes: tuple[int, int]
+    ratio: float
+
+    @classmethod
+    def of(cls, spec: QuantSpec, like: Tensor, clip: float | None = None, fixed: bool = False) -> Limits:
+        """Those of a quantizer, in the dtype and on the device of ``like``.
+
+        Args:
+            spec: The quantizer.
+            like: A tensor.
+            clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory).
+            fixed: Scales are calibrated.
+        """
+        clip, top = spec.clip if clip is None else clip, spec.code_range[1]
+        made = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
+        return cls(made[0], made[1], made[2], spec.symmetric, clip < 1 or fixed, spec.code_range, clip)
 
 
 def scale_from_range(
