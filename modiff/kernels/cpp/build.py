@@ -110,13 +110,13 @@ def check() -> None:
     if not vnni():
         return
     weight = torch.full((17, 64), 127, dtype=torch.int8)
-    handle = torch.ops.modiff.cpp_prepare(weight, torch.ones(17), None, [], [], [], 1, 0)
+    handle = torch.ops.modiff.cpp_prepare(weight, torch.ones(17), None, [], [], [], 1)
     try:
-        codes = torch.full((7, 64), 255, dtype=torch.uint8)
-        sums = torch.ops.modiff.cpp_multiply(handle, codes, torch.ones(1), 0, None, None, None, None, 1.0, 0)
+        codes = torch.full((7, 64), 255, dtype=torch.uint8)  # 127, as 0 is 128
+        sums = torch.ops.modiff.cpp_multiply(handle, codes, torch.ones(1), 0, 128, None, None, None, None, 1.0, 0)
     finally:
         torch.ops.modiff.cpp_release(handle)
-    if not torch.equal(sums, torch.full((7, 17), 255.0 * 127 * 64)):
+    if not torch.equal(sums, torch.full((7, 17), 127.0 * 127 * 64)):
         raise BuildError("the sums of the compiled operators are wrong on this CPU")
 
 

@@ -16,7 +16,7 @@
 #include "stages.h"
 
 const modiff::Table* modiff::avx2() {
-  static const Table table{"avx2", moments, load, difference, codes, nullptr, finish};
+  static const Table table{"avx2", moments, load, difference, hold, codes, nullptr, finish};
   return &table;
 }
 #if defined(__clang__)

@@ -23,7 +23,7 @@ struct Number {
 #include "product.h"
 
 const modiff::Table* modiff::avx512() {
-  static const Table table{"avx512_vnni", moments, load, difference, codes, product, finish};
+  static const Table table{"avx512_vnni", moments, load, difference, hold, codes, product, finish};
   return &table;
 }
 #if defined(__clang__)

@@ -39,10 +39,12 @@ const Table* table() {
 #endif
 }
 
+constexpr int64_t kOffset = 128;  // the code that stands for 0 in the products that are made here
+
 struct Plan {
-  Tensor weight, start, scale, zero;  // start: minus the offset times the sums of the weight
+  Tensor weight, start, scale, zero;  // start: minus kOffset times the sums of the weight
   std::vector<int64_t> kernel, stride, padding, dilation;
-  int64_t out = 0, groups = 1, offset = 0;
+  int64_t out = 0, groups = 1;
   bool linear = false, own = false;
 };
 
@@ -86,19 +88,18 @@ void pack(Plan& plan, const Tensor& codes) {
         panel[((p * quads + i / 4) * width + inside) * 4 + i % 4] = code;
       }
     }
-    start[o] = (int32_t)(-plan.offset * sum);
+    start[o] = (int32_t)(-kOffset * sum);
   }
 }
 
 // codes: int8 [out, in / groups, (kernel)]; packed: as oneDNN has it, for products that are not made here.
 int64_t prepare(const Tensor& codes, const Tensor& scale, const Optional& packed, at::IntArrayRef stride,
-                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t offset) {
+                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   TORCH_CHECK(codes.scalar_type() == at::kChar && codes.is_contiguous(), "modiff: weight codes are contiguous int8.");
   auto plan = std::make_shared<Plan>();
   plan->linear = codes.dim() == 2;
   plan->out = codes.size(0);
   plan->groups = groups;
-  plan->offset = offset;
   plan->scale = scale.contiguous();
   plan->kernel = plan->linear ? std::vector<int64_t>{1, 1} : codes.sizes().slice(2).vec();
   plan->stride = plan->linear ? std::vector<int64_t>{1, 1} : stride.vec();
@@ -201,16 +202,22 @@ void scale_of(const Work& w, int64_t set, float low, float high, float& scale, f
   zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), w.quantizer.top);
 }
 
-void one_set(const Work& w, int64_t set, int64_t begin, int64_t end, float* d, Range& range) {
-  w.kernels->difference(w.x, w.type, w.prologue, w.held, begin, end - begin, w.channels, d, range);
-}
-
 Range empty_range() {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   return Range{infinity, -infinity, 0.0f};
 }
 
+void encode_set(const Work& w, int64_t set, Buffer& scratch);
+
 void run_set(const Work& w, int64_t set, Buffer& scratch) {
+  encode_set(w, set, scratch);
+  if (!w.held.compensates) {
+    static thread_local Buffer row;
+    w.kernels->hold(w.x, w.type, w.prologue, w.held, set * w.rows, w.rows, w.channels, row.get<float>(w.channels));
+  }
+}
+
+void encode_set(const Work& w, int64_t set, Buffer& scratch) {
   const int64_t first = set * w.rows, last = first + w.rows;
   float scale, zero;
   Range range = empty_range();
@@ -224,7 +231,7 @@ void run_set(const Work& w, int64_t set, Buffer& scratch) {
       Range own = empty_range();
       for (int64_t r = begin; r < end; r += step) {
         const int64_t stop = std::min(end, r + step);
-        one_set(w, set, r, stop, d, own);
+        w.kernels->difference(w.x, w.type, w.prologue, w.held, r, stop - r, w.channels, d, own);
         w.kernels->codes(d, w.held, w.quantizer, scale, zero, r, stop - r, w.g, w.codes);
       }
       bad[std::min<int64_t>(threads, at::get_thread_num())] += own.bad;
@@ -239,7 +246,7 @@ void run_set(const Work& w, int64_t set, Buffer& scratch) {
   std::vector<Range> ranges(threads + 1, empty_range());
   at::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
     Range& own = ranges[std::min<int64_t>(threads, at::get_thread_num())];
-    one_set(w, set, begin, end, d + (begin - first) * w.channels, own);
+    w.kernels->difference(w.x, w.type, w.prologue, w.held, begin, end - begin, w.channels, d + (begin - first) * w.channels, own);
   });
   for (const Range& part : ranges) {
     range.low = std::min(range.low, part.low), range.high = std::max(range.high, part.high), range.bad += part.bad;
@@ -384,11 +391,11 @@ struct After {
   int64_t out_type;  // of the result: 0 float32, 1 bfloat16, -1: none, o_hat is read instead
 };
 
-Tensor call_onednn(const Plan& plan, const Tensor& codes) {
+Tensor call_onednn(const Plan& plan, const Tensor& codes, int64_t offset) {
   const auto name = plan.linear ? "onednn::qlinear_pointwise" : "onednn::qconv2d_pointwise";
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   torch::jit::Stack stack;
-  torch::jit::push(stack, codes, 1.0, plan.offset, plan.weight, plan.scale, plan.zero, Optional());
+  torch::jit::push(stack, codes, 1.0, offset, plan.weight, plan.scale, plan.zero, Optional());
   if (!plan.linear) torch::jit::push(stack, plan.stride, plan.padding, plan.dilation, plan.groups);
   c10::List<std::optional<at::Scalar>> none;
   torch::jit::push(stack, 1.0, (int64_t)0, std::optional<at::ScalarType>(at::kFloat), std::string("none"), none, std::optional<std::string>(std::string("")));
@@ -398,7 +405,7 @@ Tensor call_onednn(const Plan& plan, const Tensor& codes) {
 }
 
 Tensor multiply_codes(const Plan& plan, const Geometry& g, const uint8_t* codes, const Tensor& plain, const Tensor& x,
-                      const Tensor& scale, int64_t granularity, const After& after) {
+                      const Tensor& scale, int64_t granularity, int64_t offset, const After& after) {
   std::vector<int64_t> sizes = x.sizes().vec();
   if (plan.linear) sizes.back() = plan.out;
   else sizes = {g.images, plan.out, g.out_height, g.out_width};
@@ -429,8 +436,9 @@ Tensor multiply_codes(const Plan& plan, const Geometry& g, const uint8_t* codes,
     e.residual = after.residual->const_data_ptr(), e.residual_type = type_of(*after.residual);
   }
   if (after.gate) e.gate = after.gate->const_data_ptr<float>(), e.gate_stride = plan.out;
+  TORCH_CHECK(!plan.own || offset == kOffset, "modiff: 0 is code ", kOffset, " here, not ", offset, ".");
   if (!plan.own) {
-    const Tensor product = call_onednn(plan, plain);
+    const Tensor product = call_onednn(plan, plain, offset);
     at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / plan.out), [&](int64_t begin, int64_t end) {
       table()->finish(product.const_data_ptr<float>(), begin, end, plan.out, e);
     });
@@ -474,7 +482,7 @@ std::tuple<Tensor, Tensor, Tensor> advance(
   }
   const Encoded encoded = encode_into(codes, g, x, a_hat, step, center, fixed_scale, fixed_zero, quantizer, clip,
                                       before_of(prologue, mul, add, shift, eps), plan->linear);
-  const Tensor out = multiply_codes(*plan, g, codes, plain, x, encoded.scale, quantizer[2], {o_hat, bias, residual, gate, factor, out_type});
+  const Tensor out = multiply_codes(*plan, g, codes, plain, x, encoded.scale, quantizer[2], quantizer[3], {o_hat, bias, residual, gate, factor, out_type});
   return {out, encoded.scale, encoded.probe};
 }
 
@@ -495,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(
 }
 
 // Product and accumulation for codes in the layout of the input.
-Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, int64_t granularity, const Optional& o_hat,
+Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, int64_t granularity, int64_t offset, const Optional& o_hat,
                 const Optional& bias, const Optional& residual, const Optional& gate, double factor, int64_t out_type) {
   const auto plan = find(handle);
   check_layout(codes, plan->linear);
@@ -503,17 +511,17 @@ Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, int64_
   const After after{o_hat, bias, residual, gate, factor, out_type};
   const uint8_t* from = codes.const_data_ptr<uint8_t>();
   if (!plan->own || (!g.pad_x && !g.pad_y && g.channels == g.padded_channels))
-    return multiply_codes(*plan, g, from, codes, codes, scale, granularity, after);
+    return multiply_codes(*plan, g, from, codes, codes, scale, granularity, offset, after);
   static thread_local Buffer buffer;
   uint8_t* padded = buffer.get<uint8_t>(g.images * g.padded_height * g.padded_width * g.padded_channels);
   for (int64_t n = 0; n < g.images; n++) {
-    fill_border(g, n, (uint8_t)plan->offset, padded);
+    fill_border(g, n, (uint8_t)offset, padded);
     for (int64_t y = 0; y < g.height; y++) {
       uint8_t* to = padded + ((n * g.padded_height + y + g.pad_y) * g.padded_width + g.pad_x) * g.padded_channels;
       for (int64_t x = 0; x < g.width; x++, to += g.padded_channels, from += g.channels) memcpy(to, from, g.channels);
     }
   }
-  return multiply_codes(*plan, g, padded, Tensor(), codes, scale, granularity, after);
+  return multiply_codes(*plan, g, padded, Tensor(), codes, scale, granularity, offset, after);
 }
 
 std::string isa() { return table() ? table()->name : "none"; }
@@ -523,7 +531,8 @@ std::string isa() { return table() ? table()->name : "none"; }
 TORCH_LIBRARY_FRAGMENT(modiff, m) {
   m.def("cpp_isa() -> str", isa);
   m.def("cpp_release(int handle) -> ()", release);
-  m.def("cpp_prepare(Tensor codes, Tensor scale, Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups, int offset) -> int");
+  m.def("cpp_prepare(Tensor codes, Tensor scale, Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups) -> int",
+        prepare);  // of any layout: oneDNN's packed weights have a dispatch key of their own
   m.def(
       "cpp_advance(int handle, Tensor x, Tensor(a!)? a_hat, Tensor? step, Tensor? center, Tensor? fixed_scale, Tensor? fixed_zero, "
       "int[] quantizer, float clip, int[] prologue, Tensor? mul, Tensor? add, Tensor? shift, float eps, "
@@ -532,12 +541,11 @@ TORCH_LIBRARY_FRAGMENT(modiff, m) {
       "cpp_encode(Tensor x, Tensor(a!)? a_hat, Tensor? step, Tensor? center, Tensor? fixed_scale, Tensor? fixed_zero, int[] quantizer, "
       "float clip, bool linear, int[] prologue, Tensor? mul, Tensor? add, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpp_multiply(int handle, Tensor codes, Tensor scale, int granularity, Tensor(a!)? o_hat, Tensor? bias, "
+      "cpp_multiply(int handle, Tensor codes, Tensor scale, int granularity, int offset, Tensor(a!)? o_hat, Tensor? bias, "
       "Tensor? residual, Tensor? gate, float factor, int out_type) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(modiff, CPU, m) {
-  m.impl("cpp_prepare", prepare);
   m.impl("cpp_advance", advance);
   m.impl("cpp_encode", encode);
   m.impl("cpp_multiply", multiply);

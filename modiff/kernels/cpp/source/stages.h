@@ -110,15 +110,10 @@ void subtract(float* y, const Held& held, int64_t at, int64_t count, Range& rang
     auto d = value;
     if (held.values) {
       d = V::sub(value, V::load(held.values + at + i));
-      if (!held.compensates) V::store(held.values + at + i, value);
     } else if (held.numbers) {
       const auto number = V::load_i16(held.numbers + at + i);
       const auto inside = V::max(V::min(value, V::set(top)), V::set(bottom));
       d = V::sub(inside, V::mul(V::add(number, V::set(center)), V::set(step)));
-      if (!held.compensates) {
-        const auto nearest = V::sub(V::round(V::div(value, V::set(step))), V::set(center));
-        V::store_i16(held.numbers + at + i, V::max(V::min(nearest, V::set(kTop)), V::set(-kTop)));
-      }
     }
     V::store(y + i, d);
     if constexpr (V::width > 1) {
@@ -149,6 +144,25 @@ void difference(const void* x, int type, const Prologue& prologue, const Held& h
   }
 }
 
+// Without error compensation, the reconstruction is the input.
+void hold(const void* x, int type, const Prologue& prologue, const Held& held, int64_t begin, int64_t rows,
+          int64_t channels, float* y) {
+  for (int64_t r = begin; r < begin + rows; r++) {
+    load(x, type, r * channels, channels, y);
+    apply(prologue, y, r, 1, channels);
+    along(channels, [&](auto v, int64_t i) {
+      using V = decltype(v);
+      const auto value = V::load(y + i);
+      if (held.values) {
+        V::store(held.values + r * channels + i, value);
+      } else {
+        const auto nearest = V::sub(V::round(V::div(value, V::set(held.step))), V::set(held.center));
+        V::store_i16(held.numbers + r * channels + i, V::max(V::min(nearest, V::set(kTop)), V::set(-kTop)));
+      }
+    });
+  }
+}
+
 // Equation (4), and (13): codes of `count` elements, and the reconstruction advanced by them.
 void encode(const float* d, const Held& held, const Quantizer& quantizer, float scale, float zero, int64_t at,
             int64_t count, uint8_t* out) {
@@ -165,12 +179,10 @@ void encode(const float* d, const Held& held, const Quantizer& quantizer, float 
     if (held.numbers) {
       int16_t* kept = held.numbers + at + i;
       const auto number = V::load_i16(kept), unit = V::set(multiple);
-      if (held.compensates) {
-        const auto lowest = V::ceil(V::div(V::sub(V::set(-kTop), number), unit));
-        const auto highest = V::floor(V::div(V::sub(V::set(kTop), number), unit));
-        code = V::max(V::min(code, highest), lowest);
-        V::store_i16(kept, V::add(number, V::mul(code, unit)));
-      }
+      const auto lowest = V::ceil(V::div(V::sub(V::set(-kTop), number), unit));
+      const auto highest = V::floor(V::div(V::sub(V::set(kTop), number), unit));
+      code = V::max(V::min(code, highest), lowest);
+      if (held.compensates) V::store_i16(kept, V::add(number, V::mul(code, unit)));
     } else if (held.values && held.compensates) {
       float* kept = held.values + at + i;
       V::store(kept, V::add(V::load(kept), V::mul(code, V::set(scale))));

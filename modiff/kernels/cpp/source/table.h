@@ -70,6 +70,9 @@ struct Table {
   // d = y - a_hat of rows begin.. (held and x are the whole tensors); the range of d is merged into `range`.
   void (*difference)(const void* x, int type, const Prologue& prologue, const Held& held, int64_t begin, int64_t rows,
                      int64_t channels, float* d, Range& range);
+  // The reconstruction becomes y itself (no error compensation); `y` is memory for one row.
+  void (*hold)(const void* x, int type, const Prologue& prologue, const Held& held, int64_t begin, int64_t rows,
+               int64_t channels, float* y);
   // Codes of d, with `offset` added, into the padded buffer; advances a_hat.
   void (*codes)(const float* d, const Held& held, const Quantizer& quantizer, float scale, float zero, int64_t begin,
                 int64_t rows, const Geometry& geometry, uint8_t* out);
