@@ -68,6 +68,24 @@ class CppBackend:
         layout = torch.channels_last if len(shape.kernel) == 2 else None
         return Prepared(shape, Weight(codes, scale, packed, stride, padding, dilation, shape.groups), layout)
 
+    def encode_fused(self, x: Tensor, held: Held, quantizer: Quantizer, before: Before) -> Encoded:
+        """:meth:`encode` for Linears, of an input that ``before`` makes from ``x`` (contiguous, like â)."""
+        numbers = _numbers(self.zero(quantizer), quantizer, x.ndim, held)
+        args = (held.a_hat, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
+        codes, scale, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before.arguments())
+        return Encoded(codes, self.zero(quantizer), _against(scale, x, quantizer), probe)
+
+    def multiply_fused(self, prepared: Prepared, encoded: Encoded, o_hat: Tensor, after: After) -> Tensor:
+        """:meth:`multiply`, :meth:`update` and what follows in one call, for codes of :meth:`encode_fused`."""
+        assert encoded.scale is not None
+        sets = encoded.scale.numel()
+        granularity = TENSOR if sets == 1 else SAMPLE if sets == encoded.codes.shape[0] else TOKEN
+        total = o_hat.float()
+        args = (encoded.codes, encoded.scale.reshape(-1), granularity, encoded.zero, total, None)
+        out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after.arguments())
+        _put_back(total, o_hat)
+        return out
+
     def encode(self, a: Tensor, held: Held | None, quantizer: Quantizer) -> Encoded:
         """Equations (4), (5) and (13): codes in memory of their own."""
         like = a if held is None else held.a_hat
