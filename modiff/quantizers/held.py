@@ -107,3 +107,18 @@ class Held:
         multiple, held = (scale / self.grid.step).round(), self.a_hat.to(codes.dtype)
         lowest, highest = ((-INT16_TOP - held) / multiple).ceil(), ((INT16_TOP - held) / multiple).floor()
         return torch.maximum(torch.minimum(codes, highest), lowest)
+
+    def advance(self, a: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Equation (13) in place: ``â += codes * scale``, or ``â = a`` without compensation.
+
+        Args:
+            a: The input.
+            codes: Of ``a - â``, less their zero point, as floats.
+            scale: Broadcasts against them; a whole multiple of ``step``.
+        """
+        if not self.compensates:
+            self.a_hat.copy_(a if self.grid is None else self.grid.nearest(a))
+        elif self.grid is None:
+            self.a_hat.addcmul_(codes, scale)
+        else:
+            self.a_hat.copy_(self.a_hat.to(codes.dtype) + codes * (scale / self.grid.step).round())
