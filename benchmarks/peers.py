@@ -231,7 +231,7 @@ ARMS: dict[str, Callable[[Case], Any]] = {
     "PyTorch PT2E int8": pt2e,
     "modiff W8A8 modulated": lambda case: Ours(case, OURS),
     "modiff W8A8 modulated, rest in bf16": lambda case: Ours(case, OURS, compute_dtype="bfloat16"),
-    "modiff W8A8 modulated, measured choice": lambda case: Ours(case, OURS, choose="measured", example=case),
+    "modiff W8A8 modulated, measured choice": lambda case: Ours(case, OURS, choose="measured"),
 }
 QUALITY_ONLY = {"modiff W8A8 plain PTQ": lambda case: Ours(case, PTQ)}
 

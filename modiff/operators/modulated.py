@@ -44,6 +44,8 @@ class ModulatedOperator(QuantizedOperator):
         The same code runs eagerly and while ``torch.compile`` traces; only who keeps the books differs: this operator,
         or :mod:`modiff.compiling.regions` outside the graph.
         """
+        if self.in_float:
+            return super().forward(x)
         self.check(x)
         answer, cache = self.next_call(x)
         if answer is Answer.REUSE:

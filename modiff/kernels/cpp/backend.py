@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from modiff.kernels import onednn
-from modiff.kernels.backend import Encoded, OperatorShape, Prepared, Quantizer, integer_obstacle, output_scale
+from modiff.kernels.backend import (
+    Encoded,
+    OperatorShape,
+    Prepared,
+    Quantizer,
+    integer_obstacle,
+    output_scale,
+    register,
+)
 from modiff.kernels.cpp import build
 from modiff.kernels.cpp.operators import After, Before, Weight, register_fakes
 from modiff.quantizers.held import Held
@@ -22,6 +30,8 @@ NOTHING_BEFORE, NOTHING_AFTER = Before(), After()
 TENSOR, SAMPLE, TOKEN = 0, 1, 2
 
 
+# Ranked below the definition, so that ``auto`` builds nothing by itself: modiff.compile asks for it by name.
+@register(speed=0.5)
 class CppBackend:
     """One C++ call for each evaluation of an operator: codes, product by AVX512-VNNI (else oneDNN's), accumulation."""
 
@@ -63,8 +73,7 @@ class CppBackend:
         if not makes(shape) and shape.kind == "linear":
             packed = onednn.pack_linear(codes, scale).weight
         elif not makes(shape):
-            # The zero point only sizes oneDNN's blocks; the product is told the true one.
-            packed = onednn.pack_conv(codes, scale, stride, padding, dilation, shape.groups, 128).weight
+            packed = onednn.pack_conv(codes, scale, stride, padding, dilation, shape.groups).weight
         layout = torch.channels_last if len(shape.kernel) == 2 else None
         return Prepared(shape, Weight(codes, scale, packed, stride, padding, dilation, shape.groups), layout)
 
