@@ -6,6 +6,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -302,6 +304,18 @@ void fill_border(const Geometry& g, int64_t image, uint8_t value, uint8_t* codes
   }
 }
 
+// Nanoseconds that callers spent before products and in them (with what follows), since they were last read.
+std::atomic<int64_t> clocks[2];
+
+struct Clock {
+  std::atomic<int64_t>& total;
+  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+  explicit Clock(int which) : total(clocks[which]) {}
+  ~Clock() { total += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count(); }
+};
+
+std::tuple<double, double> read_clocks() { return {1e-9 * clocks[0].exchange(0), 1e-9 * clocks[1].exchange(0)}; }
+
 struct Encoded {
   Tensor scale, probe;
 };
@@ -310,6 +324,7 @@ struct Encoded {
 Encoded encode_into(uint8_t* codes, const Geometry& g, const Tensor& x, const Optional& a_hat, const Optional& step, const Optional& center,
                     const Optional& fixed_scale, const Optional& fixed_zero, at::IntArrayRef q, double clip,
                     const Before& before, bool linear) {
+  const Clock clock(0);
   TORCH_CHECK(table(), "modiff: this CPU has no AVX2.");
   check_layout(x, linear);
   Work w{};
@@ -406,6 +421,7 @@ Tensor call_onednn(const Plan& plan, const Tensor& codes, int64_t offset) {
 
 Tensor multiply_codes(const Plan& plan, const Geometry& g, const uint8_t* codes, const Tensor& plain, const Tensor& x,
                       const Tensor& scale, int64_t granularity, int64_t offset, const After& after) {
+  const Clock clock(1);
   std::vector<int64_t> sizes = x.sizes().vec();
   if (plan.linear) sizes.back() = plan.out;
   else sizes = {g.images, plan.out, g.out_height, g.out_width};
@@ -530,6 +546,7 @@ std::string isa() { return table() ? table()->name : "none"; }
 
 TORCH_LIBRARY_FRAGMENT(modiff, m) {
   m.def("cpp_isa() -> str", isa);
+  m.def("cpp_clocks() -> (float, float)", read_clocks);
   m.def("cpp_release(int handle) -> ()", release);
   m.def("cpp_prepare(Tensor codes, Tensor scale, Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups) -> int",
         prepare);  // of any layout: oneDNN's packed weights have a dispatch key of their own
