@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from modiff.errors import ConfigError
+from modiff.trajectory.session import Listener, ModulationState
 
 ENTRIES = ("conv_in", "pos_embed")
 EXITS = ("conv_norm_out", "norm_out")
 
 
-class Bfloat16:
+class Bfloat16(Listener):
     """Casts at the entry and the exit of a denoiser, so that its input and its output keep their precision.
 
     Operators hold their states in float32 all the same.
@@ -32,7 +34,8 @@ class Bfloat16:
             leave.register_forward_pre_hook(lambda _module, args: tuple(_cast(x, torch.float32) for x in args)),
         ]
 
-    def remove(self) -> None:
+    @override
+    def removed(self, state: ModulationState) -> None:
         """Leave everything in its own precision again."""
         for handle in self.handles:
             handle.remove()

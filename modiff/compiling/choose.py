@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from modiff.errors import ConfigError
 from modiff.student.swap import operators
-from modiff.trajectory.session import state_of, trajectory
+from modiff.trajectory.session import Listener, ModulationState, state_of, trajectory
 
 MARGIN = 1.1
 """A chain runs in integers where full precision takes at least this many times as long."""
@@ -24,7 +25,7 @@ EVALUATIONS = 4
 """Timed evaluations; the fastest counts. One more warms up."""
 
 
-class Measured:
+class Measured(Listener):
     """Measures at the first call of a student, and then steps aside.
 
     Args:
@@ -39,10 +40,11 @@ class Measured:
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the student, before that of its state."""
-        self.remove()
+        self.handle.remove()
         choose(self.student, self.chains, args, kwargs)
 
-    def remove(self) -> None:
+    @override
+    def removed(self, state: ModulationState) -> None:
         """Measure no more."""
         self.handle.remove()
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from typing_extensions import override
 
 from modiff.compiling.bfloat16 import Bfloat16
 from modiff.compiling.blocks import KINDS
@@ -20,7 +19,7 @@ from modiff.kernels.compiled import RECOMPILES, compiled_backend
 from modiff.kernels.cpp import build
 from modiff.student.blocks import repeated_blocks
 from modiff.student.swap import operators
-from modiff.trajectory.session import Listener, ModulationState, state_of
+from modiff.trajectory.session import state_of
 
 log = logging.getLogger("modiff")
 
@@ -76,9 +75,9 @@ def compile(  # noqa: A001 (modiff.compile)
     uncompile(student)
     fusion = _fuse(student, mode)
     if compute_dtype is not None:
-        state.listeners.append(Rounding(student))
+        state.listeners.append(Bfloat16(student))
     if choose == "measured":
-        state.listeners.append(Choosing(student, fusion.modules if fusion else []))
+        state.listeners.append(Measured(student, chains_of(student, fusion.modules if fusion else [])))
     elif choose is not None:
         use_float(student, choose)
     if fusion is not None:
@@ -141,29 +140,17 @@ def _fuse(student: nn.Module, mode: Mode) -> Fusion | None:
     return fusion
 
 
-class Rounding(Listener):
-    """Keeps the rest of a student in bfloat16 until it is compiled anew or restored."""
-
-    def __init__(self, student: nn.Module) -> None:
-        self.casts = Bfloat16(student)
-
-    @override
-    def removed(self, state: ModulationState) -> None:
-        self.casts.remove()
+MADE = (Regions, Fusion, Bfloat16, Measured)
 
 
-class Choosing(Listener):
-    """Measures at the first call (:mod:`modiff.compiling.choose`)."""
-
-    def __init__(self, student: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        self.measured = Measured(student, chains_of(student, blocks))
-
-    @override
-    def removed(self, state: ModulationState) -> None:
-        self.measured.remove()
+def has_regions(student: nn.Module) -> bool:
+    """Whether parts of a student run in graphs of their own (modes ``blocks`` and ``whole``)."""
+    return any(isinstance(listener, Regions) for listener in state_of(student).listeners)
 
 
-MADE = (Regions, Fusion, Rounding, Choosing)
+def fused_blocks(student: nn.Module) -> Fusion | None:
+    """The fused blocks of a student, and why others are not; None where nothing is fused."""
+    return next((f for f in state_of(student).listeners if isinstance(f, Fusion)), None)
 
 
 class _Graph:

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from modiff.storage.cache import cache_folder
+
 log = logging.getLogger("modiff")
 
 SOURCE = Path(__file__).parent / "source"
@@ -33,13 +35,6 @@ PATIENCE = 300
 
 class BuildError(RuntimeError):
     """The operators cannot be built or loaded; the text says why, and ends a sentence."""
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: ``$MODIFF_CACHE``, else ``modiff`` in the user's cache directory."""
-    given = os.environ.get("MODIFF_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(given) if given else Path(base) / "modiff") / "cpp"
 
 
 @functools.cache
@@ -65,7 +60,7 @@ def load() -> None:
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32":
         raise BuildError(f"they are for x86-64 CPUs on Linux and macOS, not {platform.machine()} on {sys.platform}")
     compiler = find_compiler()
-    folder = cache_folder() / key(compiler)
+    folder = cache_folder("cpp", log.warning) / key(compiler)
     library = folder / LIBRARY
     if not library.is_file() or not _opens(library):
         _build(folder, compiler)
