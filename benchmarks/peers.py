@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modiff.lit.bench.timing import peak_memory, spread
 from torch import Tensor, nn
 
 import modiff
 from modiff.compiling.modes import compile as compile_student
-from modiff.lit.bench.timing import peak_memory, spread
 from modiff.lit.callbacks.provenance import device_name, git_commit
 from modiff.teachers.sampling.loop import sample
 from modiff.teachers.sampling.noise import indexed_noise
@@ -78,7 +78,7 @@ class Case:
         self.ends = ends[0], 0.5 * ends[1]
 
     def at(self, k: int) -> tuple[Tensor, Tensor]:
-        """x and t of the k-th evaluation of 50."""
+        """X and t of the k-th evaluation of 50."""
         share = min(1.0, k / 49)
         return torch.lerp(*self.ends, share), torch.full((self.batch,), round(999 * (1 - share)))
 
@@ -168,7 +168,7 @@ def calibration_inputs(case: Case, count: int = 25) -> list[tuple[Tensor, Tensor
 
 
 def onnxruntime(case: Case) -> Evaluate:
-    """onnxruntime in float32."""
+    """Onnxruntime in float32."""
     import onnxruntime as ort
 
     path = case.work / "float.onnx"
@@ -181,7 +181,9 @@ def onnxruntime(case: Case) -> Evaluate:
     names = [entry.name for entry in session.get_inputs()]
 
     def run(x: Tensor, t: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, dict(zip(names, [x.contiguous().numpy(), t.numpy()], strict=True)))[0])
+        return torch.from_numpy(
+            session.run(None, dict(zip(names, [x.contiguous().numpy(), t.numpy()], strict=True)))[0]
+        )
 
     return run
 
@@ -215,6 +217,7 @@ class Ours:
         return modiff.trajectory(self.student)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """One evaluation."""
         return self.model(x, t)
 
 
@@ -247,7 +250,9 @@ def build(case: Case, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]
                 for k in range(2):
                     arm(*case.at(k))
         except Exception as error:  # whatever another library raises
-            missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else repr(error)
+            missing[name] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else repr(error)
+            )
             print(f"  {name}: {missing[name]}", flush=True)
             continue
         arms[name] = arm
@@ -261,7 +266,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     arms, missing = build(case, args.arms)
     times: dict[str, list[float]] = {name: [] for name in arms}
     with ExitStack() as stack:
-        for name, arm in arms.items():
+        for arm in arms.values():
             if isinstance(arm, Ours):
                 stack.enter_context(arm.trajectory())
             for k in range(2):

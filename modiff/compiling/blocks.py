@@ -66,7 +66,7 @@ class FusedResnet(Fused):
 
 
 class FusedAttention(Fused):
-    """``Attention`` of a UNet over the places of an image: group norm, projections of one set of codes, residual sum."""
+    """``Attention`` of a UNet: group norm, projections that share codes, residual sum."""
 
     fuses = {
         "to_q": "after group norm",
@@ -127,9 +127,7 @@ class FusedTransformer(Fused):
         return _attention_obstacle(module.attn1)
 
     @override
-    def fits(
-        self, x: Tensor, timestep: Any = None, class_labels: Any = None, *args: Any, **kwargs: Any
-    ) -> bool:
+    def fits(self, x: Tensor, timestep: Any = None, class_labels: Any = None, *args: Any, **kwargs: Any) -> bool:
         rest = not args and not any(value is not None and value != {} for value in kwargs.values())
         return x.ndim == 3 and rest and self.module._chunk_size is None and not self.module.training
 

@@ -44,6 +44,7 @@ class Fused:
         self.module = module
         self.fusion = fusion
         self.eager: Callable[..., Any] = types.MethodType(type(module).forward, module)
+        self.fused_calls = 0
         self.operators: list[ModulatedOperator] = [module.get_submodule(name) for name in self.fuses]
 
     @classmethod
@@ -68,6 +69,7 @@ class Fused:
             and self.fits(x, *args, **kwargs)
             and all(self.fusion.advances(operator) for operator in self.operators)
         ):
+            self.fused_calls += 1
             return self.run(x, *args, **kwargs)
         return self.eager(x, *args, **kwargs)
 

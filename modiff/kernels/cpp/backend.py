@@ -250,4 +250,3 @@ def _put_back(x: Tensor, kept: Tensor) -> None:
     """Copy state that had to be laid out anew into its place."""
     if x.data_ptr() != kept.data_ptr():
         kept.copy_(x)
-

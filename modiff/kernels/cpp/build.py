@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager, redirect_stdout
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch

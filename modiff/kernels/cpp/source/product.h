@@ -16,6 +16,15 @@ inline void tile(const uint8_t* const* rows, const int64_t* offsets, int segment
     const __m512i first = _mm512_loadu_si512(start + channel + 16 * j);
     for (int r = 0; r < kRows; r++) sums[r][j] = first;
   }
+  // What the epilogue reads arrives while the sums are made.
+  for (int r = 0; r < valid; r++) {
+    for (int j = 0; j < NR; j++) {
+      const int64_t at = (row + r) * channels + channel + 16 * j;
+      if (e.o_hat) _mm_prefetch((const char*)(e.o_hat + at), _MM_HINT_T0);
+      if (e.residual && e.residual_type == kFloat) _mm_prefetch((const char*)e.residual + 4 * at, _MM_HINT_T0);
+      if (e.residual && e.residual_type == kBFloat16 && j % 2 == 0) _mm_prefetch((const char*)e.residual + 2 * at, _MM_HINT_T0);
+    }
+  }
   for (int s = 0; s < segments; s++) {
     const uint8_t* p[kRows];
     for (int r = 0; r < kRows; r++) p[r] = rows[r] + offsets[s];

@@ -185,7 +185,7 @@ void encode(const float* d, const Held& held, const Quantizer& quantizer, float 
       if (held.compensates) V::store_i16(kept, V::add(number, V::mul(code, unit)));
     } else if (held.values && held.compensates) {
       float* kept = held.values + at + i;
-      V::store(kept, V::add(V::load(kept), V::mul(code, V::set(scale))));
+      V::store(kept, V::fma(code, V::set(scale), V::load(kept)));
     }
     V::store_u8(out + i, V::add(code, V::set(quantizer.offset)));
   });
