@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modiff.lit.bench.timing import peak_memory, spread
 from torch import Tensor, nn
 
 import modiff
 from modiff.compiling.modes import compile as compile_student
+from modiff.lit.bench.clocks import peak_memory, spread
 from modiff.lit.callbacks.provenance import device_name, git_commit
 from modiff.teachers.sampling.loop import sample
 from modiff.teachers.sampling.noise import indexed_noise

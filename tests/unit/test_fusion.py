@@ -76,7 +76,9 @@ def test_fused_students_agree_with_their_own_forwards(case, modulation, compute_
     assert all(block.forward.fused_calls > 0 for block in fused_blocks(student).modules)
     for a, b in zip(found, wanted, strict=True):
         # Codes may differ by one where the last bit of a norm does; bfloat16 has 8 bits.
-        assert (a - b).norm() < (0.02 if compute_dtype is None and not modulation.get("state_dtype") else 0.05) * b.norm()
+        assert (a - b).norm() < (
+            0.02 if compute_dtype is None and not modulation.get("state_dtype") else 0.05
+        ) * b.norm()
         assert a.dtype == torch.float32
 
 
@@ -200,4 +202,4 @@ def test_without_vnni_products_are_onednns_and_images_the_same():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split("\n")
     assert lines[:3] == ["avx2 False", "['cpp']", "True"]
-    assert lines[3] == "['simulate (8-bit codes saturat']"
+    assert lines[3] == "['simulate (8-bit codes saturate']"
