@@ -24,8 +24,8 @@ def markdown(results: dict[str, Any]) -> str:
         "    python benchmarks/peers.py quality",
         "",
         "All arms of a table ran in turns in one process; medians, with quartiles in `peers.json`. One thread: "
-        "processor time; two threads: wall time. Peak memory is the growth of the process' resident memory during the first two "
-        "evaluations, weights not counted. Speeds are relative to the arm named.",
+        "processor time; two threads: wall time. Peak memory is the growth of the process' resident memory during the "
+        "first two evaluations, weights not counted. Speeds are relative to the arm named.",
         "",
         f"Machine: {facts.get('device')}, {facts.get('cores')} cores, {', '.join(facts.get('has', []))}; torch "
         f"{facts.get('torch')}, OpenVINO {facts.get('openvino')}, NNCF {facts.get('nncf')}, onnxruntime "

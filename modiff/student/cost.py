@@ -62,6 +62,7 @@ class Cost:
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
+        integer_share: Share of the operators' multiply-accumulates whose inputs are quantized.
     """
 
     operators: tuple[OperatorCost, ...]
@@ -73,6 +74,7 @@ class Cost:
     gbops_per_evaluation: float
     weight_mib: float
     state_mib_per_image: float
+    integer_share: float = 0.0
 
     def __str__(self) -> str:
         return (
@@ -135,7 +137,13 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+        integer_share=sum(r.macs for r in rows if _quantizes(found[r.name][0])) / max(1.0, sum(r.macs for r in rows)),
     )
+
+
+def _quantizes(module: Any) -> bool:
+    quantized = isinstance(module, QuantizedOperator) and not module.in_float
+    return quantized and module.activation_spec is not None
 
 
 def _count_one(
@@ -243,8 +251,9 @@ def _bit_operations(
         return bits, bits, macs * bits * bits
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
-    activation_bits = module.activation_spec.bits if module.activation_spec else full
-    modulation = module.modulation if isinstance(module, ModulatedOperator) else None
+    quantizes = module.activation_spec is not None and not module.in_float
+    activation_bits = module.activation_spec.bits if module.activation_spec and quantizes else full
+    modulation = module.modulation if isinstance(module, ModulatedOperator) and quantizes else None
     # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
     bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations

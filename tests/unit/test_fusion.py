@@ -203,3 +203,19 @@ def test_without_vnni_products_are_onednns_and_images_the_same():
     lines = done.stdout.split("\n")
     assert lines[:3] == ["avx2 False", "['cpp']", "True"]
     assert lines[3] == "['simulate (8-bit codes saturate']"
+
+
+def test_a_choice_is_saved_counted_and_keeps_the_images(tmp_path):
+    names = ["mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"]
+    student = compile_student(quantized(unet()), choose=names)
+    wanted, _ = images(student)
+    full = modiff.cost(quantized(unet()), torch.randn(1, 3, 8, 8), torch.tensor([5]))
+    found = modiff.cost(student, torch.randn(1, 3, 8, 8), torch.tensor([5]))
+    assert full.integer_share == 1
+    assert 0.5 < found.integer_share < 1
+    assert found.gbops_per_evaluation > full.gbops_per_evaluation
+    modiff.save(student, tmp_path / "packed")
+    loaded = compile_student(modiff.load(tmp_path / "packed", unet()))
+    assert in_float(loaded) == tuple(names)
+    again, _ = images(loaded)
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))

@@ -186,7 +186,7 @@ def fused_stages(call: Callable[[], Any]) -> tuple[float, float, float]:
     """Time one evaluation of a student with fused blocks by the clocks inside its C++ operators.
 
     Returns:
-        Seconds of all of it, of norms, activations and codes before the products, and of the products with what follows.
+        Seconds of all of it, of what runs before the products in their operators, and of the products and what follows.
     """
     torch.ops.modiff.cpp_clocks()
     whole = seconds(call, torch.device("cpu"))
