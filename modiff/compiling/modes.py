@@ -13,6 +13,7 @@ from modiff.compiling.bfloat16 import Bfloat16
 from modiff.compiling.blocks import KINDS
 from modiff.compiling.choose import Measured, chains_of, use_float
 from modiff.compiling.fusion import Fusion
+from modiff.compiling.graphs import use_graphs
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
@@ -32,6 +33,7 @@ def compile(  # noqa: A001 (modiff.compile)
     mode: Mode = "auto",
     choose: Literal["measured"] | Sequence[str] | None = None,
     compute_dtype: Literal["bfloat16"] | None = None,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """Compile a student, in place; it is compiled when it is first called.
 
@@ -54,13 +56,15 @@ def compile(  # noqa: A001 (modiff.compile)
             :func:`modiff.compiling.choose.in_float` of another student returns: leave these. None: as loaded.
         compute_dtype: ``bfloat16``: run what lies between the operators in bfloat16, from the first layer to the last
             norm; the operators' states stay in float32.
+        cuda_graph: Record whole evaluations as CUDA graphs, and replay them (:mod:`modiff.compiling.graphs`); with mode
+            ``whole`` what is recorded is the compiled graph.
 
     Returns:
         The same student.
 
     Raises:
         ConfigError: An argument is unknown, the C++ operators that ``fused`` needs cannot be built, the denoiser has no
-            repeated blocks, or its offloading would be lost.
+            repeated blocks, its offloading would be lost, or a CUDA graph is asked for on another device.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     if mode not in MODES:
@@ -75,7 +79,7 @@ def compile(  # noqa: A001 (modiff.compile)
             "take its place. Compile before enable_model_cpu_offload, or use mode 'stages'."
         )
     uncompile(student)
-    fusion = _fuse(student, mode)
+    fusion = None if cuda_graph else _fuse(student, mode)
     if compute_dtype is not None:
         state.listeners.append(Bfloat16(student))
     if choose == "measured":
@@ -91,7 +95,9 @@ def compile(  # noqa: A001 (modiff.compile)
     # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
     for operator in operators(student).values():
         operator.wrap_backend(compiled_backend)
-    if modules:
+    if cuda_graph:
+        use_graphs(student, inner=_Graph if mode == "whole" else None)
+    if modules and not (cuda_graph and mode == "whole"):
         regions = Regions(modules, operators(student))
         state.listeners.append(regions)
         for module in modules:
