@@ -219,3 +219,10 @@ def test_a_choice_is_saved_counted_and_keeps_the_images(tmp_path):
     assert in_float(loaded) == tuple(names)
     again, _ = images(loaded)
     assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
+
+
+def test_options_of_compiled_students_need_one():
+    from modiff.lit.modules.student import LitStudent
+
+    with pytest.raises(ConfigError, match="model.choose and model.compute_dtype are of compiled students"):
+        LitStudent(choose="measured")
