@@ -44,6 +44,9 @@ class QuantSpec:
             Residuals shrink along a trajectory, so one range for all of it is wide at its end. n is the length that was
             calibrated: a longer trajectory is refused, a shorter one gets the first ranges only, so
             calibrate with the steps that are sampled.
+        scales: ``real``: any number; ``power_of_two``, for ``sample_channel`` activations: powers of two times one
+            scale per sample. Codes and exponents then share a container of 8 bits, so that products of integers stay
+            exact (docs/method.md); bits up to 7 when symmetric, up to 6 otherwise.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.
@@ -56,6 +59,7 @@ class QuantSpec:
     clip: float = 1.0
     group_size: int | None = None
     timestep_buckets: int = 1
+    scales: Literal["real", "power_of_two"] = "real"
 
     def __post_init__(self) -> None:
         _integer("bits", self.bits, low=2, high=8, hint="; for full precision set the whole spec to null")
@@ -84,6 +88,34 @@ class QuantSpec:
                 f"group_size is {self.group_size} but granularity is {self.granularity!r}. "
                 "Set granularity='group', or remove group_size."
             )
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        _member("scales", self.scales, ("real", "power_of_two"))
+        if self.scales == "real":
+            return
+        if self.granularity != "sample_channel":
+            raise ConfigError(
+                f"scales is 'power_of_two' with granularity {self.granularity!r}; it exists for 'sample_channel' only. "
+                "Set granularity='sample_channel', or scales='real'."
+            )
+        if self.spare_bits < 1:
+            raise ConfigError(
+                f"scales is 'power_of_two' with bits={self.bits}: such codes fill their container of 8 bits, and no "
+                f"exponent fits beside them. Use at most {7 if self.symmetric else 6} bits, or granularity='sample' "
+                "with scales='real'."
+            )
+
+    @property
+    def spare_bits(self) -> int:
+        """Bits that the container of 8 leaves for exponents: E, the largest exponent of ``power_of_two`` scales.
+
+        >>> [QuantSpec(bits).spare_bits for bits in (2, 4, 7)]
+        [6, 4, 1]
+        >>> [QuantSpec(bits, symmetric=False).spare_bits for bits in (2, 4, 6)]
+        [5, 3, 1]
+        """
+        return (8 if self.symmetric else 7) - self.bits
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -200,6 +232,35 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Special:
+    """What operators of a special kind get in place of the config's own specs; a rule that matches one still wins.
+
+    Args:
+        weight: A spec replaces the whole weight spec, None means full precision, ``"inherit"`` the config's own.
+        activation: Likewise for activations.
+        names: The operators; None: found when the student is made, from the structure of diffusers' networks or from
+            ``quantize(..., example_inputs=)``, else in the first evaluation, which decides for activations only.
+
+    Raises:
+        ConfigError: A field is of the wrong kind.
+    """
+
+    weight: QuantSpec | None | Literal["inherit"] = "inherit"
+    activation: QuantSpec | None | Literal["inherit"] = "inherit"
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _side("weight", self.weight, QuantSpec, allow_inherit=True)
+        _side("activation", self.activation, QuantSpec, allow_inherit=True)
+        if isinstance(self.weight, QuantSpec):
+            _weight_granularity(self.weight)
+        if self.names is not None:
+            if not isinstance(self.names, (list, tuple)) or not all(isinstance(name, str) for name in self.names):
+                raise ConfigError(f"names is {self.names!r}; give a list of qualified names of operators, or None.")
+            object.__setattr__(self, "names", tuple(self.names))
+
+
+@dataclass(frozen=True)
 class Split:
     """An operator whose input is a concatenation along channels, quantized in two halves (Q-Diffusion).
 
@@ -233,6 +294,9 @@ class QuantConfig:
         splits: Operators that are quantized in two halves; see :func:`modiff.calibration.prepare.inputs.find_splits`.
         smoothed: Linears whose input channels are divided by calibrated factors (SmoothQuant); a calibration with
             ``smoothing`` fills it in. Their parts are named ``<name>.inner``.
+        vectors: What operators get that read one vector per sample (embeddings of time and class, and their
+            projections): few products, but an error there is the same at every place of an image. None: nothing else.
+        ends: What the denoiser's first and last operator get, which read the image and write the answer.
         backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
             CPU, refused where an operator's could not be exact. ``auto``: integers where they are exact, else
             ``simulate``; :func:`modiff.describe` says which, and why.
@@ -247,12 +311,16 @@ class QuantConfig:
     rules: tuple[Rule, ...] = field(default=())
     splits: tuple[Split, ...] = field(default=())
     smoothed: tuple[str, ...] = field(default=())
+    vectors: Special | None = None
+    ends: Special | None = None
     backend: Literal["auto", "simulate", "onednn"] = "auto"
 
     def __post_init__(self) -> None:
         _side("weight", self.weight, QuantSpec)
         _side("activation", self.activation, QuantSpec)
         _side("modulation", self.modulation, Modulation)
+        _side("vectors", self.vectors, Special)
+        _side("ends", self.ends, Special)
         if isinstance(self.rules, list):
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -308,20 +376,23 @@ class QuantConfig:
         values = _build_sides(values)
         rules = values.get("rules")
         if isinstance(rules, (list, tuple)):
-            values["rules"] = tuple(_build_rule(f"rules[{i}]", rule) for i, rule in enumerate(rules))
+            values["rules"] = tuple(_build_part(f"rules[{i}]", Rule, rule) for i, rule in enumerate(rules))
         elif rules is None:
             values.pop("rules", None)
+        for key in ("vectors", "ends"):
+            if isinstance(values.get(key), dict):
+                values[key] = _build_part(key, Special, values[key])
         splits = values.get("splits")
         if isinstance(splits, (list, tuple)):
             values["splits"] = tuple(_build(Split, s) if isinstance(s, dict) else s for s in splits)
         return _build(cls, values)
 
 
-def _build_rule(where: str, values: Any) -> Any:
+def _build_part(where: str, kind: Callable[..., Any], values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     try:
-        return _build(Rule, _build_sides(values))
+        return _build(kind, _build_sides(values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -22,6 +22,8 @@ class Row:
         skipped: Why it was left untouched; None where it was quantized.
         constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
         backend: Its execution and, where that is not in integers, why.
+        special: ``vector``: it reads one vector per sample; ``end``: it is the denoiser's first or last operator;
+            ``undecided``: what it reads is not known before the first evaluation.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Row:
     skipped: str | None = None
     constant: bool = False
     backend: str = ""
+    special: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Description:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [("operator", "type", "weight", "activation", "modulation", "backend", "rule", "skipped because")]
+        cells = [("operator", "type", "weight", "activation", "modulation", "backend", "special", "rule", "skipped because")]
         cells += [
             (
                 row.name,
@@ -57,6 +60,7 @@ class Description:
                 "" if row.skipped else _spec_text(row.activation),
                 "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
                 row.backend,
+                row.special,
                 row.rule or "",
                 row.skipped or "",
             )
@@ -70,6 +74,8 @@ def _spec_text(spec: QuantSpec | None) -> str:
     if spec is None:
         return "full precision"
     parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
+    if spec.scales == "power_of_two":
+        parts.append("scales in powers of two")
     if spec.clip != 1:
         parts.append(f"clip {spec.clip:g}")
     if spec.range == "calibrated":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from modiff.config.quant import QuantConfig, Rule
+from modiff.config.quant import QuantConfig, QuantSpec, Rule, Special
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
 from modiff.operators.modulated import ModulatedOperator
@@ -20,6 +21,7 @@ from modiff.quantizers.granularity import activation_partition
 from modiff.quantizers.packing import PackedWeight
 from modiff.student.describe import Description, Row
 from modiff.student.fixed import projections
+from modiff.student.special import resolve
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import ATTRIBUTE, ModulationState, state_of
 
@@ -60,13 +62,19 @@ class _Plan:
     wholes: list[str] = field(default_factory=list)  # names of the operator of which this is a part
 
 
-def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -> nn.Module:
+def quantize(
+    model: nn.Module, config: QuantConfig, keep_teacher: bool = True, example_inputs: Any = None
+) -> nn.Module:
     """Swap the linear operators of a denoiser for quantized ones, in place.
 
     Args:
         model: Any module; its forward is one evaluation.
         config: What to quantize, and how.
         keep_teacher: Keep the original weights, so that :func:`restore` works without the teacher.
+        example_inputs: Arguments of the denoiser's forward, a tuple or a mapping of keywords: one evaluation shows which
+            operators read one vector per sample, and which are the first and the last (``config.vectors`` and
+            ``config.ends``). Not needed for diffusers' networks, which are known. Without it, vectors are recognized in
+            the first evaluation, when weights are quantized already; :func:`describe` calls them undecided until then.
 
     Returns:
         The same module, now the student.
@@ -75,7 +83,8 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
         ConfigError: The model has no linear operators or is a student already, a rule's pattern matches nothing, a
             granularity does not exist for an operator, or a weight is no number. The model is then unchanged.
     """
-    return convert(model, config, keep_teacher)
+    _require_quantizable(model, config)
+    return convert(model, resolve(model, config, example_inputs), keep_teacher)
 
 
 def convert(
@@ -331,10 +340,15 @@ def _decide(plan: _Plan, config: QuantConfig) -> Row:
             f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
         )
     weight, activation, modulation = config.weight, config.activation, config.modulation
-    if rule is not None:
-        weight = config.weight if isinstance(rule.weight, str) else rule.weight
-        activation = config.activation if isinstance(rule.activation, str) else rule.activation
-        modulation = config.modulation if isinstance(rule.modulation, str) else rule.modulation
+    special, part = _special(plan, config)
+    for exception in (part, rule):  # the rule has the last word
+        if exception is not None:
+            weight = weight if isinstance(exception.weight, str) else exception.weight
+            activation = activation if isinstance(exception.activation, str) else exception.activation
+    if rule is not None and not isinstance(rule.modulation, str):
+        modulation = rule.modulation
+    if special == "undecided" and rule is not None and not isinstance(rule.activation, str):
+        special = ""
     if activation is None:
         modulation = None
     else:
@@ -342,7 +356,18 @@ def _decide(plan: _Plan, config: QuantConfig) -> Row:
             activation_partition(activation, 3, plan.adapter.kind)
         except ConfigError as error:
             raise ConfigError(f"Operator {name!r} ({kind}): {error}") from error
-    return Row(name, kind, weight, activation, modulation, pattern)
+    return Row(name, kind, weight, activation, modulation, pattern, special=special)
+
+
+def _special(plan: _Plan, config: QuantConfig) -> tuple[str, Special | None]:
+    """Of which special kind an operator is, in a word for the table, and what it therefore gets."""
+    names = {*plan.names, *plan.wholes}
+    for kind, part in (("end", config.ends), ("vector", config.vectors)):
+        if part is not None and part.names is not None and names & set(part.names):
+            return kind, part
+    vectors = config.vectors
+    open_ = vectors is not None and vectors.names is None and isinstance(vectors.activation, QuantSpec)
+    return ("undecided" if open_ and config.activation is not None else ""), None
 
 
 def plan(model: nn.Module, config: QuantConfig) -> Description:
