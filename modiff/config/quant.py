@@ -338,30 +338,50 @@ class QuantConfig:
     def preset(cls, name: str) -> QuantConfig:
         """A config by name: ``w{bits}a{bits}-modiff`` or ``-ptq``; bits 2 to 8, or 32 for untouched.
 
-        Weights: per output channel, symmetric. Activations: per sample, dynamic; plain ones asymmetric, residuals
-        asymmetric below 6 bits.
+        They are the best known settings at those bits, the same for both arms but for the modulation, and change when
+        better ones are measured (CHANGELOG, Numerics). ``w{bits}a{bits}-modiff-paper`` and ``-ptq-paper`` keep the
+        paper's protocol: every operator at the named bits, weights per output channel and symmetric, activations per
+        sample; plain ones asymmetric, residuals asymmetric below 6 bits.
 
         >>> spec = QuantConfig.preset("w8a4-modiff").activation
-        >>> spec.bits, spec.granularity, spec.symmetric, spec.range
-        (4, 'sample', False, 'dynamic')
+        >>> spec.bits, spec.granularity, spec.scales, spec.symmetric
+        (4, 'sample_channel', 'power_of_two', False)
+        >>> QuantConfig.preset("w8a4-modiff").vectors.activation.bits
+        8
+        >>> QuantConfig.preset("w8a4-modiff-paper").activation.granularity
+        'sample'
 
         Raises:
             ConfigError: The name is not of that form.
         """
-        match = re.fullmatch("w([2-8]|32)a([2-8]|32)-(modiff|ptq)", name) if isinstance(name, str) else None
+        form = "w([2-8]|32)a([2-8]|32)-(modiff|ptq)(-paper)?"
+        match = re.fullmatch(form, name) if isinstance(name, str) else None
         if not match:
             raise ConfigError(
                 f"unknown preset {name!r}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq "
-                "with bits 2 to 8 or 32, for example 'w8a4-modiff'."
+                "with bits 2 to 8 or 32, for example 'w8a4-modiff', and the same with -paper at the end."
             )
         weight, activation = int(match[1]), int(match[2])
         modulated = match[3] == "modiff"
+        modulation = Modulation() if modulated else None
+        if match[4]:
+            symmetric = modulated and activation >= 6
+            return cls(
+                weight=None if weight == 32 else QuantSpec(weight, "channel"),
+                activation=None if activation == 32 else QuantSpec(activation, "sample", symmetric=symmetric),
+                modulation=modulation,
+            )
+        eight = QuantSpec(8, "channel"), QuantSpec(8, "sample", symmetric=modulated)
+        part = Special(
+            weight=eight[0] if weight < 8 else "inherit", activation=eight[1] if activation < 8 else "inherit"
+        )
+        plain = Special() == part
         return cls(
-            weight=None if weight == 32 else QuantSpec(weight, "channel"),
-            activation=None
-            if activation == 32
-            else QuantSpec(activation, "sample", symmetric=modulated and activation >= 6),
-            modulation=Modulation() if modulated else None,
+            weight=None if weight == 32 else QuantSpec(weight, "channel", symmetric=weight >= 5),
+            activation=_best_activation(activation, modulated),
+            modulation=modulation,
+            vectors=None if plain else part,
+            ends=part if weight < 8 else None,
         )
 
     @classmethod
@@ -386,6 +406,16 @@ class QuantConfig:
         if isinstance(splits, (list, tuple)):
             values["splits"] = tuple(_build(Split, s) if isinstance(s, dict) else s for s in splits)
         return _build(cls, values)
+
+
+def _best_activation(bits: int, modulated: bool) -> QuantSpec | None:
+    """The best known activation spec (benchmarks/bits.md)."""
+    if bits == 32:
+        return None
+    if bits > 6:
+        return QuantSpec(bits, "sample", symmetric=modulated)
+    clip = 0.8 if bits == 2 and modulated else 1.0
+    return QuantSpec(bits, "sample_channel", symmetric=False, clip=clip, scales="power_of_two")
 
 
 def _build_part(where: str, kind: Callable[..., Any], values: Any) -> Any:

@@ -51,7 +51,9 @@ class Description:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [("operator", "type", "weight", "activation", "modulation", "backend", "special", "rule", "skipped because")]
+        cells = [
+            ("operator", "type", "weight", "activation", "modulation", "backend", "special", "rule", "skipped because")
+        ]
         cells += [
             (
                 row.name,

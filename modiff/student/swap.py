@@ -62,19 +62,17 @@ class _Plan:
     wholes: list[str] = field(default_factory=list)  # names of the operator of which this is a part
 
 
-def quantize(
-    model: nn.Module, config: QuantConfig, keep_teacher: bool = True, example_inputs: Any = None
-) -> nn.Module:
+def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True, example_inputs: Any = None) -> nn.Module:
     """Swap the linear operators of a denoiser for quantized ones, in place.
 
     Args:
         model: Any module; its forward is one evaluation.
         config: What to quantize, and how.
         keep_teacher: Keep the original weights, so that :func:`restore` works without the teacher.
-        example_inputs: Arguments of the denoiser's forward, a tuple or a mapping of keywords: one evaluation shows which
-            operators read one vector per sample, and which are the first and the last (``config.vectors`` and
-            ``config.ends``). Not needed for diffusers' networks, which are known. Without it, vectors are recognized in
-            the first evaluation, when weights are quantized already; :func:`describe` calls them undecided until then.
+        example_inputs: Arguments of the denoiser's forward, a tuple or a mapping of keywords: one evaluation shows
+            which operators read one vector per sample, and which are the first and the last (``config.vectors`` and
+            ``config.ends``). Not needed for diffusers' networks, which are known. Without it, vectors are recognized
+            in the first evaluation, after weights are quantized; :func:`describe` calls them undecided until then.
 
     Returns:
         The same module, now the student.
