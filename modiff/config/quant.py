@@ -381,7 +381,7 @@ class QuantConfig:
             activation=_best_activation(activation, modulated),
             modulation=modulation,
             vectors=None if plain else part,
-            ends=part if weight < 8 else None,
+            ends=None if plain else part,
         )
 
     @classmethod
