@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, find_adapter
-
-VECTOR = 4096
-"""Most channels of such a vector: 16 KiB in float32."""
+from modiff.operators.quantized import QuantizedOperator
+from modiff.operators.vectors import is_vector
 
 # Names of diffusers: embeddings of time, size, class, pooled text and guidance; their projections in resnets and in
 # adaptive norms. tests/unit/test_special.py runs a tiny model of every family and compares.
@@ -25,16 +24,6 @@ _VECTORS = re.compile(
 )
 _FIRST = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj")
 _LAST = ("conv_out", "proj_out_2", "proj_out")
-
-
-def is_vector(x: Tensor, kind: str, batched: bool) -> bool:
-    """Whether each sample of an operator's input is one vector: ``[B, C]``, ``[B, 1, C]``, or ``[B, C, 1, 1]``.
-
-    >>> is_vector(torch.zeros(2, 8), "linear", True), is_vector(torch.zeros(2, 8, 4, 4), "conv", True)
-    (True, False)
-    """
-    places, channels = (x.shape[1:-1], x.shape[-1]) if kind == "linear" else (x.shape[2:], x.shape[1])
-    return batched and x.ndim > 1 and places.numel() == 1 and channels <= VECTOR
 
 
 def resolve(model: nn.Module, config: QuantConfig, example_inputs: Any = None) -> QuantConfig:
@@ -66,6 +55,15 @@ def resolve(model: nn.Module, config: QuantConfig, example_inputs: Any = None) -
     if found is None:
         return config
     return replace(config, **{key: replace(getattr(config, key), names=found[key]) for key in open_})
+
+
+def settled(config: QuantConfig, operators: Mapping[str, QuantizedOperator]) -> QuantConfig:
+    """The config with the names that the first evaluation found; as it is while one of the operators is undecided."""
+    vectors = config.vectors
+    if vectors is None or vectors.names is not None or any(op.undecided is not None for op in operators.values()):
+        return config
+    names = tuple(name for name, operator in operators.items() if operator.found_vector)
+    return replace(config, vectors=replace(vectors, names=names))
 
 
 def _adapters(model: nn.Module) -> dict[str, OperatorAdapter]:
