@@ -19,6 +19,7 @@ from modiff.trajectory.cache import OperatorCache, dense_like
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.schedule import Answer
 
+
 class ModulatedOperator(QuantizedOperator):
     """A Linear or Conv that quantizes the change of its input and holds ``ô = A(â) + bias`` (the invariant).
 
