@@ -30,6 +30,8 @@ class OperatorCost:
         weight_bits: Width of its weight codes; in full precision, of the dtype its product runs in.
         activation_bits: Width of its input codes; in full precision, likewise.
         bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
+        container_bops: The same at the bits that a product is given: 8 for codes that share a container with exponents
+            (``scales="power_of_two"``), else those of the codes.
         state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
@@ -44,6 +46,7 @@ class OperatorCost:
     state_bytes: float
     weight_bytes: float
     constant: bool = False
+    container_bops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Cost:
         other_weight_bytes: Parameters outside the operators (norms, embeddings), as stored.
         evaluations: Length of the trajectory over which the warm-ups are averaged.
         contexts: Contexts of the trajectory, each with a warm-up and a state of its own.
-        gbops_per_evaluation: Bit operations per image, ``other_bops`` included.
+        gbops_per_evaluation: Bit operations per image at the bits of the codes, ``other_bops`` included.
+        container_gbops_per_evaluation: The same at the bits that products are given; see :class:`OperatorCost`.
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
@@ -73,10 +77,14 @@ class Cost:
     gbops_per_evaluation: float
     weight_mib: float
     state_mib_per_image: float
+    container_gbops_per_evaluation: float
 
     def __str__(self) -> str:
+        container = ""
+        if self.container_gbops_per_evaluation != self.gbops_per_evaluation:
+            container = f" ({self.container_gbops_per_evaluation:.2f} at the 8 bits of containers)"
         return (
-            f"{self.gbops_per_evaluation:.2f} GBOPs per image and evaluation (mean of {self.evaluations}), "
+            f"{self.gbops_per_evaluation:.2f} GBOPs{container} per image and evaluation (mean of {self.evaluations}), "
             f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image"
         )
 
@@ -119,11 +127,15 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
-        weight_bits, activation_bits, bops = _bit_operations(
-            module, macs, bits, (evaluations, contexts), name in constant
-        )
+        length, fixed = (evaluations, contexts), name in constant
+        weight_bits, activation_bits, bops = _bit_operations(module, macs, bits, length, fixed)
+        container = _bit_operations(module, macs, bits, length, fixed, container=True)[2]
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
-        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
+        rows.append(
+            OperatorCost(
+                name, macs, weight_bits, activation_bits, bops, held[1], held[0], fixed, container_bops=container
+            )
+        )
     other_bops = counter.other.bops / images
     return Cost(
         operators=tuple(rows),
@@ -135,6 +147,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+        container_gbops_per_evaluation=(sum(r.container_bops for r in rows) + other_bops) / 1e9,
     )
 
 
@@ -226,7 +239,7 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: 
 
 
 def _bit_operations(
-    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
+    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool, container: bool = False
 ) -> tuple[int, int, float]:
     """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
 
@@ -236,6 +249,7 @@ def _bit_operations(
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
         length: Evaluations of the trajectory, and its contexts.
         constant: Its input is fixed.
+        container: Count codes that share a container with exponents at its 8 bits.
     """
     evaluations, contexts = length
     if not isinstance(module, QuantizedOperator):
@@ -244,6 +258,8 @@ def _bit_operations(
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
     activation_bits = module.activation_spec.bits if module.activation_spec else full
+    if container and module.activation_spec is not None and module.activation_spec.scales == "power_of_two":
+        activation_bits = 8
     modulation = module.modulation if isinstance(module, ModulatedOperator) else None
     # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
