@@ -35,6 +35,7 @@ from modiff.operators.rewrites import rewrite
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import QuantizedWeight, round_lp, round_nearest
+from modiff.student.special import resolve
 from modiff.student.swap import convert, operators, plan
 from modiff.student.tensors import slots
 
@@ -90,6 +91,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     _check_arguments(method, seed)
+    config = resolve(teacher, config)
     config, divisors = _prepare(teacher, config, run, settings, reducer)
     reference = shared_copy(teacher)
     rewrite(reference, config, divisors)

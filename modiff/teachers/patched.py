@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import UNet2DModel
@@ -66,6 +67,12 @@ class PatchedUNet2DModel(UNet2DModel):
         )
         self.register_to_config(**own)  # the class it is derived from wrote those of the patches
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a saved config, in which the base class wrote its other arguments too: they have their defaults."""
+        own, base = (set(inspect.signature(c.__init__).parameters) for c in (cls, UNet2DModel))
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in base - own}, **kwargs)
+
     def forward(
         self,
         sample: Tensor,
@@ -81,7 +88,7 @@ class PatchedUNet2DModel(UNet2DModel):
 
 
 def make_denoiser(arguments: dict[str, Any]) -> UNet2DModel:
-    """A denoiser to be trained: ``PatchedUNet2DModel`` where ``patch_size`` is given, else diffusers' ``UNet2DModel``."""
+    """A denoiser to be trained: ``PatchedUNet2DModel`` where ``patch_size`` is given, else ``UNet2DModel``."""
     return PatchedUNet2DModel(**arguments) if "patch_size" in arguments else UNet2DModel(**arguments)
 
 
