@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config import quant
+from modiff.config.specs import Modulation, QuantSpec
 from modiff.quantizers.affine import Limits
 from modiff.quantizers.granularity import Partition
 from modiff.quantizers.held import Held, Int16Grid
@@ -233,6 +234,8 @@ def register(speed: float) -> Callable[[_Class], _Class]:
 
     def add(cls: _Class) -> _Class:
         backend = cls()
+        if backend.name not in quant.BACKENDS:
+            quant.BACKENDS.append(backend.name)
         BACKENDS[backend.name], _SPEEDS[backend.name] = backend, speed
         ordered = sorted(BACKENDS.items(), key=lambda item: -_SPEEDS[item[0]])
         BACKENDS.clear()

@@ -58,11 +58,7 @@ def encode(
     else:
         probe = residual.sum()  # clamping would hide an Inf
         scale, zero_point = limits.calibrated(*fixed, step)
-    codes = residual.div_(scale).round_()
-    if zero_point is not None:
-        codes = limits.clamp_(codes.add_(zero_point)).sub_(zero_point)
-    elif limits.clips or step is not None:  # else no value rounds beyond the last code; a scale in whole steps may
-        codes = limits.clamp_(codes)
+    codes = codes_(residual, scale, zero_point, limits, limits.clips or step is not None)
     if held is not None and step is not None:
         codes = held.within(codes, scale)
         probe = a.sum()  # what was clipped may have been infinite
@@ -80,6 +76,22 @@ def encode(
         return values, scale, probe
     held.advance(a, codes, scale)
     return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
+
+
+def codes_(x: Tensor, scale: Tensor, zero_point: Tensor | None, limits: Limits, clips: bool) -> Tensor:
+    """Equation (4) in place: the codes of ``x`` less their zero point, as floats; rounds half to even.
+
+    Args:
+        x: Values.
+        scale: Broadcasts against them, like ``zero_point``.
+        zero_point: None where symmetric.
+        limits: Lowest and highest code.
+        clips: Values can round beyond the last code: the scale is not the full range's.
+    """
+    codes = x.div_(scale).round_()
+    if zero_point is not None:
+        return limits.clamp_(codes.add_(zero_point)).sub_(zero_point)
+    return limits.clamp_(codes) if clips else codes
 
 
 def rescale(product: Tensor, encoded: Encoded) -> Tensor:

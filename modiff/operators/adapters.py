@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
 from modiff.kernels.backend import OperatorShape
 from modiff.kernels.float import linear_map

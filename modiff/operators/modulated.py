@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config.quant import Modulation
+from modiff.config.specs import Modulation
 from modiff.errors import TrajectoryError
 from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale
@@ -134,7 +134,7 @@ class ModulatedOperator(QuantizedOperator):
         """
         if self.modulation.warmup != "full" or self.calibrated is not None or self.apart:
             return None
-        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend
+        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend.name
 
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""

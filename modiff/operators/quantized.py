@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config.specs import Modulation, QuantSpec
 from modiff.errors import CalibrationError, TrajectoryError
-from modiff.kernels.backend import Backend, FixedScale, Prepared, Quantizer
+from modiff.kernels.backend import BACKENDS, Backend, FixedScale, Prepared, Quantizer
 from modiff.kernels.elementwise import rescale
 from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
@@ -118,7 +118,7 @@ class QuantizedOperator(WeightHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
-        kept = {"wrapper": None, "region": Region(), "_executions": {}}
+        kept: dict[str, Any] = {"wrapper": None, "region": Region(), "_executions": {}}
         return {**self.__dict__, **kept}
 
     def use(self, packed: PackedWeight) -> None:
@@ -143,7 +143,11 @@ class QuantizedOperator(WeightHolder):
     def wrap_backend(self, wrapper: Callable[[Backend], Backend] | None) -> None:
         """Run by ``wrapper(backend)`` from now on; None: by the backend itself."""
         self.wrapper = wrapper
-        self.forget_executions()
+        changed = {k: e._replace(backend=self._wrapped(BACKENDS[e.backend.name])) for k, e in self._executions.items()}
+        self._executions = changed
+
+    def _wrapped(self, backend: Backend) -> Backend:
+        return backend if self.wrapper is None else self.wrapper(backend)
 
     def use_range(self, found: CalibratedRange | None) -> None:
         """Quantize activations with calibrated scales and zero points from now on; None: with dynamic ones.
@@ -244,8 +248,7 @@ class QuantizedOperator(WeightHolder):
                 prepared = Prepared(self.shape, self.quantized_weight())
             else:
                 prepared = choice.backend.prepare(self.packed, self.shape)
-        backend = choice.backend if self.wrapper is None else self.wrapper(choice.backend)
-        return Execution(backend, prepared, quantizer, unclipped)
+        return Execution(self._wrapped(choice.backend), prepared, quantizer, unclipped)
 
     def _quantizer(self, like: Tensor, partition: Partition, clip: float | None) -> Quantizer:
         assert self.activation_spec is not None
@@ -278,7 +281,7 @@ class QuantizedOperator(WeightHolder):
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.region.execution.quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
 from modiff.operators.dtypes import memory_format
 from modiff.operators.wrapper import ModuleWrapper

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.quantizers.exponents import exponents
 from modiff.quantizers.granularity import Partition
 from modiff.quantizers.held import INT16_TOP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config.specs import Modulation, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Description:
                 row.type,
                 "" if row.skipped else _spec_text(row.weight),
                 "" if row.skipped else _spec_text(row.activation),
-                "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
+                ""
+                if row.skipped
+                else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",
                 row.backend,
                 row.special,
                 row.rule or "",

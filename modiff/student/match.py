@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from modiff.config.quant import QuantConfig, QuantSpec, Rule, Special
+from modiff.config import QuantConfig, QuantSpec, Rule, Special
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
 from modiff.operators.rewrites import RewrittenOperator

@@ -11,7 +11,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from modiff.config.quant import Modulation
+from modiff.config.specs import Modulation
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.identity import KeptOutput
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modiff.config.quant import QuantSpec
+from modiff.config import QuantSpec
 from modiff.errors import ConfigError
 from modiff.operators.reference import ReferenceOperator, quantize_by_exponents
 from modiff.quantizers.exponents import exponents

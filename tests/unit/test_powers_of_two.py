@@ -6,7 +6,7 @@ from small_models import denoiser, drift, noise, run
 from torch import nn
 
 import modiff
-from modiff.config.quant import Modulation, QuantConfig, QuantSpec, Special
+from modiff.config import Modulation, QuantConfig, QuantSpec, Special
 from modiff.errors import TrajectoryError
 from modiff.kernels.accumulate import accumulate
 from modiff.kernels.backend import BACKENDS, Held, Quantizer

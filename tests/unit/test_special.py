@@ -8,7 +8,7 @@ from small_models import Denoiser, denoiser
 from torch import nn
 
 import modiff
-from modiff.config.quant import QuantConfig, QuantSpec, Rule, Special
+from modiff.config import QuantConfig, QuantSpec, Rule, Special
 from modiff.errors import ConfigError
 from modiff.student.special import resolve
 from modiff.teachers.zoo import ZOO, TeacherSpec, load_teacher

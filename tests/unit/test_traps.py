@@ -10,9 +10,11 @@ from small_models import noise, run, student
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
+from modiff.kernels.backend import BACKENDS
+from modiff.kernels.float import FloatBackend
 from modiff.operators.modulated import ModulatedOperator
 from modiff.quantizers.granularity import Partition
-from modiff.trajectory.cache import Trajectory
+from modiff.trajectory.contexts import Trajectory
 from modiff.trajectory.session import ModulationState
 
 fails = pytest.raises(AssertionError)
@@ -175,8 +177,8 @@ def test_trap_12_bias_enters_in_the_first_evaluation_only():
 
 
 def test_trap_12_built_in_bias_added_at_every_step(monkeypatch):
-    product = ModulatedOperator.product
-    monkeypatch.setattr(ModulatedOperator, "product", lambda self, a, with_bias: product(self, a, with_bias=True))
+    multiply = BACKENDS["simulate"].multiply
+    monkeypatch.setattr(FloatBackend, "multiply", lambda self, prepared, encoded: 5 + multiply(prepared, encoded))
     with fails:
         check_bias_enters_once()
 

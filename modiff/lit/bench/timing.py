@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from modiff.kernels.elementwise import ElementwiseBackend
 from modiff.operators.quantized import QuantizedOperator
 
 Call = Callable[[Tensor, Tensor], Any]
@@ -214,31 +216,26 @@ def _clocks(
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after(name, quantized)))
             if quantized:
-                wrapped.append((module, getattr(module, "integer", None)))
+                wrapped.append((module, module.wrapper))
                 module.product = clocked(name, module.product)  # type: ignore[method-assign,operator]
-                if wrapped[-1][1] is not None:
-                    module.integer = _Clocked(wrapped[-1][1], clocked(name, wrapped[-1][1]))
+                module.wrap_backend(partial(_Clocked, clock=partial(clocked, name), inner=module.wrapper))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, integer in wrapped:
+        for module, wrapper in wrapped:
             del module.product
-            if integer is not None:
-                module.integer = integer
+            module.wrap_backend(wrapper)
 
 
-class _Clocked:
-    """An integer product under a clock: its attributes are those of the original."""
+class _Clocked(ElementwiseBackend):
+    """A backend whose products are under a clock; what it fuses is split into its three parts."""
 
-    def __init__(self, original: Any, call: Callable[..., Tensor]) -> None:
-        self.original, self.call = original, call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.call(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
+    def __init__(self, backend: Any, clock: Callable[..., Any], inner: Callable[[Any], Any] | None) -> None:
+        backend = backend if inner is None else inner(backend)
+        self.multiply = clock(backend.multiply)  # type: ignore[method-assign]
+        self.encode, self.update, self.prepare = backend.encode, backend.update, backend.prepare  # type: ignore[method-assign]
+        self.name, self.devices = backend.name, backend.devices
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> tuple[float, str]:
