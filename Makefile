@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/modiff compare $(DEMO:%=recipes/mnist/%.yaml) --output runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

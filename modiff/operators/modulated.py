@@ -62,7 +62,7 @@ class ModulatedOperator(QuantizedOperator):
         if torch.compiler.is_compiling():
             region, call = self.region, self.region.call
             region.call = call + 1
-            return region.answers[call], region.caches[call]
+            return Answer.REUSE if region.reuses[call] else Answer.ADVANCE, region.caches[call]
         self.require_range()
         cache = self.state.next_cache(self.name, x, self.shape.is_batched(x.ndim))
         answer = self.state.schedule.operator(self.state.evaluation, cache, x, self.modulation)

@@ -24,7 +24,6 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
-from modiff.trajectory.schedule import Answer
 from modiff.trajectory.session import ModulationState
 
 
@@ -50,14 +49,14 @@ class Region:
 
     Args:
         caches: Of its calls, in their order; empty for plain quantization.
-        answers: What each of the calls does.
+        reuses: Which of the calls give their last output again; numbers, for a graph is not guarded by enums.
         execution: How its products run; None before it ran eagerly.
         shape: Of an input that ran eagerly.
         call: Calls so far in this evaluation.
     """
 
     caches: list[OperatorCache] = field(default_factory=list)
-    answers: tuple[Answer, ...] = ()
+    reuses: tuple[bool, ...] = ()
     execution: Execution | None = None
     shape: torch.Size | None = None
     call: int = 0

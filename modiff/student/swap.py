@@ -132,7 +132,9 @@ def _require_quantizable(model: nn.Module, config: QuantConfig) -> None:
         ConfigError: One of them.
     """
     if not isinstance(config, QuantConfig):
-        raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
+        raise ConfigError(
+            f"config is {config!r}; give a QuantConfig or the name of a preset, for example 'w8a4-modiff'."
+        )
     if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
     if find_adapter(model) is not None:

@@ -208,7 +208,7 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, modiff, tmp_path, monkeyp
 
 def test_damaged_batch_is_drawn_again(recipe, modiff, tmp_path, monkeypatch, drawn) -> None:
     out = tmp_path / "out"
-    from modiff.lit import writer
+    from modiff.lit.runs import writer
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

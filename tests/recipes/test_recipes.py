@@ -178,4 +178,4 @@ def test_dumped_recipe_is_the_same_recipe(path, tmp_path) -> None:
 def test_script_for_launchers_is_the_command(capsys) -> None:
     import runpy
 
-    assert runpy.run_path(str(FOLDER / "run.py"))["main"] is __import__("modiff.lit.cli.main").lit.cli.main
+    assert runpy.run_path(str(FOLDER / "run.py"))["main"] is __import__("modiff.lit.cli.main", fromlist=["main"]).main

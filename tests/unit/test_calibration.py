@@ -1,5 +1,6 @@
 """The front of calibration on small students: methods, seeds, restarts, and what is refused."""
 
+import importlib
 import os
 
 import pytest
@@ -10,7 +11,6 @@ from torch import nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration import calibrate as front
 from modiff.calibration.loop.samples import SampleStore
 from modiff.errors import CalibrationError, ConfigError
 from modiff.operators.modulated import ModulatedOperator
@@ -118,6 +118,7 @@ def test_killed_and_started_again_gives_the_same_bits(method, tmp_path):
 def test_samples_that_spill_change_nothing(tmp_path, monkeypatch):
     held = codes(calibrate(residual_net(), config(), sampler(), "brecq", settings=FAST))
     spilled = []
+    front = importlib.import_module("modiff.calibration.calibrate")  # the function has the module's name
     monkeypatch.setattr(front, "SampleStore", lambda folder, limit, owner: SampleStore(folder, 20_000, owner))
     real = SampleStore._spill
     monkeypatch.setattr(SampleStore, "_spill", lambda self: (spilled.append(1), real(self)))
