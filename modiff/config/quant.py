@@ -94,8 +94,8 @@ class QuantConfig:
         match = re.fullmatch(form, name) if isinstance(name, str) else None
         if not match:
             raise ConfigError(
-                f"unknown preset {name!r}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq "
-                "with bits 2 to 8 or 32, for example 'w8a4-modiff', and the same with -paper at the end."
+                f"unknown preset {name!r}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq, each also "
+                "with -paper at its end, with bits 2 to 8 or 32, for example 'w8a4-modiff'."
             )
         weight, activation = int(match[1]), int(match[2])
         modulated = match[3] == "modiff"

@@ -31,7 +31,7 @@ TRAINER = SimpleNamespace(
 def student(tiny_teacher):
     """Makes a module of the tiny teacher."""
 
-    def make(preset: str = "w8a4-modiff", **options) -> LitStudent:
+    def make(preset: str = "w8a4-modiff-paper", **options) -> LitStudent:
         module = LitStudent(TeacherSpec(path=str(tiny_teacher)), preset=preset, steps=3, **options)
         module.configure_model()
         return module
@@ -72,7 +72,7 @@ def test_free_memory_is_a_plausible_number_of_mib() -> None:
     assert 16 < free_mib(torch.device("cpu")) < 2**30
 
 
-@pytest.mark.parametrize(("preset", "quantized"), [("w8a4-modiff", 2), ("w8a4-ptq", 3), ("w8a32-modiff", 0)])
+@pytest.mark.parametrize(("preset", "quantized"), [("w8a4-modiff-paper", 2), ("w8a4-ptq-paper", 3), ("w8a32-modiff", 0)])
 def test_invariant_2_counts_of_a_batch(student, preset, quantized) -> None:
     module, cache = student(preset), ActivationCache()
     outputs = run_batch(cache, module)

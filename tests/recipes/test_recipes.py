@@ -64,7 +64,7 @@ def test_recipe_is_built_by_train(path) -> None:
     cli = make_cli(["--config", str(path)])
     assert type(cli.model).__name__ in ("LitTeacher", "LitClassifier")
     parameters = sum(p.numel() for p in cli.model.parameters())
-    limits = {"mnist": 2_000_000, "teacher_small": 6_000_000, "teacher": 35_746_307}
+    limits = {"mnist": 2_000_000, "teacher_tiny": 4_000_000, "teacher_small": 6_000_000, "teacher": 35_746_307}
     assert parameters <= limits["mnist" if path.parent.name == "mnist" else path.stem]
 
 
@@ -86,6 +86,7 @@ def test_calibrated_recipes_are_what_they_are_called(bits) -> None:
     plain, preset = found["qdiffusion"].config, QuantConfig.preset(f"{bits}-ptq")
     assert plain.modulation is None
     assert (plain.weight, plain.rules) == (preset.weight, preset.rules)
+    assert (plain.vectors, plain.ends) == (preset.vectors, preset.ends)
     assert (plain.activation.bits, plain.activation.symmetric) == (preset.activation.bits, preset.activation.symmetric)
     assert (plain.activation.range, plain.activation.granularity) == ("calibrated", "tensor")
     assert {kind: model.calibration.method for kind, model in found.items()} == {
