@@ -86,6 +86,11 @@ def uncompile(student: nn.Module) -> nn.Module:
     return student
 
 
+def has_regions(student: nn.Module) -> bool:
+    """Whether parts of a student run in graphs of their own (modes ``blocks`` and ``whole``)."""
+    return any(isinstance(listener, Regions) for listener in state_of(student).listeners)
+
+
 class _Graph:
     """A function compiled as one graph; where it does not allow that, in several, which one line says."""
 

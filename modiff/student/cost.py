@@ -35,7 +35,7 @@ class OperatorCost:
         state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
-        constant: Its input was fixed throughout the last trajectory before: its product is counted once per context.
+        constant: Its input was constant throughout the last trajectory before: its product is counted once per context.
     """
 
     name: str
@@ -92,8 +92,8 @@ class Cost:
 def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | None = None, **kwargs: Any) -> Cost:
     """Measure a student, or a full-precision teacher, by running one evaluation.
 
-    Operators whose input was fixed throughout the student's last trajectory (keys and values of a prompt) are counted
-    once per context; before any trajectory none is known.
+    Operators whose input was constant throughout the student's last trajectory (keys and values of a prompt) are
+    counted once per context; before any trajectory none is known.
 
     Args:
         model: Student or teacher.
@@ -101,7 +101,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         evaluations: Denoiser calls per trajectory, in all contexts.
         contexts: Contexts that share these calls evenly, such as 2 for guidance in two calls per step: each warms up,
             refreshes and holds a state of its own. None: as many as the student's last trajectory had, else 1.
-        **kwargs: Likewise.
+        **kwargs: As for the denoiser's forward.
 
     Raises:
         ConfigError: ``evaluations`` is below 1, ``contexts`` is not from 1 to ``evaluations``, or no argument is a
@@ -248,7 +248,7 @@ def _bit_operations(
         macs: Its multiply-accumulates in one product.
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
         length: Evaluations of the trajectory, and its contexts.
-        constant: Its input is fixed.
+        constant: Its input is constant.
         container: Count codes that share a container with exponents at its 8 bits.
     """
     evaluations, contexts = length
@@ -261,7 +261,7 @@ def _bit_operations(
     if container and module.activation_spec is not None and module.activation_spec.scales == "power_of_two":
         activation_bits = 8
     modulation = module.modulation if isinstance(module, ModulatedOperator) else None
-    # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
+    # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
     bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
     return weight_bits, activation_bits, bops

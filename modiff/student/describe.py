@@ -16,11 +16,11 @@ class Row:
         name: Qualified name; of a module registered under several names, the first.
         type: Class of the original.
         weight: Its weight spec, None for full precision.
-        activation: Likewise.
+        activation: Its activation spec, None for full precision.
         modulation: None: plain quantization.
         rule: Pattern of the rule that matched last, None where the config's own fields apply.
         skipped: Why it was left untouched; None where it was quantized.
-        constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
+        constant: Its input was constant throughout the last trajectory, so it was computed once in each context.
         backend: Its execution and, where that is not in integers, why.
         special: ``vector``: it reads one vector per sample; ``end``: it is the denoiser's first or last operator;
             ``undecided``: what it reads is not known before the first evaluation.

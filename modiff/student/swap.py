@@ -93,8 +93,8 @@ def convert(
 
     Args:
         model: As for :func:`quantize`.
-        config: Likewise.
-        keep_teacher: Likewise.
+        config: What to quantize, and how.
+        keep_teacher: As for :func:`quantize`.
         weights: Quantized weight by operator; None: the model's are rounded to nearest.
         ranges: Calibrated ranges of activations by operator, as many as there are.
         divisors: Of the input channels of each smoothed operator.

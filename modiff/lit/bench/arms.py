@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff.compiling.modes import compile
+from modiff.compiling.modes import compile, has_regions
 from modiff.errors import ConfigError
 from modiff.lit.bench.timing import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
 from modiff.lit.modules.student import LitStudent
 from modiff.operators.adapters import find_adapter
 from modiff.student.cost import weight_bytes
 from modiff.student.swap import describe, operators
-from modiff.trajectory.session import state_of, trajectory
+from modiff.trajectory.session import trajectory
 
 TEACHER = "teacher"
 EAGER, COMPILED = "eager", "compiled"
@@ -58,7 +58,7 @@ class Arm:
         """Whether its operators are called one by one, also where their stages are compiled: clocks can stand there."""
         if self.mode == EAGER:
             return True
-        return self.student is not None and state_of(self.student).regions is None
+        return self.student is not None and not has_regions(self.student)
 
     @property
     def limit(self) -> int | None:
