@@ -61,7 +61,7 @@ class Row:
     @property
     def name(self) -> str:
         """Such as ``w4a4-gptq``."""
-        return "-".join(filter(None, (self.preset.rpartition("-")[0], self.method, self.tag)))
+        return "-".join(filter(None, (self.preset.partition("-")[0], self.method, self.tag)))
 
     @property
     def uses_data(self) -> bool:
