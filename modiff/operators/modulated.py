@@ -1,4 +1,4 @@
-"""The modulated operator: equations (8), (9), (13) and (14) of METHOD.md."""
+"""The modulated operator: equations (8), (9), (13) and (14) of docs/method.md."""
 
 from __future__ import annotations
 

@@ -36,7 +36,12 @@ class Observer(ABC):
     Args:
         buckets: Buckets of time steps.
         sets: Sets of values that get a scale of their own.
+
+    Attributes:
+        order_free: Whether merging in any order and grouping gives the same bits.
     """
+
+    order_free = True
 
     def __init__(self, buckets: int, sets: int) -> None:
         self.shape = (buckets, sets)
@@ -116,6 +121,8 @@ class MovingAverage(Observer):
     An exponential average weights what came last, and so depends on the order of the data, which ranks do not have;
     this one does not. Merges by sums: exactly, as long as they fit in float64 (up to 2^29 samples of similar size).
     """
+
+    order_free = False
 
     def __init__(self, buckets: int, sets: int) -> None:
         super().__init__(buckets, sets)

@@ -14,10 +14,10 @@ import modiff as library
 from modiff.config.quant import QuantSpec
 from modiff.errors import ConfigError
 from modiff.kernels.backend import BACKENDS
-from modiff.lit.bench import timing
+from modiff.lit.bench import clocks as timing
 from modiff.lit.bench.arms import COMPILED, EAGER, TEACHER, Arm, Warm, staged, summary
-from modiff.lit.bench.report import sentence
-from modiff.lit.bench.timing import Inputs, Stages, interleave, peak_memory, stages
+from modiff.lit.bench.clocks import Inputs, Stages, interleave, peak_memory, stages
+from modiff.lit.bench.results import sentence
 from modiff.lit.commands import bench
 from modiff.quantizers.calibrated import CalibratedRange
 from tests.small_models import config, denoiser, noise

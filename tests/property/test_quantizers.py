@@ -216,7 +216,7 @@ def test_nan_and_inf_show_in_the_probe_that_is_returned(granularity, bad, symmet
 
 
 def test_codes_and_values_of_a_worked_example():
-    """DESIGN.md's definition by hand: 3 bits asymmetric on -1..6 has scale 1 and zero point 1."""
+    """The definition by hand: 3 bits asymmetric on -1..6 has scale 1 and zero point 1."""
     spec = QuantSpec(3, "tensor", symmetric=False)
     x = torch.tensor([-1.0, 0.4, 2.5, 3.5, 6.0])
     scale, zero_point = scale_from_range(x.min(), x.max(), spec)

@@ -1,4 +1,4 @@
-"""The invariants of DESIGN.md that the core answers for. Numbers are theirs."""
+"""The invariants of docs/architecture.md that the core answers for, by their numbers."""
 
 import copy
 import math

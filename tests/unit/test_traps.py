@@ -1,4 +1,4 @@
-"""Traps of METHOD.md, section 3, that other implementations fell into.
+"""The traps of docs/method.md that other implementations fell into.
 
 Each trap has a check, which passes, and is then built in on purpose, upon which the same check must fail. (Trap 5 is in
 tests/property/test_quantizers.py, trap 8 is invariant 5.)

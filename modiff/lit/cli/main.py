@@ -1,4 +1,4 @@
-"""The ``modiff`` command: a light front door, so that ``modiff --help`` answers at once."""
+"""The ``modiff`` command. It imports a subcommand only when it runs it, so that ``modiff --help`` answers at once."""
 
 from __future__ import annotations
 
