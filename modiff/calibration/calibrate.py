@@ -31,7 +31,7 @@ from modiff.student.special import resolve
 from modiff.student.swap import convert, operators, plan
 from modiff.student.tensors import slots
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Of what a calibration finds from the same arguments. Raise it with every change that may move a bit of a result: kept
 calibrations and stages of other versions are not used any more."""
 
