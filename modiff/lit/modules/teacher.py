@@ -31,10 +31,10 @@ class LitTeacher(LightningModule):
         sample_steps: DDIM steps of the sample grids drawn at each validation.
         channels_last: Keep weights and images in the layout that tensor cores want.
         compile: Train through ``torch.compile``; where that finds no compiler, one line says so.
-        decay: ``cosine``: the learning rate falls to zero at the last step; ``none``: it stays, so that the training may
-            stop or go on at any step, and the averaged weights do what the fall would.
-        snr_gamma: Weight each image's loss by min(SNR, gamma) / SNR (Hang et al. 2023, "Efficient Diffusion Training via
-            Min-SNR Weighting Strategy"); None: all alike.
+        decay: ``cosine``: the learning rate falls to zero at the last step; ``none``: it stays, so that the training
+            may stop or go on at any step, and the averaged weights do what the fall would.
+        snr_gamma: Weight each image's loss by min(SNR, gamma) / SNR (Hang et al. 2023, "Efficient Diffusion Training
+            via Min-SNR Weighting Strategy"); None: all alike.
         init_from: Folder of a denoiser of this architecture (``config.json`` and safetensors) to start from.
 
     Raises:
