@@ -122,12 +122,15 @@ def students() -> dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], 
             ("refresh", {"refresh_every": 3}),
             ("uncompensated", {"error_compensation": False}),
         ):
-            configs[f"{name}/{backend}"] = preset("w8a4-modiff-paper", modulation=Modulation(**changes), backend=backend)
+            configs[f"{name}/{backend}"] = preset(
+                "w8a4-modiff-paper", modulation=Modulation(**changes), backend=backend
+            )
     for granularity in ("tensor", "channel", "sample_channel", "group"):
         spec = QuantSpec(4, granularity, False, clip=0.9, group_size=3 if granularity == "group" else None)
         configs[f"{granularity}/auto"] = preset("w4a4-modiff-paper", activation=spec)
     configs["mixed/auto"] = preset(
-        "w4a4-modiff-paper", rules=(Rule("conv_in", activation=None), Rule("*.conv1", modulation=None, activation=symmetric))
+        "w4a4-modiff-paper",
+        rules=(Rule("conv_in", activation=None), Rule("*.conv1", modulation=None, activation=symmetric)),
     )
     found: dict[str, Any] = {n: lambda c=c: (modiff.quantize(unet(), c), unconditional) for n, c in configs.items()}
     for backend in ("auto", "simulate"):

@@ -81,8 +81,7 @@ def calibrate(
     """
     settings, by = settings or CalibrationSettings(), weight_method(method)
     _check_seed(seed)
-    config = resolve(teacher, config)
-    config, divisors = _prepare(teacher, config, run, settings, reducer)
+    config, divisors = _prepare(teacher, resolve(teacher, config), run, settings, reducer)
     reference = _rewritten_copy(teacher, config, divisors)
     specs = calibrated_specs(reference, config)
     if by.plain and not specs:

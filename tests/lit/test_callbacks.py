@@ -73,7 +73,9 @@ def test_free_memory_is_a_plausible_number_of_mib() -> None:
     assert 16 < free_mib(torch.device("cpu")) < 2**30
 
 
-@pytest.mark.parametrize(("preset", "quantized"), [("w8a4-modiff-paper", 2), ("w8a4-ptq-paper", 3), ("w8a32-modiff", 0)])
+@pytest.mark.parametrize(
+    ("preset", "quantized"), [("w8a4-modiff-paper", 2), ("w8a4-ptq-paper", 3), ("w8a32-modiff", 0)]
+)
 def test_invariant_2_counts_of_a_batch(student, preset, quantized) -> None:
     module, cache = student(preset), ActivationCache()
     outputs = run_batch(cache, module)

@@ -257,7 +257,9 @@ def test_a_denoiser_that_is_no_single_graph_is_compiled_in_parts_and_says_so(gra
 
     expected, _ = run(modiff.quantize(Breaking(), config("w8a7-modiff-paper")), tokens(4))
     with caplog.at_level(logging.WARNING, logger="modiff"):
-        found, counts = run(modiff.compile(modiff.quantize(Breaking(), config("w8a7-modiff-paper")), "whole"), tokens(4))
+        found, counts = run(
+            modiff.compile(modiff.quantize(Breaking(), config("w8a7-modiff-paper")), "whole"), tokens(4)
+        )
     close(found, expected)
     assert counts.quantized == 3
     assert [r.message for r in caplog.records if "not one graph" in r.message]

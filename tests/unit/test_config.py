@@ -193,7 +193,9 @@ def test_presets_survive_dictionaries():
 def test_errors_of_special_parts_say_where():
     with pytest.raises(ConfigError, match="vectors: activation: bits is 9; allowed are whole numbers, 2 to 8"):
         QuantConfig.from_dict({"vectors": {"activation": {"bits": 9}}})
-    with pytest.raises(ConfigError, match="ends: Special has no field 'modulation'; allowed are weight, activation, names"):
+    with pytest.raises(
+        ConfigError, match="ends: Special has no field 'modulation'; allowed are weight, activation, names"
+    ):
         QuantConfig.from_dict({"ends": {"modulation": None}})
 
 

@@ -175,7 +175,10 @@ def test_what_is_not_a_config_is_refused():
 
 
 def test_a_preset_is_taken_by_its_name():
-    named, made = modiff.quantize(denoiser(), "w8a4-modiff-paper"), modiff.quantize(denoiser(), config("w8a4-modiff-paper"))
+    named, made = (
+        modiff.quantize(denoiser(), "w8a4-modiff-paper"),
+        modiff.quantize(denoiser(), config("w8a4-modiff-paper")),
+    )
     for found, wanted in zip(run(named, noise(3))[0], run(made, noise(3))[0], strict=True):
         assert torch.equal(found, wanted)
     with pytest.raises(ConfigError, match="unknown preset 'w9a9-modiff'"):

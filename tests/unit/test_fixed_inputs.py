@@ -32,7 +32,9 @@ PROMPT = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2))
 
 
 def prompted(**modulation):
-    return modiff.quantize(Prompted(), config("w8a4-modiff-paper", **modulation) if modulation else config("w8a4-modiff-paper"))
+    return modiff.quantize(
+        Prompted(), config("w8a4-modiff-paper", **modulation) if modulation else config("w8a4-modiff-paper")
+    )
 
 
 def outputs(model, prompts):
