@@ -101,12 +101,12 @@ def test_preset_and_config_together_are_refused(modiff, recipe, tmp_path) -> Non
     both = tmp_path / "both.yaml"
     both.write_text(
         recipe.read_text().replace(
-            "  preset: w8a4-modiff-paper", "  preset: w8a4-modiff\n  config: {weight: {bits: 8}}"
+            "  preset: w8a4-modiff", "  preset: w8a4-modiff\n  config: {weight: {bits: 8}}"
         )
     )
     status, _, err = modiff("evaluate", "--config", both, "--output", tmp_path / "out")
     assert status == 1
-    assert "preset 'w8a4-modiff-paper' and a config" in err
+    assert "preset 'w8a4-modiff' and a config" in err
 
 
 def test_preset_expands_before_overrides(recipe, capsys) -> None:
@@ -115,7 +115,8 @@ def test_preset_expands_before_overrides(recipe, capsys) -> None:
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["config"]["activation"]["bits"] == 3
-    assert printed["model"]["config"]["activation"]["granularity"] == "sample"
+    assert printed["model"]["config"]["activation"]["granularity"] == "sample_channel"
+    assert printed["model"]["config"]["vectors"]["activation"]["bits"] == 8
     assert printed["model"]["config"]["modulation"]["error_compensation"] is True
 
 

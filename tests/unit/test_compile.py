@@ -71,7 +71,7 @@ def tokens(evaluations, batch=2):
 
 
 @pytest.mark.parametrize("mode", ["stages", "blocks", "whole"])
-@pytest.mark.parametrize("preset", ["w8a7-modiff-paper", "w8a4-modiff-paper", "w8a6-ptq-paper", "w8a8-ptq"])
+@pytest.mark.parametrize("preset", ["w8a7-modiff-paper", "w8a4-modiff-paper", "w8a4-modiff", "w8a6-ptq-paper", "w8a8-ptq"])
 def test_compiled_students_agree_with_eager_ones(graphs, mode, preset):
     expected, wanted = run(modiff.quantize(Blocks(), config(preset)), tokens(6))
     student = modiff.compile(modiff.quantize(Blocks(), config(preset)), mode)
@@ -99,6 +99,17 @@ def test_every_kind_of_modulation_compiles(graphs, mode, modulation):
     found, counts = run(modiff.compile(modiff.quantize(denoiser(), base), mode), noise(7))
     close(found, expected)
     assert (counts.total, counts.quantized) == (wanted.total, wanted.quantized)
+
+
+@pytest.mark.parametrize("mode", ["stages", "whole"])
+@pytest.mark.parametrize("reconstruction_dtype", ["float32", "int16"])
+def test_scales_in_powers_of_two_compile(graphs, mode, reconstruction_dtype):
+    spec = modiff.QuantSpec(4, "sample_channel", symmetric=False, scales="power_of_two")
+    modulation = modiff.Modulation(reconstruction_dtype=reconstruction_dtype)
+    base = modiff.QuantConfig(modiff.QuantSpec(8, "channel"), spec, modulation)
+    expected, _ = run(modiff.quantize(denoiser(), base), noise(4))
+    found, _ = run(modiff.compile(modiff.quantize(denoiser(), base), mode), noise(4))
+    close(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["stages", "whole"])

@@ -243,12 +243,12 @@ def test_from_dict_is_the_inverse_of_asdict():
         (
             {"weigth": None},
             "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, splits, smoothed, "
-            "backend.",
+            "vectors, ends, backend.",
         ),
         (
             {"activation": {"bit": 4}},
             "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, "
-            "group_size, timestep_buckets.",
+            "group_size, timestep_buckets, scales.",
         ),
         ({"modulation": {"warmup": "x"}}, "modulation: warmup is 'x'; allowed are full, refine."),
         ({"rules": [{"pattern": "a"}, {"skip": True}]}, "rules[1]: Rule needs the field 'pattern'. Set it."),
