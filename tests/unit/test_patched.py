@@ -62,6 +62,15 @@ def test_it_is_loaded_by_the_name_of_its_class(folder):
         assert torch.equal(teacher.denoiser.state_dict()[name], tensor)
 
 
+def test_a_trained_one_is_exported_and_loaded(tmp_path):
+    module = LitTeacher(denoiser=TINY, schedule={"clip_sample": False})
+    module.export(tmp_path / "export")
+    teacher = load_teacher(TeacherSpec(path=str(tmp_path / "export")))
+    assert type(teacher.denoiser) is PatchedUNet2DModel
+    assert torch.equal(teacher.denoiser.conv_in.weight, module.denoiser.conv_in.weight)
+    assert teacher.scheduler_config["clip_sample"] is False
+
+
 def test_it_is_quantized_calibrated_and_saved_like_any_other(folder, tmp_path):
     teacher = load_teacher(TeacherSpec(path=str(folder)))
     scheduler, noise = make_scheduler("ddim", teacher.scheduler_config), torch.randn(2, 3, 8, 8)
