@@ -303,8 +303,8 @@ def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         "in `calibration.json`.",
         "",
         "All rows of data methods (GPTQ, AdaRound, BRECQ) have their scales and biases tuned on the denoiser's output, "
-        "but for those that say untuned. W4A4 and W4A3 are modulated. Presets are the paper's (`-paper`); with the best "
-        "known ones see `bits.md`.",
+        "but for those that say untuned. W4A4 and W4A3 are modulated. Presets are the paper's (`-paper`); with the "
+        "best known ones see `bits.md`.",
         "",
         "## Relative L2 error to the teacher's images (lower is better)",
         "",
