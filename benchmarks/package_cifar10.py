@@ -32,7 +32,7 @@ An unconditional denoiser of 32x32 colour images, a teacher for measuring quanti
 | predicts | the noise, {train_steps} training steps, {betas} betas from {beta_start:g} to {beta_end:g} |
 | data | CIFAR-10 (Krizhevsky 2009), 50,000 training images, mirrored at random: {flips} |
 | recipe | `modiff train --config recipes/cifar10/{recipe}.yaml` |
-| training | {steps:,} steps of {batch} images ({seen:,} in all), AdamW, learning rate {rate:g} {decay_of_rate}, {precision} |
+| training | {steps:,} steps of {batch} images ({seen:,} in all), AdamW, rate {rate:g} {decay_of_rate}, {precision} |
 | weights | exponential moving average, decay {decay:g} |
 | machine | {machine} (of this card's figures) |
 | loss | noise prediction MSE on test images, averaged weights: {loss} |

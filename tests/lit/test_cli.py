@@ -100,9 +100,7 @@ def test_rule_that_matches_nothing_writes_nothing(modiff, recipe, tmp_path) -> N
 def test_preset_and_config_together_are_refused(modiff, recipe, tmp_path) -> None:
     both = tmp_path / "both.yaml"
     both.write_text(
-        recipe.read_text().replace(
-            "  preset: w8a4-modiff", "  preset: w8a4-modiff\n  config: {weight: {bits: 8}}"
-        )
+        recipe.read_text().replace("  preset: w8a4-modiff", "  preset: w8a4-modiff\n  config: {weight: {bits: 8}}")
     )
     status, _, err = modiff("evaluate", "--config", both, "--output", tmp_path / "out")
     assert status == 1

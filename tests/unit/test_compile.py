@@ -71,7 +71,9 @@ def tokens(evaluations, batch=2):
 
 
 @pytest.mark.parametrize("mode", ["stages", "blocks", "whole"])
-@pytest.mark.parametrize("preset", ["w8a7-modiff-paper", "w8a4-modiff-paper", "w8a4-modiff", "w8a6-ptq-paper", "w8a8-ptq"])
+@pytest.mark.parametrize(
+    "preset", ["w8a7-modiff-paper", "w8a4-modiff-paper", "w8a4-modiff", "w8a6-ptq-paper", "w8a8-ptq"]
+)
 def test_compiled_students_agree_with_eager_ones(graphs, mode, preset):
     expected, wanted = run(modiff.quantize(Blocks(), config(preset)), tokens(6))
     student = modiff.compile(modiff.quantize(Blocks(), config(preset)), mode)

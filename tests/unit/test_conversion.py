@@ -209,7 +209,9 @@ def test_operators_that_cannot_be_swapped_are_listed_with_the_reason():
 def test_describe_prints_a_table():
     text = str(modiff.describe(modiff.quantize(denoiser(), with_rules(Rule("time", skip=True)))))
     lines = text.splitlines()
-    assert " ".join(lines[0].split()) == "operator type weight activation modulation backend special rule skipped because"
+    assert (
+        " ".join(lines[0].split()) == "operator type weight activation modulation backend special rule skipped because"
+    )
     assert "8 bit, channel, symmetric" in lines[1]
     assert "4 bit, sample, asymmetric" in lines[1]
     assert "compensated, full warm-up" in lines[1]
