@@ -88,6 +88,7 @@ KEYS = {
     "fid_to_teacher": "Fréchet distance to the teacher's images",
     "fid": "Fréchet distance to real images",
     "gbops": "GBOPs per evaluation, at the bits of the codes",
+    "container_gbops": "GBOPs per evaluation, at the bits of containers",
 }
 
 
@@ -246,7 +247,7 @@ def markdown(known: dict[str, Any]) -> list[str]:
     lines = [
         "# Bits against quality",
         "",
-        "    python benchmarks/bits.py --teacher mnist",
+        "    python benchmarks/bits.py --teacher TEACHER --num_images N --steps STEPS",
         "",
         "Mean ± half the spread over three seeds of the noise, which is the teacher's. A dash: not measured. The arms",
         "`ptq` and `modiff` are the presets of those names, `paper` the ones that keep the paper's protocol; methods",
@@ -260,7 +261,8 @@ def markdown(known: dict[str, Any]) -> list[str]:
             f"{result['features'] or 'none'}; torch {result['torch']}, CPU."
         )
         for key, title in KEYS.items():
-            lines += ["", f"### {title}", "", *table(result["rows"], key)]
+            if any(row.get(key) is not None for row in result["rows"]):
+                lines += ["", f"### {title}", "", *table(result["rows"], key)]
     return lines
 
 
