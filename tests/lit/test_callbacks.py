@@ -188,6 +188,7 @@ def test_costs_are_those_of_modiff_cost(student) -> None:
     assert module.result.cost == {
         "gbops_per_evaluation": expected.gbops_per_evaluation,
         "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation,
+        "container_gbops_per_evaluation": expected.container_gbops_per_evaluation,
         "other_gbops_per_evaluation": expected.other_bops / 1e9,
         "weight_mib": expected.weight_mib,
         "teacher_weight_mib": teacher.weight_mib,

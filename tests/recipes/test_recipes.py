@@ -164,11 +164,13 @@ def test_invariant_5_both_arms_quantize_the_same_operators_at_the_same_bits(bits
         cli = build(FOLDER / "mnist" / f"{bits}_{arm}.yaml")
         student = modiff.quantize(tiny_unet(), cli.model.config)
         rows[arm] = [
-            (row.name, row.type, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
+            (row.name, row.special, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
             for row in modiff.describe(student)
         ]
     assert rows["ptq"] == rows["modiff"]
-    assert all(row[2] == int(bits[1]) and row[3] == int(bits[3]) for row in rows["ptq"])
+    named = (int(bits[1]), int(bits[3]))
+    assert all(row[2:4] == ((8, 8) if row[1] else named) for row in rows["ptq"])
+    assert {row[1] for row in rows["ptq"]} == ({""} if bits == "w8a8" else {"", "vector", "end"})
 
 
 @pytest.mark.parametrize("path", DRAWN, **IDS)
