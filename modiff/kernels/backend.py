@@ -153,6 +153,10 @@ class Backend(Protocol):
     Attributes:
         name: As in ``QuantConfig.backend``.
         devices: Types of devices that it runs on, such as ``("cpu",)``; empty: all.
+        reads_half: May be missing, for no: :meth:`encode` and :meth:`advance` take float16 and bfloat16 inputs.
+        returns_state: May be missing, for no: :meth:`advance` returns ``o_hat`` itself.
+        multiply_into: May be missing: :meth:`multiply` and :meth:`update` in one, called with the prepared weight, the
+            codes and ô; returns what :meth:`advance` does.
     """
 
     name: str
@@ -213,7 +217,8 @@ class Backend(Protocol):
         Operators that share â with others call the three instead.
 
         Returns:
-            What :meth:`update` returns, and the probe (:class:`Encoded`).
+            What :meth:`update` returns, or where ``returns_state`` ``o_hat`` itself, whose count of writes the backend
+            then raises; and the probe (:class:`Encoded`).
         """
 
 
@@ -252,12 +257,15 @@ With scales in powers of two so does ``sample_channel``.
 """
 
 
-def integer_obstacle(shape: OperatorShape, quantizer: Quantizer, powers: bool = False) -> str | None:
+def integer_obstacle(
+    shape: OperatorShape, quantizer: Quantizer, keeps_zero: bool = False, powers: bool = False
+) -> str | None:
     """Why no product of int8 codes gives an operator's exact sums; None where one does.
 
     Args:
         shape: The operator.
         quantizer: Of its input.
+        keeps_zero: The backend takes codes with their zero point in them, and corrects the sums.
         powers: Whether the backend encodes scales that are powers of two times one per sample.
     """
     weight, activation = shape.weight, quantizer.spec
@@ -270,7 +278,7 @@ def integer_obstacle(shape: OperatorShape, quantizer: Quantizer, powers: bool = 
         return "weight scales per group do not factor out of the sum; channel and tensor do"
     if weight.code_range[1] > 127:
         return "asymmetric 8-bit weight codes less their zero point need 9 bits; symmetric ones fit"
-    if quantizer.span > 127:
+    if quantizer.span > 127 and not keeps_zero:
         return "asymmetric 8-bit codes less their zero point need 9 bits; symmetric ones, or fewer bits, fit"
     return None
 

@@ -17,7 +17,7 @@ from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.student.tensors import slots
-from modiff.trajectory.session import ATTRIBUTE, Trajectory, state_of, trajectory
+from modiff.trajectory.session import ATTRIBUTE, Trajectory, require_module, state_of, trajectory
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class OperatorCost:
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
         constant: Its input was constant throughout the last trajectory before: its product is counted once per context.
+        uncalled: It was not called: its module is not used, or other code multiplies by its weight itself.
+        quantized: Its weight or its input is.
     """
 
     name: str
@@ -46,6 +48,8 @@ class OperatorCost:
     state_bytes: float
     weight_bytes: float
     constant: bool = False
+    uncalled: bool = False
+    quantized: bool = False
     container_bops: float = 0.0
 
 
@@ -66,6 +70,8 @@ class Cost:
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
+        peak_state_mib_per_image: State, and the int8 codes of the operator with the largest input: what a GPU holds at
+            the same time on top of a teacher's activations, where ô is the operators' output without a copy.
     """
 
     operators: tuple[OperatorCost, ...]
@@ -77,16 +83,29 @@ class Cost:
     gbops_per_evaluation: float
     weight_mib: float
     state_mib_per_image: float
+    peak_state_mib_per_image: float
     container_gbops_per_evaluation: float
 
     def __str__(self) -> str:
         container = ""
         if self.container_gbops_per_evaluation != self.gbops_per_evaluation:
             container = f" ({self.container_gbops_per_evaluation:.2f} at the 8 bits of containers)"
-        return (
+        text = (
             f"{self.gbops_per_evaluation:.2f} GBOPs{container} per image and evaluation (mean of {self.evaluations}), "
-            f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image"
+            f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image; "
+            f"{self.full_precision_share:.1%} of the multiply-accumulates in full precision"
         )
+        uncalled = sum(row.uncalled for row in self.operators)
+        if uncalled:
+            text += f"; {uncalled} of {len(self.operators)} operators {'were' if uncalled > 1 else 'was'} never called"
+        return text
+
+    @property
+    def full_precision_share(self) -> float:
+        """Share of the multiply-accumulates that quantize neither side: skipped modules, products in attention."""
+        full = self.other_macs + sum(row.macs for row in self.operators if not row.quantized)
+        whole = self.other_macs + sum(row.macs for row in self.operators)
+        return full / whole if whole else 0.0
 
 
 def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | None = None, **kwargs: Any) -> Cost:
@@ -108,6 +127,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
             tensor with a batch.
         TrajectoryError: A trajectory is open on the student.
     """
+    require_module(model)
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
         raise ConfigError(f"evaluations is {evaluations}; allowed are whole numbers, 1 or more.")
     images = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 0), 0)
@@ -131,12 +151,13 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         weight_bits, activation_bits, bops = _bit_operations(module, macs, bits, length, fixed)
         container = _bit_operations(module, macs, bits, length, fixed, container=True)[2]
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
-        rows.append(
-            OperatorCost(
-                name, macs, weight_bits, activation_bits, bops, held[1], held[0], fixed, container_bops=container
-            )
-        )
+        quantized = isinstance(module, QuantizedOperator) and (module.weight_spec or module.activation_spec) is not None
+        seen = {"constant": fixed, "uncalled": name not in counter.macs, "quantized": quantized}
+        costs = (macs, weight_bits, activation_bits, bops, held[1], held[0])
+        rows.append(OperatorCost(name, *costs, **seen, container_bops=container))
     other_bops = counter.other.bops / images
+    state_mib = sum(r.state_bytes for r in rows) / 2**20
+    codes = [counter.inputs.get(n, 0) for n, (m, _) in found.items() if getattr(m, "activation_spec", None) is not None]
     return Cost(
         operators=tuple(rows),
         other_macs=counter.other.macs / images,
@@ -146,7 +167,8 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         contexts=contexts,
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
-        state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+        state_mib_per_image=state_mib,
+        peak_state_mib_per_image=state_mib + max(codes, default=0) / images / 2**20,
         container_gbops_per_evaluation=(sum(r.container_bops for r in rows) + other_bops) / 1e9,
     )
 
@@ -157,15 +179,17 @@ def _count_one(
     """Run one evaluation: its products, and the bytes of the state by operator."""
     counter = _Counter()
     student = state_of(model) if hasattr(model, ATTRIBUTE) else None
-    last = None if student is None else student.last
+    before = None if student is None else (student.last, student.called)
     with ExitStack() as stack:
+        if student is not None:
+            stack.enter_context(student.remarks.muted())  # measuring is no trajectory of the user's
         run = None if student is None else stack.enter_context(trajectory(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter.watch(found))
         model(*args, **kwargs)
         state = {} if run is None else _state_bytes(run)
-    if student is not None:
-        student.last = last  # measuring is no trajectory of the user's
+    if student is not None and before is not None:
+        student.last, student.called = before
     return counter, state
 
 
@@ -301,6 +325,7 @@ class _Counter:
         self._depth = 0
         self.macs: dict[str, int] = {}
         self.bits: dict[str, int] = {}
+        self.inputs: dict[str, int] = {}
         self.other = _Sum()
 
     def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
@@ -337,8 +362,9 @@ class _Counter:
         def before(_: nn.Module, __: Any) -> None:
             self._depth += 1
 
-        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+        def after(_: nn.Module, args: Any, output: Tensor) -> None:
             self._depth -= 1
+            self.inputs[name] = max(self.inputs.get(name, 0), *(a.numel() for a in args if isinstance(a, Tensor)))
             self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
             self.bits[name] = 8 * output.element_size()
 

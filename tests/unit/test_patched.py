@@ -10,9 +10,10 @@ from torch import nn
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
 from modiff.errors import CheckpointError, ConfigError
-from modiff.lit.modules.teacher import LitTeacher
+from modiff.lit.modules.teacher import TRAINING_STREAM, LitTeacher
 from modiff.teachers.patched import PatchedUNet2DModel, make_denoiser
 from modiff.teachers.sampling.loop import sample
+from modiff.teachers.sampling.noise import indexed_integers, indexed_noise
 from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
@@ -108,18 +109,17 @@ def test_training_starts_from_a_folder(folder):
 
 def test_min_snr_weights_the_loss_in_training_only():
     module = LitTeacher(denoiser=TINY, snr_gamma=5.0)
-    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images, numbers = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     plain = LitTeacher(denoiser=TINY)
     plain.load_state_dict(module.state_dict())
     losses = {}
     for name, model in (("weighted", module), ("plain", plain)):
         for training in (True, False):
             with torch.no_grad():
-                losses[name, training] = model.train(training).loss(images, torch.Generator().manual_seed(3)).item()
+                losses[name, training] = model.train(training).loss(images, numbers).item()
     assert losses["weighted", False] == losses["plain", False]
-    generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(images.shape, generator=generator)
-    timestep = torch.randint(0, 1000, (4,), generator=generator)
+    noise = indexed_noise(module.random_seed, range(4), (3, 8, 8), TRAINING_STREAM)
+    timestep = indexed_integers(module.random_seed, range(4), 1000, stream=TRAINING_STREAM + 1)[:, 0]
     signal = plain.scheduler.alphas_cumprod[timestep].double()
     with torch.no_grad():
         noisy = plain.scheduler.add_noise(images * 2 - 1, noise, timestep)
