@@ -147,14 +147,11 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
-        length, fixed = (evaluations, contexts), name in constant
-        weight_bits, activation_bits, bops = _bit_operations(module, macs, bits, length, fixed)
-        container = _bit_operations(module, macs, bits, length, fixed, container=True)[2]
-        held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
+        counted = _bit_operations(module, macs, bits, (evaluations, contexts), name in constant)
+        held = contexts * state.get(name, 0) / images, weights.pop(name, 0.0)
         quantized = isinstance(module, QuantizedOperator) and (module.weight_spec or module.activation_spec) is not None
-        seen = {"constant": fixed, "uncalled": name not in counter.macs, "quantized": quantized}
-        costs = (macs, weight_bits, activation_bits, bops, held[1], held[0])
-        rows.append(OperatorCost(name, *costs, **seen, container_bops=container))
+        seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": quantized}
+        rows.append(OperatorCost(name, macs, *counted[:3], *held, **seen, container_bops=counted[3]))
     other_bops = counter.other.bops / images
     state_mib = sum(r.state_bytes for r in rows) / 2**20
     codes = [counter.inputs.get(n, 0) for n, (m, _) in found.items() if getattr(m, "activation_spec", None) is not None]
@@ -263,8 +260,8 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: 
 
 
 def _bit_operations(
-    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool, container: bool = False
-) -> tuple[int, int, float]:
+    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
+) -> tuple[int, int, float, float]:
     """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
 
     Args:
@@ -273,22 +270,26 @@ def _bit_operations(
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
         length: Evaluations of the trajectory, and its contexts.
         constant: Its input is constant.
-        container: Count codes that share a container with exponents at its 8 bits.
+
+    Returns:
+        Both bits, the bit operations, and these with codes that share a container with exponents at its 8 bits.
     """
     evaluations, contexts = length
     if not isinstance(module, QuantizedOperator):
         bits = 8 * module.weight.element_size() if bits is None else bits
-        return bits, bits, macs * bits * bits
+        return bits, bits, macs * bits * bits, macs * bits * bits
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
     activation_bits = module.activation_spec.bits if module.activation_spec else full
-    if container and module.activation_spec is not None and module.activation_spec.scales == "power_of_two":
-        activation_bits = 8
+    shares = module.activation_spec is not None and module.activation_spec.scales == "power_of_two"
     modulation = module.modulation if isinstance(module, ModulatedOperator) else None
     # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
-    bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
-    return weight_bits, activation_bits, bops
+    bops, container = (
+        macs * weight_bits * (at_full * full + at_low * bits) / evaluations
+        for bits in (activation_bits, 8 if shares else activation_bits)
+    )
+    return weight_bits, activation_bits, bops, container
 
 
 def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
