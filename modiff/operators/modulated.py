@@ -13,14 +13,12 @@ from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import Execution, QuantizedOperator
+from modiff.operators.vectors import is_vector
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like, static_room
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
 from modiff.trajectory.schedule import Answer
-
-VECTOR = 4096
-"""Most channels of a vector whose state stays in float32: 16 KiB."""
 
 
 class ModulatedOperator(QuantizedOperator):
@@ -162,14 +160,8 @@ class ModulatedOperator(QuantizedOperator):
         return Held(dense_like(a, torch.int16), grid, compensates)
 
     def reads_vector(self, a: Tensor) -> bool:
-        """Whether each sample is one vector, of at most :data:`VECTOR` channels (a time embedding).
-
-        Its state stays in float32: it takes few bytes, and its errors are the same at every place of an image, so they
-        add up in the mean where those of pixels cancel out (benchmarks/state.md).
-        """
-        linear = self.shape.kind == "linear"
-        places, channels = (a.shape[1:-1], a.shape[-1]) if linear else (a.shape[2:], a.shape[1])
-        return self.shape.is_batched(a.ndim) and a.ndim > 1 and places.numel() == 1 and channels <= VECTOR
+        """Whether each sample is one vector; its state stays in float32."""
+        return is_vector(a, self.shape.kind, self.shape.is_batched(a.ndim))
 
     @property
     def widens(self) -> bool:

@@ -30,6 +30,8 @@ class OperatorCost:
         weight_bits: Width of its weight codes; in full precision, of the dtype its product runs in.
         activation_bits: Width of its input codes; in full precision, likewise.
         bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
+        container_bops: The same at the bits that a product is given: 8 for codes that share a container with exponents
+            (``scales="power_of_two"``), else those of the codes.
         state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
@@ -48,6 +50,7 @@ class OperatorCost:
     constant: bool = False
     uncalled: bool = False
     quantized: bool = False
+    container_bops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Cost:
         other_weight_bytes: Parameters outside the operators (norms, embeddings), as stored.
         evaluations: Length of the trajectory over which the warm-ups are averaged.
         contexts: Contexts of the trajectory, each with a warm-up and a state of its own.
-        gbops_per_evaluation: Bit operations per image, ``other_bops`` included.
+        gbops_per_evaluation: Bit operations per image at the bits of the codes, ``other_bops`` included.
+        container_gbops_per_evaluation: The same at the bits that products are given; see :class:`OperatorCost`.
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
@@ -81,11 +85,15 @@ class Cost:
     weight_mib: float
     state_mib_per_image: float
     peak_state_mib_per_image: float
+    container_gbops_per_evaluation: float
     integer_share: float = 0.0
 
     def __str__(self) -> str:
+        container = ""
+        if self.container_gbops_per_evaluation != self.gbops_per_evaluation:
+            container = f" ({self.container_gbops_per_evaluation:.2f} at the 8 bits of containers)"
         text = (
-            f"{self.gbops_per_evaluation:.2f} GBOPs per image and evaluation (mean of {self.evaluations}), "
+            f"{self.gbops_per_evaluation:.2f} GBOPs{container} per image and evaluation (mean of {self.evaluations}), "
             f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image; "
             f"{self.full_precision_share:.1%} of the multiply-accumulates in full precision"
         )
@@ -141,12 +149,10 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
-        weight_bits, activation_bits, bops = _bit_operations(
-            module, macs, bits, (evaluations, contexts), name in constant
-        )
-        held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
+        counted = _bit_operations(module, macs, bits, (evaluations, contexts), name in constant)
+        held = contexts * state.get(name, 0) / images, weights.pop(name, 0.0)
         seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": _is_quantized(module)}
-        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], **seen))
+        rows.append(OperatorCost(name, macs, *counted[:3], *held, **seen, container_bops=counted[3]))
     other_bops = counter.other.bops / images
     state_mib = sum(r.state_bytes for r in rows) / 2**20
     return Cost(
@@ -161,6 +167,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         state_mib_per_image=state_mib,
         peak_state_mib_per_image=state_mib + _widest(found, counter) / images / 2**20,
         integer_share=sum(r.macs for r in rows if _quantizes(found[r.name][0])) / max(1.0, sum(r.macs for r in rows)),
+        container_gbops_per_evaluation=(sum(r.container_bops for r in rows) + other_bops) / 1e9,
     )
 
 
@@ -271,7 +278,7 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: 
 
 def _bit_operations(
     module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
-) -> tuple[int, int, float]:
+) -> tuple[int, int, float, float]:
     """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
 
     Args:
@@ -280,20 +287,27 @@ def _bit_operations(
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
         length: Evaluations of the trajectory, and its contexts.
         constant: Its input is constant.
+
+    Returns:
+        Both bits, the bit operations, and these with codes that share a container with exponents at its 8 bits.
     """
     evaluations, contexts = length
     if not isinstance(module, QuantizedOperator):
         bits = 8 * module.weight.element_size() if bits is None else bits
-        return bits, bits, macs * bits * bits
+        return bits, bits, macs * bits * bits, macs * bits * bits
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
     quantizes = module.activation_spec is not None and not module.in_float
     activation_bits = module.activation_spec.bits if module.activation_spec and quantizes else full
+    shares = quantizes and module.activation_spec is not None and module.activation_spec.scales == "power_of_two"
     modulation = module.modulation if isinstance(module, ModulatedOperator) and quantizes else None
     # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
-    bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
-    return weight_bits, activation_bits, bops
+    bops, container = (
+        macs * weight_bits * (at_full * full + at_low * bits) / evaluations
+        for bits in (activation_bits, 8 if shares else activation_bits)
+    )
+    return weight_bits, activation_bits, bops, container
 
 
 def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:

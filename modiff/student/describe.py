@@ -23,6 +23,8 @@ class Row:
         constant: Its input was constant throughout the last trajectory, so it was computed once in each context.
         uncalled: It was never called in the last trajectory: its input was not quantized.
         backend: Its execution and, where that is not in integers, why.
+        special: ``vector``: it reads one vector per sample; ``end``: it is the denoiser's first or last operator;
+            ``undecided``: what it reads is not known before the first evaluation.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Row:
     constant: bool = False
     uncalled: bool = False
     backend: str = ""
+    special: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Description:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [("operator", "type", "weight", "activation", "modulation", "backend", "rule", "skipped because")]
+        cells = [
+            ("operator", "type", "weight", "activation", "modulation", "backend", "special", "rule", "skipped because")
+        ]
         cells += [
             (
                 row.name,
@@ -61,6 +66,7 @@ class Description:
                 if row.skipped
                 else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",
                 row.backend,
+                row.special,
                 row.rule or "",
                 row.skipped or "",
             )
@@ -74,6 +80,8 @@ def _spec_text(spec: QuantSpec | None) -> str:
     if spec is None:
         return "full precision"
     parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
+    if spec.scales == "power_of_two":
+        parts.append("scales in powers of two")
     if spec.clip != 1:
         parts.append(f"clip {spec.clip:g}")
     if spec.range == "calibrated":

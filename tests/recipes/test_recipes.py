@@ -65,7 +65,7 @@ def test_recipe_is_built_by_train(path) -> None:
     cli = make_cli(["--config", str(path)])
     assert type(cli.model).__name__ in ("LitTeacher", "LitClassifier")
     parameters = sum(p.numel() for p in cli.model.parameters())
-    limits = {"mnist": 2_000_000, "teacher_small": 6_000_000, "teacher": 35_746_307}
+    limits = {"mnist": 2_000_000, "teacher_tiny": 4_000_000, "teacher_small": 6_000_000, "teacher": 35_746_307}
     assert parameters <= limits["mnist" if path.parent.name == "mnist" else path.stem]
 
 
@@ -97,6 +97,7 @@ def test_calibrated_recipes_are_what_they_are_called(bits) -> None:
     plain, preset = found["qdiffusion"].config, QuantConfig.preset(f"{bits}-ptq")
     assert plain.modulation is None
     assert (plain.weight, plain.rules) == (preset.weight, preset.rules)
+    assert (plain.vectors, plain.ends) == (preset.vectors, preset.ends)
     assert (plain.activation.bits, plain.activation.symmetric) == (preset.activation.bits, preset.activation.symmetric)
     assert (plain.activation.range, plain.activation.granularity) == ("calibrated", "tensor")
     assert {kind: model.calibration.method for kind, model in found.items()} == {
@@ -164,11 +165,13 @@ def test_invariant_5_both_arms_quantize_the_same_operators_at_the_same_bits(bits
         cli = build(FOLDER / "mnist" / f"{bits}_{arm}.yaml")
         student = modiff.quantize(tiny_unet(), cli.model.config)
         rows[arm] = [
-            (row.name, row.type, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
+            (row.name, row.special, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
             for row in modiff.describe(student)
         ]
     assert rows["ptq"] == rows["modiff"]
-    assert all(row[2] == int(bits[1]) and row[3] == int(bits[3]) for row in rows["ptq"])
+    named = (int(bits[1]), int(bits[3]))
+    assert all(row[2:4] == ((8, 8) if row[1] else named) for row in rows["ptq"])
+    assert {row[1] for row in rows["ptq"]} == ({""} if bits == "w8a8" else {"", "vector", "end"})
 
 
 @pytest.mark.parametrize("path", DRAWN, **IDS)
