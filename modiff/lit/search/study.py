@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
@@ -116,6 +119,8 @@ class Search:
         start = time.monotonic()
         explore, confirm = self._studies()
         self._check_reference()
+        for study in (explore, confirm):
+            self._take_over(study)
         self._enqueue_corners(explore)
         trials = 0
         while time.monotonic() - start < budget:
@@ -232,6 +237,15 @@ class Search:
         for setting in self.space.corners():
             study.enqueue_trial(self.space.params(setting), skip_if_exists=True)
 
+    @staticmethod
+    def _take_over(study: optuna.Study) -> None:
+        """Queue again what processes of this machine were measuring when they died."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            host, pid = trial.user_attrs.get("owner", ("", 0))
+            if host == socket.gethostname() and not psutil.pid_exists(pid):
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+
     def _exhausted(self, study: optuna.Study) -> bool:
         """Whether every setting of the space was measured."""
         size = 1
@@ -246,6 +260,7 @@ class Search:
 
     def _one_trial(self, study: optuna.Study, start: float, budget: float) -> None:
         trial = study.ask()
+        trial.set_user_attr("owner", [socket.gethostname(), os.getpid()])
         setting = self.space.suggest(trial).canonical()
         name = study.study_name
         try:
@@ -255,8 +270,9 @@ class Search:
             trial.set_user_attr("refused", str(error))
             study.tell(trial, state=TrialState.FAIL)
             return
-        except BaseException:  # interrupted: another process, or the next start, may take the setting
+        except BaseException:  # interrupted: another process, or the next start, takes the setting
             study.tell(trial, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
             raise
         trial.set_user_attr("point", json.dumps(point.to_dict()))
         study.tell(trial, [point.quality[self.quality.name], point.cost[self.cost]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modiff.compiling import compile as compile_student
+from modiff.compiling.modes import compile as compile_student
 from modiff.errors import ConfigError
 from modiff.lit.search.space import Setting
 from modiff.student.cost import cost, weight_bytes
@@ -94,7 +95,8 @@ class TeacherTarget:
     def scheduler(self, sampler: str) -> Any:
         """A sampler that does not clip x_0, so that more steps converge."""
         made = make_scheduler(sampler, self.teacher.scheduler_config)
-        options = {key: value for key, value in UNCLIPPED.items() if key in made.config}
+        allowed = inspect.signature(type(made).__init__).parameters
+        options = {key: value for key, value in UNCLIPPED.items() if key in allowed}
         return make_scheduler(sampler, self.teacher.scheduler_config, **options) if options else made
 
     def converged(self, sampler: str, steps: int, count: int) -> Tensor:
