@@ -1,7 +1,7 @@
 """modiff: training-free quantization of diffusion models."""
 
 from modiff.compiling.modes import compile
-from modiff.config.quant import Modulation, QuantConfig, QuantSpec, Rule
+from modiff.config import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.student.checkpoint import load, save
 from modiff.student.cost import cost
 from modiff.student.pipeline import quantize_pipeline, restore_pipeline

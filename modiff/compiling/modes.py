@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
-from modiff.kernels import stages
-from modiff.operators import execution
-from modiff.operators.execution import CompiledStages
-from modiff.operators.quantized import QuantizedOperator
-from modiff.operators.rewrites import RewrittenOperator
+from modiff.kernels.compiled import RECOMPILES, compiled
+from modiff.student.blocks import repeated_blocks
 from modiff.student.swap import operators
 from modiff.trajectory.session import state_of
 
 log = logging.getLogger("modiff")
 
 Mode = Literal["auto", "stages", "blocks", "whole"]
-MODES = ("auto", "stages", "blocks", "whole")
-RECOMPILES = 64
-"""Graphs that one stage may have: dtypes, layouts, kinds of scales; PyTorch would fall back to eager after 8."""
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001 (modiff.compile)
@@ -66,64 +59,31 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
     if missing:
         log.warning("modiff.compile: %s, so the student runs eagerly. Install one, such as g++.", missing)
         return student
-    # Operators outside of the graphs, and evaluations that run eagerly, use the stages.
-    state.stages = compiled_stages()
+    # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
+    for operator in operators(student).values():
+        operator.wrap_backend(compiled)
     if modules:
-        state.regions = Regions(modules, operators(student))
+        regions = Regions(modules, operators(student))
+        state.listeners.append(regions)
         for module in modules:
-            module.forward = CompiledForward(module, state.regions, _Graph)  # type: ignore[method-assign, assignment]
+            module.forward = CompiledForward(module, regions, _Graph)  # type: ignore[method-assign, assignment]
     return student
 
 
 def uncompile(student: nn.Module) -> nn.Module:
-    """Have a student run eagerly again; the inverse of :func:`compile`.
+    """Run a student eagerly again; the inverse of :func:`compile`.
 
     Raises:
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     state = state_of(student)
     state.refuse_inside("compiled")
-    if state.regions is not None:
-        state.regions.undo()
-    state.regions = state.stages = None
+    for operator in operators(student).values():
+        operator.wrap_backend(None)
+    for regions in [listener for listener in state.listeners if isinstance(listener, Regions)]:
+        regions.removed(state)
+        state.listeners.remove(regions)
     return student
-
-
-@functools.cache
-def compiled_stages() -> CompiledStages:
-    """The two stages, compiled once for all students of the process."""
-    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": RECOMPILES}
-    return CompiledStages(torch.compile(execution.encode_into, **options), torch.compile(stages.accumulate, **options))
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Modules of a class that occurs at least twice, each holding several quantized operators and no other such module.
-
-    Where the model names its repeated blocks itself (``_repeated_blocks``, as diffusers' do), those.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    named = set(getattr(model, "_repeated_blocks", None) or ())
-    held = {m: sum(isinstance(x, QuantizedOperator) for x in m.modules()) for m in model.modules() if m is not model}
-    usual = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-    # The halves of one operator belong to the block around it.
-    several = [m for m, count in held.items() if count > 1 and not isinstance(m, (*usual, RewrittenOperator))]
-    if named:
-        several = [m for m in several if type(m).__name__ in named]
-    counts = Counter(type(m) for m in several)
-    found = [m for m in several if counts[type(m)] > 1]
-    found = [m for m in found if not any(other is not m and _contains(m, other) for other in found)]
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__} has no repeated blocks: no class of modules with several operators occurs twice. "
-            "Use mode 'stages' or 'whole'."
-        )
-    return found
-
-
-def _contains(module: nn.Module, other: nn.Module) -> bool:
-    return any(m is other for m in module.modules())
 
 
 class _Graph:

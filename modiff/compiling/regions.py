@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
-from modiff.trajectory.cache import Context
+from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.contexts import Context
+from modiff.trajectory.schedule import Answer
+from modiff.trajectory.session import Listener, ModulationState
 
-if TYPE_CHECKING:
-    from modiff.trajectory.session import ModulationState
 
-
-class Regions:
+class Regions(Listener):
     """The compiled modules of a student, and the operators inside them.
 
     The first evaluation of a trajectory, refreshes, and evaluations whose arguments have another shape run eagerly:
@@ -35,16 +36,12 @@ class Regions:
         self.operators = {name: op for name, op in operators.items() if id(op) in inside}
         self.ready = False
 
-    def prepare(self, state: ModulationState, tensors: list[Tensor]) -> None:
-        """Before an evaluation: decide whether the graphs may run, and give their operators the state.
-
-        Args:
-            state: Of the student.
-            tensors: Those among the arguments of the denoiser.
-        """
+    @override
+    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
+        """Decide whether the graphs may run, and give their operators the state."""
         self.ready = False
         run = state.trajectory
-        shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        shapes = tuple((t.shape, t.dtype, t.device) for t in arguments)
         if run is None:
             self.ready = all(_runs_alone(op) for op in self.operators.values())
             here = Context("")
@@ -56,34 +53,42 @@ class Regions:
             self.ready = shapes == here.shapes and all(self._has_state(op, here) for op in self.operators.values())
         if self.ready:
             for name, operator in self.operators.items():
-                self._give(operator, here.caches.get(name, []), tensors)
+                self._give(operator, here.caches.get(name, []), arguments, state)
 
-    def finish(self, state: ModulationState, calls: dict[str, int], quantized: list[int]) -> None:
-        """After an evaluation: count what ran in the graphs."""
+    @override
+    def after_evaluation(self, state: ModulationState, output: Any) -> None:
+        """Count what ran in the graphs."""
         run = state.trajectory
         if not self.ready or run is None:
             return
         for name, operator in self.operators.items():
             region = operator.region
             if isinstance(operator, ModulatedOperator):
-                calls[name] = region.call
-                skipped = sum(region.constant)
+                state.calls[name] = region.call
+                skipped = region.answers.count(Answer.REUSE)
                 if skipped:
                     run.current.unchanged[name] = run.current.unchanged.get(name, 0) + skipped
             if operator.activation_spec is not None:
-                quantized[0] += 1
-                quantized[1] += 1
+                state.quantized[0] += 1
+                state.quantized[1] += 1
             for cache in region.caches:
-                cache.traced = None
+                cache.encoded = None
             region.caches = []
 
-    def release(self) -> None:
-        """Let go of the state of a trajectory that ended."""
+    @override
+    def closed(self, state: ModulationState) -> None:
+        """Let go of the state of the trajectory that ended."""
         self.ready = False
         for operator in self.operators.values():
             operator.region.caches = []
 
-    def undo(self) -> None:
+    @override
+    def moved(self, state: ModulationState) -> None:
+        """Run an evaluation that had begun, and is offloaded on its way, eagerly."""
+        self.ready = False
+
+    @override
+    def removed(self, state: ModulationState) -> None:
         """Put the eager forwards back; accelerate's offloading, which came after, stays around them."""
         for module in self.modules:
             inner = vars(module).get("_old_forward")
@@ -111,19 +116,24 @@ class Regions:
         outside = (cache for name, caches in here.caches.items() if name not in self.operators for cache in caches)
         return all(cache.leader is not leader for cache in outside)
 
-    def _give(self, operator: QuantizedOperator, caches: list[Any], tensors: list[Tensor]) -> None:
+    def _give(
+        self,
+        operator: QuantizedOperator,
+        caches: list[OperatorCache],
+        arguments: Sequence[Tensor],
+        state: ModulationState,
+    ) -> None:
         region = operator.region
         region.call, region.caches = 0, caches
-        region.constant = tuple(
-            cache.source is not None and any(cache.source.matches(t) for t in tensors) for cache in caches
-        )
-        for cache, constant in zip(caches, region.constant, strict=True):
-            cache.traced = None
-            cache.source = cache.source if constant else None
-        region.fixed = None
+        region.answers = tuple(state.schedule.traced(cache, arguments) for cache in caches)
+        for cache, answer in zip(caches, region.answers, strict=True):
+            cache.encoded = None
+            cache.source = cache.source if answer is Answer.REUSE else None
         if operator.calibrated is not None:
             assert region.shape is not None
-            region.fixed = operator.calibrated_scale(torch.empty(region.shape, device="meta"))
+            assert region.execution is not None
+            fixed = operator.calibrated_scale(torch.empty(region.shape, device="meta"))
+            region.execution = region.execution._replace(quantizer=region.execution.quantizer.at(fixed))
 
 
 class CompiledForward:

@@ -1,1 +1,7 @@
-"""What is asked for: specs, modulation, rules, presets. Frozen, validated, the same names in YAML."""
+"""What is asked for: specs, modulation, rules, presets."""
+
+from modiff.config.quant import QuantConfig
+from modiff.config.rules import Rule, Split
+from modiff.config.specs import Modulation, QuantSpec
+
+__all__ = ["Modulation", "QuantConfig", "QuantSpec", "Rule", "Split"]

@@ -1,224 +1,20 @@
-"""What is quantized, and how: plain frozen dataclasses, the same names in Python and YAML."""
+"""A whole quantization: plain frozen dataclasses, with the same names in Python and YAML."""
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any
 
+from modiff.config.checks import build, member, side
+from modiff.config.rules import Rule, Split
+from modiff.config.specs import Modulation, QuantSpec, check_weight
 from modiff.errors import ConfigError
 
-_Built = TypeVar("_Built")
+__all__ = ["BACKENDS", "Modulation", "QuantConfig", "QuantSpec", "Rule", "Split"]
 
-Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
-GRANULARITIES = ("tensor", "sample", "channel", "sample_channel", "token", "group")
-WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
-CALIBRATED_GRANULARITIES = ("tensor", "channel", "group")
-STATE_DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How one tensor is quantized.
-
-    Args:
-        bits: Width of the codes, 2 to 8.
-        granularity: What keeps a scale of its own. Activations: ``tensor`` (one scale), ``sample`` (dim 0),
-            ``channel`` (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel`` (both: each element of a
-            ``[B, C]`` input, which is then not quantized at all), ``token`` (all but the last dim, Linear only),
-            ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group`` reduce over the
-            batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel`` (output) or
-            ``group`` (along the input, per output channel).
-        symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
-        range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration
-            (:func:`modiff.calibration.calibrate`), and fixed then. Activations only, with granularity ``tensor``,
-            ``channel`` or ``group``: the others have as many scales as the batch has rows. The integer warm-up
-            ``refine`` stays dynamic.
-        clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation. A calibrated
-            range is multiplied once, when it is calibrated.
-        group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
-        timestep_buckets: Calibrated ranges along a trajectory: evaluation i of n uses bucket i * buckets // n.
-            Residuals shrink along a trajectory, so one range for all of it is wide at its end. n is the length that was
-            calibrated: a longer trajectory is refused, a shorter one gets the first ranges only, so
-            calibrate with the steps that are sampled.
-
-    Raises:
-        ConfigError: A field is out of range, or fields contradict each other.
-    """
-
-    bits: int = 8
-    granularity: Granularity = "tensor"
-    symmetric: bool = True
-    range: Literal["dynamic", "calibrated"] = "dynamic"
-    clip: float = 1.0
-    group_size: int | None = None
-    timestep_buckets: int = 1
-
-    def __post_init__(self) -> None:
-        _integer("bits", self.bits, low=2, high=8, hint="; for full precision set the whole spec to null")
-        _member("granularity", self.granularity, GRANULARITIES)
-        _boolean("symmetric", self.symmetric)
-        _member("range", self.range, ("dynamic", "calibrated"))
-        if self.range == "calibrated" and self.granularity not in CALIBRATED_GRANULARITIES:
-            raise ConfigError(
-                f"range is 'calibrated' with granularity {self.granularity!r}, whose scales belong to rows of a batch; "
-                f"allowed are {', '.join(CALIBRATED_GRANULARITIES)}. Set granularity='tensor', or range='dynamic'."
-            )
-        _integer("timestep_buckets", self.timestep_buckets, low=1)
-        if self.range == "dynamic" and self.timestep_buckets > 1:
-            raise ConfigError(
-                f"timestep_buckets is {self.timestep_buckets}, but range is 'dynamic', which is new in every "
-                "evaluation. Set range='calibrated', or remove timestep_buckets."
-            )
-        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
-            raise ConfigError(f"clip is {self.clip!r}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
-        if self.granularity == "group":
-            if self.group_size is None:
-                raise ConfigError("granularity 'group' needs group_size. Set it, for example group_size=32.")
-            _integer("group_size", self.group_size, low=1)
-        elif self.group_size is not None:
-            raise ConfigError(
-                f"group_size is {self.group_size} but granularity is {self.granularity!r}. "
-                "Set granularity='group', or remove group_size."
-            )
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code.
-
-        >>> QuantSpec(bits=4).code_range, QuantSpec(bits=4, symmetric=False).code_range
-        ((-7, 7), (0, 15))
-        """
-        if self.symmetric:
-            n = 2 ** (self.bits - 1) - 1
-            return -n, n
-        return 0, 2**self.bits - 1
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """Quantize the change of an operator's input between evaluations (MoDiff; equations 6 to 14 of METHOD.md).
-
-    Args:
-        error_compensation: Take the difference to the reconstruction (equation 13); False only for ablations.
-        warmup: First evaluation: ``full`` precision, or ``refine``: quantize a_T in ``warmup_rounds`` rounds.
-        warmup_rounds: Rounds of ``refine``.
-        refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
-        state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
-            needs ``refresh_every``.
-        reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
-            ``int16`` keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to
-            four times their range; scales are rounded to whole multiples of the step, so that â changes exactly.
-
-    Both stay in float32 where a sample's input is one vector (time embeddings); â also where the input, and ô where the
-    output, has at most a sixteenth of the other's channels (the image, at the denoiser's ends). That takes few bytes,
-    and what is lost there shows in every pixel (benchmarks/state.md).
-
-    Raises:
-        ConfigError: A field is out of range, or fields contradict each other.
-    """
-
-    error_compensation: bool = True
-    warmup: Literal["full", "refine"] = "full"
-    warmup_rounds: int = 3
-    refresh_every: int | None = None
-    state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    reconstruction_dtype: Literal["float32", "int16"] | None = None
-
-    def __post_init__(self) -> None:
-        _boolean("error_compensation", self.error_compensation)
-        _member("warmup", self.warmup, ("full", "refine"))
-        _integer("warmup_rounds", self.warmup_rounds, low=1)
-        if self.refresh_every is not None:
-            _integer("refresh_every", self.refresh_every, low=2)
-        if self.state_dtype is not None:
-            _member("state_dtype", self.state_dtype, STATE_DTYPES)
-        if self.reconstruction_dtype is not None:
-            _member("reconstruction_dtype", self.reconstruction_dtype, ("float32", "int16"))
-        if self.state_dtype == "bfloat16" and self.refresh_every is None:
-            raise ConfigError(
-                "state_dtype 'bfloat16' lets ô drift away from A(â). Set refresh_every, or use 'float16' or 'float32'."
-            )
-        if not self.error_compensation and self.warmup == "refine":
-            raise ConfigError("warmup 'refine' needs error_compensation. Use warmup='full'.")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An exception for the operators whose qualified name matches ``pattern``; the last matching rule wins.
-
-    Args:
-        pattern: A glob on the qualified module name (``down_blocks.*.conv1``), or ``re:`` and a regular expression.
-        weight: A spec replaces the whole weight spec, None means full precision, ``"inherit"`` the config's own.
-        activation: Likewise for activations.
-        modulation: Likewise for modulation; None: plain quantization.
-        skip: Leave the operator untouched.
-        type: Apply to ``linear`` or ``conv`` operators only, or to ``any``.
-    """
-
-    pattern: str
-    weight: QuantSpec | None | Literal["inherit"] = "inherit"
-    activation: QuantSpec | None | Literal["inherit"] = "inherit"
-    modulation: Modulation | None | Literal["inherit"] = "inherit"
-    skip: bool = False
-    type: Literal["any", "linear", "conv"] = "any"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
-            raise ConfigError(
-                f"pattern is {self.pattern!r}; give a glob on module names, such as 'conv_in' or '*.to_q'."
-            )
-        if self.pattern.startswith("re:"):
-            try:
-                re.compile(self.pattern[3:])
-            except re.error as error:
-                raise ConfigError(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
-        _side("weight", self.weight, QuantSpec, allow_inherit=True)
-        _side("activation", self.activation, QuantSpec, allow_inherit=True)
-        _side("modulation", self.modulation, Modulation, allow_inherit=True)
-        _boolean("skip", self.skip)
-        _member("type", self.type, ("any", "linear", "conv"))
-        if isinstance(self.weight, QuantSpec):
-            _weight_granularity(self.weight)
-
-    def matches(self, name: str, kind: str) -> bool:
-        """Whether the rule applies to operator ``name`` of ``kind`` (``linear`` or ``conv``)."""
-        return self.type in ("any", kind) and self.names(name)
-
-    def names(self, name: str) -> bool:
-        """Whether the pattern matches, whatever the operator's type.
-
-        >>> Rule("mid_block.*").names("mid_block.conv1"), Rule("re:conv_(in|out)").names("conv_in")
-        (True, True)
-        """
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern[3:], name) is not None
-        return fnmatch.fnmatchcase(name, self.pattern)
-
-
-@dataclass(frozen=True)
-class Split:
-    """An operator whose input is a concatenation along channels, quantized in two halves (Q-Diffusion).
-
-    Args:
-        name: Its qualified module name; the halves are ``<name>.first`` and ``<name>.second``, and rules for ``name``
-            apply to both.
-        at: Input channels of the first half.
-
-    Raises:
-        ConfigError: A field is of the wrong kind.
-    """
-
-    name: str
-    at: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"name is {self.name!r}; give the qualified name of an operator.")
-        _integer("at", self.at, low=1)
+BACKENDS = ["auto", "simulate", "onednn"]
+"""Names that ``backend`` allows; a backend that registers itself adds its own."""
 
 
 @dataclass(frozen=True)
@@ -247,12 +43,12 @@ class QuantConfig:
     rules: tuple[Rule, ...] = field(default=())
     splits: tuple[Split, ...] = field(default=())
     smoothed: tuple[str, ...] = field(default=())
-    backend: Literal["auto", "simulate", "onednn"] = "auto"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
-        _side("weight", self.weight, QuantSpec)
-        _side("activation", self.activation, QuantSpec)
-        _side("modulation", self.modulation, Modulation)
+        side("weight", self.weight, QuantSpec)
+        side("activation", self.activation, QuantSpec)
+        side("modulation", self.modulation, Modulation)
         if isinstance(self.rules, list):
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -262,9 +58,9 @@ class QuantConfig:
             if not isinstance(given, (list, tuple)) or not all(isinstance(member, kind) for member in given):
                 raise ConfigError(f"{name} is {given!r}; give a list of {kind.__name__}.")
             object.__setattr__(self, name, tuple(given))
-        _member("backend", self.backend, ("auto", "simulate", "onednn"))
+        member("backend", self.backend, BACKENDS)
         if self.weight is not None:
-            _weight_granularity(self.weight)
+            check_weight(self.weight)
 
     @classmethod
     def preset(cls, name: str) -> QuantConfig:
@@ -313,15 +109,15 @@ class QuantConfig:
             values.pop("rules", None)
         splits = values.get("splits")
         if isinstance(splits, (list, tuple)):
-            values["splits"] = tuple(_build(Split, s) if isinstance(s, dict) else s for s in splits)
-        return _build(cls, values)
+            values["splits"] = tuple(build(Split, s) if isinstance(s, dict) else s for s in splits)
+        return build(cls, values)
 
 
 def _build_rule(where: str, values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     try:
-        return _build(Rule, _build_sides(values))
+        return build(Rule, _build_sides(values))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -331,51 +127,7 @@ def _build_sides(values: dict[str, Any]) -> dict[str, Any]:
     for key, kind in (("weight", QuantSpec), ("activation", QuantSpec), ("modulation", Modulation)):
         if isinstance(values.get(key), dict):
             try:
-                values[key] = _build(kind, values[key])
+                values[key] = build(kind, values[key])
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from None
     return values
-
-
-def _build(kind: Callable[..., _Built], values: dict[str, Any]) -> _Built:
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    known = [f.name for f in fields]
-    name = getattr(kind, "__name__", "")
-    unknown = sorted(set(map(str, values)) - set(known))
-    if unknown:
-        raise ConfigError(f"{name} has no field {unknown[0]!r}; allowed are {', '.join(known)}.")
-    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    missing = sorted(required - set(values))
-    if missing:
-        raise ConfigError(f"{name} needs the field {missing[0]!r}. Set it.")
-    return kind(**values)
-
-
-def _side(name: str, value: object, kind: type, allow_inherit: bool = False) -> None:
-    if value is None or isinstance(value, kind) or (allow_inherit and isinstance(value, str) and value == "inherit"):
-        return
-    inherit = ", 'inherit'" if allow_inherit else ""
-    raise ConfigError(f"{name} is {value!r}; allowed are a {kind.__name__}{inherit} or None.")
-
-
-def _weight_granularity(spec: QuantSpec) -> None:
-    if spec.granularity not in WEIGHT_GRANULARITIES:
-        raise ConfigError(f"weight granularity is {spec.granularity!r}; allowed are {', '.join(WEIGHT_GRANULARITIES)}.")
-    if spec.range == "calibrated":
-        raise ConfigError("weight range is 'calibrated'; a weight's range is its own. Use 'dynamic'.")
-
-
-def _member(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
-
-
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; allowed are true and false.")
-
-
-def _integer(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f"{low} to {high}" if high is not None else f"{low} or more"
-        raise ConfigError(f"{name} is {value!r}; allowed are whole numbers, {allowed}{hint}.")

@@ -1,4 +1,4 @@
-"""The same operation, executed differently; ``simulate`` is the definition."""
+"""The same operation, executed differently: backends behind one protocol, defined by :mod:`modiff.kernels.float`."""
 
 from modiff.kernels.accumulate import accumulate
 

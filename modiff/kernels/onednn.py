@@ -10,12 +10,15 @@ import functools
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-OFFSETS = {True: 64, False: 128}
+from modiff.kernels.backend import Encoded, OperatorShape, Prepared, Quantizer, integer_obstacle, register
+from modiff.kernels.elementwise import ElementwiseBackend
+from modiff.quantizers.packing import PackedWeight
+
+ZEROS = {True: 64, False: 128}
 """The unsigned code that stands for 0, by whether the signed codes fit 7 bits."""
 
 
@@ -41,29 +44,15 @@ _HANDLES = itertools.count()
 
 
 class Handle:
-    """Owns an entry of the table of packed weights; gone with its owner.
+    """Owns an entry of the table of packed weights, which is removed with it.
 
     The custom operators take a number: a graph can hold that, but not an opaque tensor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Packed) -> None:
         self.number = next(_HANDLES)
-        weakref.finalize(self, _PACKED.pop, self.number, None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        return Handle()
-
-    def __reduce__(self) -> tuple[type[Handle], tuple[()]]:
-        return Handle, ()
-
-    @property
-    def packed(self) -> Packed | None:
-        """What it stands for; None until :meth:`put`."""
-        return _PACKED.get(self.number)
-
-    def put(self, packed: Packed) -> None:
-        """Set what it stands for."""
         _PACKED[self.number] = packed
+        weakref.finalize(self, _PACKED.pop, self.number, None)
 
 
 def pack_linear(codes: Tensor, scale: Tensor) -> Packed:
@@ -78,7 +67,7 @@ def pack_linear(codes: Tensor, scale: Tensor) -> Packed:
 
 
 def pack_conv(
-    codes: Tensor, scale: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, offset: int
+    codes: Tensor, scale: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Packed:
     """Pack the weight of a Conv2d.
 
@@ -87,47 +76,47 @@ def pack_conv(
         scale: float32 ``[out]``.
         stride: Two numbers, like padding and dilation.
         padding: Of zeros, the same at both ends of a dim.
-        dilation: Likewise.
+        dilation: Of the convolution, like groups.
         groups: Of the convolution.
-        offset: The unsigned code that stands for 0 in the activations.
     """
     codes = codes.contiguous()
-    weight = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, offset, stride, padding, dilation, groups, None)
+    # The zero point only says that there will be one; each product gets its own.
+    weight = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, ZEROS[False], stride, padding, dilation, groups, None)
     geometry = (list(codes.shape[2:]), stride, padding, dilation, groups)
     return Packed(weight, scale, torch.zeros(len(scale), dtype=torch.int32), geometry)
 
 
-def _int8_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
-    """``scale * sum (codes - offset) weight_codes``.
+def _int8_linear(codes: Tensor, handle: int, out_features: int, zero: int) -> Tensor:
+    """``scale * sum (codes - zero) weight_codes``.
 
     Args:
         codes: uint8 ``[..., in]``, contiguous.
         handle: Number of a :class:`Handle`.
         out_features: Of the operator.
-        offset: The code that stands for 0.
+        zero: The code that stands for 0.
 
     Returns:
         float32 ``[..., out]``: integer sums, each times the scale of its weight.
     """
     packed = _PACKED[handle]
     output: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, offset, packed.weight, packed.scale, packed.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, zero, packed.weight, packed.scale, packed.zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return output
 
 
-def _fake_linear(codes: Tensor, handle: int, out_features: int, offset: int) -> Tensor:
+def _fake_linear(codes: Tensor, handle: int, out_features: int, zero: int) -> Tensor:
     return torch.empty(*codes.shape[:-1], out_features, dtype=torch.float32, device=codes.device)
 
 
-def _int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
-    """The convolution of ``codes - offset`` with the weight's codes, times the weight's scales.
+def _int8_conv2d(codes: Tensor, handle: int, out_channels: int, zero: int) -> Tensor:
+    """The convolution of ``codes - zero`` with the weight's codes, times the weight's scales.
 
     Args:
         codes: uint8 ``[B, C, H, W]``, channels last.
         handle: Number of a :class:`Handle`.
         out_channels: Of the operator.
-        offset: The code that stands for 0; so do the padded borders.
+        zero: The code that stands for 0; so do the padded borders.
 
     Returns:
         float32 ``[B, out, H', W']``, channels last.
@@ -138,7 +127,7 @@ def _int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> 
     output: Tensor = torch.ops.onednn.qconv2d_pointwise(
         codes,
         1.0,
-        offset,
+        zero,
         packed.weight,
         packed.scale,
         packed.zero,
@@ -157,7 +146,7 @@ def _int8_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> 
     return output.contiguous(memory_format=torch.channels_last)
 
 
-def _fake_conv2d(codes: Tensor, handle: int, out_channels: int, offset: int) -> Tensor:
+def _fake_conv2d(codes: Tensor, handle: int, out_channels: int, zero: int) -> Tensor:
     packed = _PACKED[handle]
     assert packed.geometry is not None
     kernel, stride, padding, dilation, _ = packed.geometry
@@ -174,7 +163,7 @@ for _name, _out, _run, _fake in (
     ("int8_linear", "out_features", _int8_linear, _fake_linear),
     ("int8_conv2d", "out_channels", _int8_conv2d, _fake_conv2d),
 ):
-    _LIBRARY.define(f"{_name}(Tensor codes, int handle, int {_out}, int offset) -> Tensor")
+    _LIBRARY.define(f"{_name}(Tensor codes, int handle, int {_out}, int zero) -> Tensor")
     _LIBRARY.impl(_name, _run, "CPU")
     torch.library.register_fake(f"modiff::{_name}", _fake, lib=_LIBRARY)
 int8_linear = torch.ops.modiff.int8_linear.default
@@ -201,10 +190,78 @@ def exact_8bit() -> bool:
         return False
     codes = torch.full((4, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
-    handle = Handle()
-    handle.put(pack_linear(weight, torch.ones(16)))
+    handle = Handle(pack_linear(weight, torch.ones(16)))
     linear = torch.equal(int8_linear(codes, handle.number, 16, 0), torch.full((4, 16), 255.0 * 127 * 64))
     codes = codes.reshape(4, 64, 1, 1).expand(4, 64, 4, 4).contiguous(memory_format=torch.channels_last)
-    handle.put(pack_conv(weight.reshape(16, 64, 1, 1), torch.ones(16), [1, 1], [0, 0], [1, 1], 1, 0))
+    handle = Handle(pack_conv(weight.reshape(16, 64, 1, 1), torch.ones(16), [1, 1], [0, 0], [1, 1], 1))
     conv = torch.equal(int8_conv2d(codes, handle.number, 16, 0), torch.full((4, 16, 4, 4), 255.0 * 127 * 64))
     return linear and conv
+
+
+@register(speed=2.0)
+class OneDNN(ElementwiseBackend):
+    """Products of 8-bit integers by oneDNN."""
+
+    name = "onednn"
+    devices = ("cpu",)
+
+    def zero(self, quantizer: Quantizer) -> int:
+        """The middle of 7 bits, or of 8."""
+        return ZEROS[quantizer.span <= 63]
+
+    def obstacle(
+        self, shape: OperatorShape, quantizer: Quantizer, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """What would make the sums inexact, and kinds of operators that oneDNN does not have."""
+        if dtype != torch.float32:
+            return "float64 models are simulated"
+        if not available():
+            return "this PyTorch has no oneDNN operators for int8"
+        reason = integer_obstacle(shape, quantizer)
+        if reason is not None:
+            return reason
+        if quantizer.span > 63 and not exact_8bit():
+            return "8-bit codes saturate on this CPU, which has no VNNI; use 7 bits (6 where asymmetric)"
+        return _shape_obstacle(shape)
+
+    def prepare(self, weight: PackedWeight, shape: OperatorShape) -> Prepared:
+        """Block the codes."""
+        quantized = weight.unpack()
+        codes = quantized.codes if quantized.zero_point is None else quantized.codes - quantized.zero_point
+        codes = codes.to(torch.int8)
+        scale = weight.scale.reshape(-1).float().expand(weight.shape[0]).contiguous()
+        if shape.kind == "linear":
+            return Prepared(shape, Handle(pack_linear(codes, scale)))
+        stride, padding, dilation = list(shape.stride), [low for low, _ in shape.padding], list(shape.dilation)
+        if codes.ndim == 3:  # a Conv1d is a Conv2d of height 1
+            codes, stride, padding, dilation = codes.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
+        packed = pack_conv(codes, scale, stride, padding, dilation, shape.groups)
+        return Prepared(shape, Handle(packed), torch.channels_last if len(shape.kernel) == 2 else None)
+
+    def multiply(self, prepared: Prepared, encoded: Encoded) -> Tensor:
+        """``A(codes - zero)`` times the scales of the weight, float32; of convolutions, channels last."""
+        shape, number, codes = prepared.shape, prepared.weight.number, encoded.codes
+        if shape.kind == "linear":
+            return int8_linear(codes.contiguous(), number, shape.out_channels, encoded.zero)
+        rank = len(shape.kernel)
+        batched = codes.ndim > rank + 1
+        x = codes if batched else codes.unsqueeze(0)
+        x = x.unsqueeze(2) if rank == 1 else x
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = int8_conv2d(x, number, shape.out_channels, encoded.zero)
+        y = y.squeeze(2) if rank == 1 else y
+        return y if batched else y.squeeze(0)
+
+
+def _shape_obstacle(shape: OperatorShape) -> str | None:
+    if shape.kind == "linear":
+        return None
+    if shape.kind == "conv_transpose":
+        return "oneDNN's integer products have no transposed convolution"
+    if len(shape.kernel) > 2:
+        return "there is no integer Conv3d"
+    if shape.padding_mode != "zeros":
+        return f"borders are padded by {shape.padding_mode!r}, not by zeros"
+    if any(low != high for low, high in shape.padding):
+        return "its padding is not the same at both ends"
+    return None

@@ -7,9 +7,12 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+from typing_extensions import override
 
+from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
+from modiff.kernels.backend import OperatorShape
+from modiff.kernels.float import linear_map
 
 
 class OperatorAdapter(ABC):
@@ -22,16 +25,25 @@ class OperatorAdapter(ABC):
     types: tuple[type[nn.Module], ...]
 
     @abstractmethod
-    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``A(x) + bias`` with ``weight`` in place of the module's own."""
+    def shape(self, module: Any, weight: QuantSpec | None = None) -> OperatorShape:
+        """What the operator is, as plain data.
+
+        Args:
+            module: The original.
+            weight: How its weight is quantized.
+        """
 
     @abstractmethod
     def macs(self, module: Any, output: Tensor) -> int:
         """Multiply-accumulates of one call that returned ``output``."""
 
-    @abstractmethod
+    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``A(x) + bias`` with ``weight`` in place of the module's own."""
+        return linear_map(x, weight, bias, self.shape(module))
+
     def is_batched(self, module: Any, ndim: int) -> bool:
         """Whether dim 0 of an input with ``ndim`` dims counts samples; PyTorch takes single samples too."""
+        return ndim > len(getattr(module, "kernel_size", ())) + 1
 
 
 class LinearAdapter(OperatorAdapter):
@@ -40,17 +52,13 @@ class LinearAdapter(OperatorAdapter):
     kind = "linear"
     types = (nn.Linear,)
 
-    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See the base class."""
-        return F.linear(x, weight, bias)
+    @override
+    def shape(self, module: Any, weight: QuantSpec | None = None) -> OperatorShape:
+        return OperatorShape("linear", module.in_features, module.out_features, weight)
 
+    @override
     def macs(self, module: Any, output: Tensor) -> int:
-        """See the base class."""
         return output.numel() * int(module.in_features)
-
-    def is_batched(self, module: Any, ndim: int) -> bool:
-        """See the base class."""
-        return ndim > 1
 
 
 class ConvAdapter(OperatorAdapter):
@@ -59,18 +67,26 @@ class ConvAdapter(OperatorAdapter):
     kind = "conv"
     types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See the base class; PyTorch's own helper pads by ``padding_mode``."""
-        output: Tensor = module._conv_forward(x, weight, bias)
-        return output
+    @override
+    def shape(self, module: Any, weight: QuantSpec | None = None) -> OperatorShape:
+        # PyTorch keeps numbers here, whether the padding was given as numbers or as 'same'; the last dim comes first.
+        pads = module._reversed_padding_repeated_twice
+        return OperatorShape(
+            "conv",
+            module.in_channels,
+            module.out_channels,
+            weight,
+            kernel=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            padding=tuple((pads[i], pads[i + 1]) for i in range(0, len(pads), 2))[::-1],
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+        )
 
+    @override
     def macs(self, module: Any, output: Tensor) -> int:
-        """See the base class."""
         return output.numel() * int(module.in_channels // module.groups) * math.prod(module.kernel_size)
-
-    def is_batched(self, module: Any, ndim: int) -> bool:
-        """See the base class."""
-        return ndim > len(module.kernel_size) + 1
 
 
 ADAPTERS: tuple[OperatorAdapter, ...] = (LinearAdapter(), ConvAdapter())

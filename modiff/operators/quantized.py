@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from modiff.config.quant import QuantSpec
-from modiff.errors import CalibrationError, ConfigError, TrajectoryError
-from modiff.kernels.select import Choice, IntegerProduct, choose
-from modiff.kernels.stages import Limits, encode
-from modiff.operators import execution
+from modiff.config.specs import Modulation, QuantSpec
+from modiff.errors import CalibrationError, TrajectoryError
+from modiff.kernels.backend import Backend, FixedScale, Prepared, Quantizer
+from modiff.kernels.elementwise import rescale
+from modiff.kernels.float import full_precision
+from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
-from modiff.operators.dtypes import compute_input, memory_format, output_dtype
-from modiff.operators.standin import StandIn
+from modiff.operators.dtypes import compute_input, output_dtype
+from modiff.operators.weight import WeightHolder
+from modiff.quantizers.affine import Limits
 from modiff.quantizers.calibrated import CalibratedRange
-from modiff.quantizers.granularity import Partition, activation_partition
+from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
-from modiff.quantizers.rounding import round_nearest
-from modiff.trajectory.cache import Region
+from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.schedule import Answer
 from modiff.trajectory.session import ModulationState
 
 
-class QuantizedOperator(StandIn):
+class Execution(NamedTuple):
+    """How an operator's products run, for inputs of one device, dtype and number of dims.
+
+    Args:
+        backend: Runs them.
+        prepared: The weight for it; None: the original's, in full precision.
+        quantizer: Of the input.
+        unclipped: The same quantizer in an integer warm-up: dynamic and not clipped.
+    """
+
+    backend: Backend
+    prepared: Prepared | None
+    quantizer: Quantizer
+    unclipped: Quantizer
+
+
+@dataclass
+class Region:
+    """What an operator inside a compiled region may read: set outside of it, before each evaluation.
+
+    Args:
+        caches: Of its calls, in their order; empty for plain quantization.
+        answers: What each of the calls does.
+        execution: How its products run; None before it ran eagerly.
+        shape: Of an input that ran eagerly.
+        call: Calls so far in this evaluation.
+    """
+
+    caches: list[OperatorCache] = field(default_factory=list)
+    answers: tuple[Answer, ...] = ()
+    execution: Execution | None = None
+    shape: torch.Size | None = None
+    call: int = 0
+
+
+class QuantizedOperator(WeightHolder):
     """A Linear or Conv whose weight and input are quantized: ``o = A(Q(a)) + bias``.
 
     The products run in float32 (float64 for float64 models) on quantized values; the output has the dtype that the
@@ -38,11 +76,13 @@ class QuantizedOperator(StandIn):
         activation: Activation spec or None. ``clip`` holds in every call: without state there is no first evaluation.
         state: Shared by all operators of the student.
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
-        backend: ``simulate``, or ``auto``: integer products where they are exact.
+        backend: Name of a backend, or ``auto``: the fastest that is exact.
 
     Raises:
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
+
+    modulation: Modulation | None = None
 
     def __init__(
         self,
@@ -55,59 +95,37 @@ class QuantizedOperator(StandIn):
         packed: PackedWeight | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.module: Any = module
-        self.name = name
+        super().__init__(module, name, weight, packed)
         self.adapter = adapter
-        self.weight_spec = weight
         self.activation_spec = activation
         self.state = state
-        self.dropped = False
-        self.packed = packed
         self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
         self.backend = backend
-        self.integer: IntegerProduct | None = None
+        self.shape = adapter.shape(module, weight)
+        self.wrapper: Callable[[Backend], Backend] | None = None
         self.region = Region()
-        self._choices: dict[tuple[torch.device, torch.dtype], bool] = {}
-        self._limits: dict[tuple[Any, ...], Limits] = {}
+        self._executions: dict[tuple[Any, ...], Execution] = {}
         self._partitions: dict[int, Partition] = {}
-        # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
-        self._quantized_weight: Tensor | None = None
-        self.layout = memory_format(self.module.weight)
         self.train(module.training)
-        self._weight_arrives = False
-        if packed is None:
-            self.quantize_weight()
-        self.register_load_state_dict_pre_hook(self._before_load)
-        self.register_load_state_dict_post_hook(self._after_load)
 
-    def quantize_weight(self) -> None:
-        """Round the original's weight, as it is now, to nearest.
-
-        Raises:
-            ConfigError: It is on the meta device, or holds NaN or Inf.
-        """
-        weight: Tensor = self.module.weight
-        if self.weight_spec is None:
-            return
-        if weight.is_meta:
-            raise ConfigError(
-                f"The weight of operator {self.name!r} is on the meta device. Load the teacher's weights before "
-                "modiff.quantize, or read a saved student with modiff.load."
-            )
-        with torch.inference_mode(False), torch.no_grad():
-            quantized = round_nearest(weight, self.weight_spec)
-            if not torch.isfinite(quantized.scale).all():
-                raise ConfigError(
-                    f"The weight of operator {self.name!r} holds NaN or Inf, so it cannot be quantized. Check the "
-                    f"checkpoint, or exclude the operator with Rule({self.name!r}, skip=True)."
-                )
-            self.use(PackedWeight.pack(quantized, self.weight_spec))
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy prepares its weight for itself, and is not compiled."""
+        kept = {"wrapper": None, "region": Region(), "_executions": {}}
+        return {**self.__dict__, **kept}
 
     def use(self, packed: PackedWeight) -> None:
         """Put another quantized weight of the same spec and shape in place."""
-        self.packed, self._quantized_weight, self.integer = packed, None, None
-        self.quantized_weight()
+        super().use(packed)
+        self.forget_executions()
+
+    def forget_executions(self) -> None:
+        """Choose and prepare anew at the next call."""
+        self._executions = {}
+
+    def wrap_backend(self, wrapper: Callable[[Backend], Backend] | None) -> None:
+        """Run by ``wrapper(backend)`` from now on; None: by the backend itself."""
+        self.wrapper = wrapper
+        self.forget_executions()
 
     def use_range(self, found: CalibratedRange | None) -> None:
         """Quantize activations with calibrated scales and zero points from now on; None: with dynamic ones.
@@ -128,14 +146,11 @@ class QuantizedOperator(StandIn):
             device = self.module.weight.device if self.packed is None else self.packed.codes.device
             found = found if device.type == "meta" else found.to(device)
         self.calibrated = found
+        self.forget_executions()
 
     def num_sets(self, spec: QuantSpec) -> int:
         """How many scales the operator's inputs have under a spec that does not depend on the batch."""
-        channels = self.weight_shape[1] * int(getattr(self.module, "groups", 1))
-        if spec.granularity == "group":
-            assert spec.group_size is not None
-            return -(-channels // spec.group_size)
-        return channels if spec.granularity == "channel" else 1
+        return granularity_of(spec).sets(self.shape.in_channels)
 
     def require_range(self) -> None:
         """Refuse to run without what the configuration asks for.
@@ -150,7 +165,7 @@ class QuantizedOperator(StandIn):
                 "modiff.calibration.calibrate, load a calibrated one, or use range 'dynamic'."
             )
 
-    def calibrated_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def calibrated_scale(self, x: Tensor) -> FixedScale | None:
         """Scale and zero point of the current evaluation, broadcasting against ``x``; None where they are dynamic.
 
         Raises:
@@ -180,131 +195,84 @@ class QuantizedOperator(StandIn):
         assert scale is not None
         return scale, zero_point
 
-    def limits(self, like: Tensor, clip: float | None, fixed: bool) -> Limits:
-        """The quantizer's numbers as tensors, kept: see :class:`modiff.kernels.stages.Limits`."""
-        assert self.activation_spec is not None
-        key = (clip, fixed, like.dtype, like.device)
-        if key not in self._limits:
-            with torch.inference_mode(False):
-                self._limits[key] = Limits.of(self.activation_spec, like, clip, fixed)
-        return self._limits[key]
-
     def choice(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
-        """Which execution the operator gets for inputs on a device, and why."""
-        if self.backend == "simulate":
-            return Choice("simulate")
-        return choose(self.module, self.weight_spec, self.activation_spec, device, dtype)
+        """Which backend the operator gets for inputs on a device, and why."""
+        quantizer = None
+        if self.activation_spec is not None:
+            ndim = len(self.shape.kernel) + 2
+            quantizer = self._quantizer(torch.empty((), dtype=dtype), self.partition(ndim), clip=None)
+        return choose(self.backend, self.shape, quantizer, device, dtype)
 
-    def code_offset(self, a: Tensor) -> int | None:
-        """The unsigned code that stands for 0 where the product of ``a`` runs in integers; None where it does not."""
-        key = (a.device, a.dtype)
-        if key not in self._choices:
-            self._choices[key] = self.choice(*key).backend == "onednn"
-        self.region.shape, self.region.offset = a.shape, None
-        # A graph that makes these would be made anew afterwards.
-        self.limits(a, None, self.calibrated is not None)
-        self.partition(a.ndim)
-        if not self._choices[key]:
-            return None
-        if self.integer is None:
-            assert self.packed is not None
-            assert self.activation_spec is not None
-            self.integer = IntegerProduct(self.module, self.packed, self.activation_spec)
-        self.integer.prepare()
-        self.region.offset = self.integer.offset
-        return self.region.offset
+    def execution(self, a: Tensor) -> Execution:
+        """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
+        if torch.compiler.is_compiling():
+            assert self.region.execution is not None
+            return self.region.execution
+        key = (a.device, a.dtype, a.ndim)
+        found = self._executions.get(key)
+        if found is None:
+            found = self._executions[key] = self._execution(a)
+        self.region.execution, self.region.shape = found, a.shape
+        return found
 
-    def quantized_weight(self) -> Tensor:
-        """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
-        if self._quantized_weight is None:
-            assert self.packed is not None
-            with torch.inference_mode(False), torch.no_grad():
-                values = self.packed.unpack().dequantize()
-                self._quantized_weight = values.contiguous(memory_format=self.layout)
-        return self._quantized_weight
+    def _execution(self, a: Tensor) -> Execution:
+        choice, partition = self.choice(a.device, a.dtype), self.partition(a.ndim)
+        with torch.inference_mode(False), torch.no_grad():
+            quantizer = self._quantizer(a, partition, clip=None)
+            unclipped = self._quantizer(a, partition, clip=1.0)
+            if self.packed is None:
+                prepared = None
+            elif choice.name == DEFINITION:
+                prepared = Prepared(self.shape, self.quantized_weight())
+            else:
+                prepared = choice.backend.prepare(self.packed, self.shape)
+        backend = choice.backend if self.wrapper is None else self.wrapper(choice.backend)
+        return Execution(backend, prepared, quantizer, unclipped)
 
-    def drop_original(self, dtype: torch.dtype | None = None, layout: torch.memory_format | None = None) -> None:
-        """Free the original's weight; :func:`modiff.restore` then needs the teacher.
+    def _quantizer(self, like: Tensor, partition: Partition, clip: float | None) -> Quantizer:
+        assert self.activation_spec is not None
+        fixed = clip is None and self.calibrated is not None
+        limits = Limits.of(self.activation_spec, like, clip, fixed)
+        return Quantizer(self.activation_spec, partition, limits, modulation=self.modulation)
 
-        An empty parameter stays in its place, of which other code reads the dtype and device.
-
-        Args:
-            dtype: Of the empty parameter; None: as it was.
-            layout: Of the values in the products; None: as it was.
-        """
-        old = self.module._parameters.get("weight")
-        if self.packed is not None and old is not None:  # a parametrized weight is computed: nothing to free
-            empty = torch.empty(0, dtype=dtype or old.dtype, device=self.packed.codes.device)
-            self.module.weight = nn.Parameter(empty, requires_grad=old.requires_grad)
-            self.dropped = True
-        self.layout = layout or self.layout
-
-    @property
-    def num_weight_scales(self) -> int:
-        """How many scales the quantized weight has; 0 in full precision."""
-        return 0 if self.packed is None else self.packed.scale.numel()
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """Shape of the original's weight."""
-        shape: torch.Size = self.module.weight.shape if self.packed is None else self.packed.shape
-        return shape
-
-    @property
-    def weight(self) -> Tensor:
-        """The original's parameter; where it was dropped, the quantized values in its dtype."""
-        weight: Tensor = self.module.weight
-        return self.quantized_weight().to(weight.dtype) if self.dropped else weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias in the products: the original's, with the quantized weight's shift."""
-        bias: Tensor | None = self.module.bias
-        shift = None if self.packed is None else self.packed.shift
-        if shift is None:
-            return bias
-        return shift if bias is None else bias + shift
+    def prepared(self, execution: Execution) -> Prepared:
+        """The weight in products; the original's is looked up in every call, for it may be replaced."""
+        return execution.prepared or Prepared(self.shape, self.module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input (equations 4 and 5) and apply the operator."""
-        if torch.compiler.is_compiling():
-            return self.traced(x)
-        self.check(x)
-        out_dtype = output_dtype(x)
-        a = compute_input(x)
-        if self.activation_spec is None:
-            self.state.note(self.name, a.sum(), quantized=None)
-            return self.product(a, with_bias=True).to(out_dtype)
-        offset = self.code_offset(a)
-        codes, scale, probe = execution.encode(self, a, None, offset, self.calibrated_scale(a))
-        self.state.note(self.name, probe, quantized=True)
-        if offset is None:
-            return self.product(codes, with_bias=True).to(out_dtype)
-        output = execution.multiply(self, codes, offset)
-        return self.add_bias(output.mul_(execution.output_scale(scale, output))).to(out_dtype)
+        """Quantize the input (equations 4 and 5) and apply the operator.
 
-    def traced(self, x: Tensor) -> Tensor:
-        """The same while ``torch.compile`` traces: no bookkeeping (done outside by :mod:`modiff.compiling.regions`)."""
+        While ``torch.compile`` traces, :mod:`modiff.compiling.regions` does the bookkeeping outside.
+        """
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
+            if not torch.compiler.is_compiling():
+                self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
-        offset = self.region.offset
-        limits = self.limits(a, None, self.region.fixed is not None)
-        codes, scale, _ = encode(a, None, None, limits, self.partition(a.ndim), self.region.fixed, True, offset)
-        if offset is None:
-            return self.product(codes, with_bias=True).to(output_dtype(x))
-        output = execution.multiply(self, codes, offset)
-        return self.add_bias(output * execution.output_scale(scale, output)).to(output_dtype(x))
+        execution = self.execution(a)
+        encoded = execution.backend.encode(a, None, execution.quantizer.at(self.fixed_scale(a)))
+        self.note(encoded.probe, quantized=True)
+        if encoded.scale is None:
+            return self.product(encoded.codes, with_bias=True).to(output_dtype(x))
+        product = execution.backend.multiply(self.prepared(execution), encoded)
+        return self.add_bias(rescale(product, encoded)).to(output_dtype(x))
+
+    def fixed_scale(self, a: Tensor) -> FixedScale | None:
+        """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
+        return self.region.execution.quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+
+    def note(self, probe: Tensor, quantized: bool) -> None:
+        """Record a call in the open trajectory; a graph's are recorded when it has run."""
+        if not torch.compiler.is_compiling():
+            self.state.note(self.name, probe, quantized)
 
     def add_bias(self, output: Tensor) -> Tensor:
         """Add the bias in place, once (equation 9)."""
         if self.bias is None:
             return output
         bias = self.bias.detach().to(output.dtype)
-        return output.add_(
-            bias if self.adapter.kind == "linear" else bias.view(-1, *[1] * len(self.module.kernel_size))
-        )
+        return output.add_(bias if self.adapter.kind == "linear" else bias.view(-1, *[1] * len(self.shape.kernel)))
 
     def quantizer_input(self, x: Tensor) -> Tensor | None:
         """What the next call with ``x`` will quantize with a calibrated range; None where it will quantize nothing."""
@@ -313,21 +281,14 @@ class QuantizedOperator(StandIn):
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
         weight = self.module.weight if self.packed is None else self.quantized_weight()
-        bias = self.bias if with_bias else None
-        if torch.is_grad_enabled():  # else as it is: PyTorch picks another product for weights that require a gradient
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        weight, bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
-        if torch.is_autocast_enabled(a.device.type):
-            with torch.autocast(a.device.type, enabled=False):
-                return self.adapter.apply(self.module, a, weight, bias)
-        return self.adapter.apply(self.module, a, weight, bias)
+        return full_precision(a, weight, self.bias if with_bias else None, self.shape)
 
     def partition(self, ndim: int) -> Partition:
         """Which elements of an input with ``ndim`` dims share a scale."""
         if ndim not in self._partitions:
             assert self.activation_spec is not None
-            batched = self.adapter.is_batched(self.module, ndim)
-            self._partitions[ndim] = activation_partition(self.activation_spec, ndim, self.adapter.kind, batched)
+            batched = self.shape.is_batched(ndim)
+            self._partitions[ndim] = activation_partition(self.activation_spec, ndim, self.shape.kind, batched)
         return self._partitions[ndim]
 
     def check(self, x: Tensor) -> None:
@@ -348,38 +309,22 @@ class QuantizedOperator(StandIn):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)
         super()._apply(fn, recurse)
-        self.integer, self._choices, self._limits, self.region = None, {}, {}, Region()
-        if self.state.regions is not None:
-            self.state.regions.ready = False  # an evaluation that had begun, offloaded on its way, runs eagerly
+        self.forget_executions()
+        self.region = Region()
+        self.state.tell("moved")
         if self.calibrated is not None:
             self.calibrated = self.calibrated.to(fn(torch.empty(1, device=self.calibrated.scale.device)).device)
-        if self.packed is not None:
-            probe = torch.empty([2] * len(self.packed.shape), device=self.packed.codes.device)
-            probe = fn(probe.to(memory_format=self.layout))
-            self.layout = memory_format(probe)
-            self.packed = self.packed.to(probe.device)
-            if self._quantized_weight is not None:
-                moved = self._quantized_weight.to(probe.device)
-                self._quantized_weight = moved.contiguous(memory_format=self.layout)
+        self._move_weight(fn)
         return self
 
-    def _before_load(self, _: nn.Module, state_dict: Mapping[str, Any], prefix: str, *__: Any) -> None:
+    def _before_load(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         self.state.refuse_inside("loaded into")
-        old = self.module._parameters.get("weight")
-        new = state_dict.get(f"{prefix}module.weight")
-        # The same weight again must not undo another rounding than to nearest.
-        same = new is not None and old is not None and old.shape == new.shape and torch.equal(old, new.to(old))
-        self._weight_arrives = self.packed is not None and not same and (new is not None or old is None)
-        if self.dropped and new is not None and new.shape == self.weight_shape:
-            room = torch.empty(self.weight_shape, dtype=self.module.weight.dtype, device=self.module.weight.device)
-            self.module.weight = nn.Parameter(room, requires_grad=self.module.weight.requires_grad)
+        super()._before_load(module, state_dict, prefix, *rest)
 
     def _after_load(self, *_: Any) -> None:
-        if self._weight_arrives and self.module.weight.shape == self.weight_shape:  # else PyTorch says what is wrong
-            self.quantize_weight()
+        if self._weight_arrives and self.module.weight.shape == self.weight_shape:
             self.calibrated = None  # it was found with other weights
-        if self.dropped:
-            self.drop_original()
+        super()._after_load()
 
     def extra_repr(self) -> str:
         """Bits of both sides."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config.specs import Modulation, QuantSpec
 
 
 class ReferenceOperator:

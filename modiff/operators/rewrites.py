@@ -190,8 +190,7 @@ def _what(module: nn.Module | None) -> str:
 def _replace(model: nn.Module, old: nn.Module | None, new: nn.Module) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
+            model.set_submodule(name, new)
 
 
 def _part(original: Any, weight: Tensor, bias: nn.Parameter | None) -> Any:

@@ -2,38 +2,98 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.quantizers.granularity import Partition
+from modiff.quantizers.held import INT16_TOP
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Numbers of a quantizer as tensors: ``torch.compile`` would make a graph for each Python float.
+
+    Args:
+        top: Highest code, 0-dim.
+        clip: Share of the range that is kept, 0-dim.
+        factor: ``clip / top``, divided as Python numbers.
+        symmetric: Codes -top..top; else 0..top with a zero point.
+        clips: Codes can fall outside: clipped, or a range that is not the residual's own.
+        codes: Lowest and highest code as Python numbers, for eager mode and for kernels of other languages.
+        ratio: ``clip`` as a Python number.
+    """
+
+    top: Tensor
+    clip: Tensor
+    factor: Tensor
+    symmetric: bool
+    clips: bool
+    codes: tuple[int, int]
+    ratio: float
+
+    @classmethod
+    def of(cls, spec: QuantSpec, like: Tensor, clip: float | None = None, fixed: bool = False) -> Limits:
+        """Those of a quantizer, in the dtype and on the device of ``like``.
+
+        Args:
+            spec: The quantizer.
+            like: A tensor.
+            clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory).
+            fixed: Scales are calibrated.
+        """
+        clip, top = spec.clip if clip is None else clip, spec.code_range[1]
+        made = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
+        return cls(made[0], made[1], made[2], spec.symmetric, clip < 1 or fixed, spec.code_range, clip)
+
+    def scale(self, low: Tensor, high: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scale, and zero point of an asymmetric quantizer, from the smallest and largest values.
+
+        Args:
+            low: Smallest values, any shape, float.
+            high: Largest values, same shape.
+            step: Of which every scale must be a whole multiple, so that codes change an int16 â exactly.
+
+        Returns:
+            Scale (0 becomes 1; so do subnormal scales, which devices may flush to 0) and zero point (float holding
+            whole numbers; None when symmetric), in the shape of ``low``.
+        """
+        smallest = torch.finfo(low.dtype).tiny
+        if self.symmetric:
+            scale = torch.maximum(-low, high) * self.factor
+            return self._whole_steps(scale.masked_fill_(scale < smallest, 1.0), step), None
+        low, high = low.clamp(max=0) * self.clip, high.clamp(min=0) * self.clip
+        scale = (high - low) / self.top
+        scale = self._whole_steps(scale.masked_fill_(scale < smallest, 1.0), step)
+        return scale, torch.minimum((-low / scale).round_().clamp_(min=0), self.top)
+
+    def calibrated(self, scale: Tensor, zero_point: Tensor | None, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A calibrated scale in whole steps; the zero point follows (trap 6), since low is ``-scale * zero_point``."""
+        rounded = self._whole_steps(scale, step)
+        if zero_point is None or step is None:
+            return rounded, zero_point
+        return rounded, (scale * zero_point / rounded).round()
+
+    def clamp_(self, codes: Tensor) -> Tensor:
+        """Bring codes between the lowest and the highest one, in place where no graph is traced."""
+        if not torch.compiler.is_compiling():  # with tensors as bounds PyTorch's clamp takes 20 times as long
+            return codes.clamp_(*self.codes)
+        return torch.maximum(torch.minimum(codes, self.top), -self.top if self.symmetric else 0 * self.top)
+
+    def _whole_steps(self, scale: Tensor, step: Tensor | None) -> Tensor:
+        """The nearest scale that is a whole multiple of a step; the largest spans all that an int16 â can hold."""
+        if step is None:
+            return scale
+        return torch.minimum((scale / step).round().clamp(min=1), (2 * INT16_TOP / self.top).ceil()) * step
 
 
 def scale_from_range(
     low: Tensor, high: Tensor, spec: QuantSpec, clip: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale, and zero point of an asymmetric quantizer, from the smallest and largest values.
-
-    Args:
-        low: Smallest values, any shape, float.
-        high: Largest values, same shape.
-        spec: The quantizer.
-        clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory).
-
-    Returns:
-        Scale (0 becomes 1; so do subnormal scales, which devices may flush to 0) and zero point (float holding whole
-        numbers; None when symmetric), in the shape of ``low``.
-    """
-    clip = spec.clip if clip is None else clip
-    top = spec.code_range[1]
-    smallest = torch.finfo(low.dtype).tiny
-    if spec.symmetric:
-        scale = torch.maximum(-low, high) * (clip / top)
-        return scale.masked_fill_(scale < smallest, 1.0), None
-    low, high = low.clamp(max=0) * clip, high.clamp(min=0) * clip
-    scale = (high - low) / top
-    scale = scale.masked_fill_(scale < smallest, 1.0)
-    return scale, (-low / scale).round_().clamp_(0, top)
+    """:meth:`Limits.scale` of a quantizer; ``clip`` overrides ``spec.clip``."""
+    return Limits.of(spec, low, clip).scale(low, high)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:

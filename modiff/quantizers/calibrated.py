@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import CalibrationError
 from modiff.quantizers.affine import scale_from_range
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
 
 
@@ -108,42 +109,165 @@ class Partition:
         return reduced if self.group_dim is None else reduced.squeeze(self.group_dim + 1)
 
 
+class Granularity(ABC):
+    """What keeps a scale of its own: how tensors fall into sets that share one, and how many sets there are.
+
+    Args:
+        group_size: Channels in a group, for ``group``; the last one may be short.
+
+    Attributes:
+        name: As in a :class:`QuantSpec`.
+        factors_out: All inputs of one output share a scale, so that it can be applied to an integer sum.
+    """
+
+    name: str
+    factors_out = False
+
+    def __init__(self, group_size: int | None = None) -> None:
+        self.group_size = group_size
+
+    @abstractmethod
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """Partition of an operator's input.
+
+        Args:
+            ndim: Its number of dims.
+            channel: The dim of its channels: the last one of a Linear's input, else 0 or 1.
+            batched: Whether dim 0 counts samples; without it the whole input is one sample.
+
+        Raises:
+            ConfigError: The granularity does not exist for this operator.
+        """
+
+    def weight(self) -> Partition:
+        """Partition of a weight ``[out, in / groups, *kernel]``."""
+        raise ConfigError(f"granularity {self.name!r} does not exist for weights. Use tensor, channel or group.")
+
+    def sets(self, channels: int) -> int:
+        """How many scales the inputs of an operator have, where that does not depend on the batch."""
+        return 1
+
+
+class PerTensor(Granularity):
+    """One scale for all elements."""
+
+    name = "tensor"
+    factors_out = True
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set."""
+        return Partition()
+
+    def weight(self) -> Partition:
+        """One set."""
+        return Partition()
+
+
+class PerSample(Granularity):
+    """One scale for each sample of a batch."""
+
+    name = "sample"
+    factors_out = True
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set for each row of the batch."""
+        return Partition(keep=(0,) if batched else ())
+
+
+class PerChannel(Granularity):
+    """One scale for each input channel, shared by the batch; of a weight, for each output channel."""
+
+    name = "channel"
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set for each channel."""
+        return Partition(keep=(channel,))
+
+    def weight(self) -> Partition:
+        """One set for each output channel."""
+        return Partition(keep=(0,))
+
+    def sets(self, channels: int) -> int:
+        """The channels."""
+        return channels
+
+
+class PerSampleAndChannel(Granularity):
+    """One scale for each channel of each sample."""
+
+    name = "sample_channel"
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set for each channel of each row."""
+        return Partition(keep=(0, channel) if batched else (channel,))
+
+
+class PerToken(Granularity):
+    """One scale for each vector that a Linear multiplies."""
+
+    name = "token"
+    factors_out = True
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set for each index of all dims but the last.
+
+        Raises:
+            ConfigError: The operator is a convolution.
+        """
+        if channel != ndim - 1:
+            raise ConfigError(
+                "granularity 'token' exists for Linear operators only. Add a rule for the convolutions, for example "
+                "Rule('*', type='conv', activation=QuantSpec(bits=..., granularity='sample'))."
+            )
+        return Partition(keep=tuple(builtins.range(ndim - 1)))
+
+
+class PerGroup(Granularity):
+    """One scale for ``group_size`` consecutive channels; of a weight, along the input inside one group of a Conv."""
+
+    name = "group"
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set for each group of channels, shared by the batch."""
+        return Partition(keep=(channel,), group_dim=channel, group_size=self.group_size)
+
+    def weight(self) -> Partition:
+        """One set for each group of each output channel."""
+        return Partition(keep=(0, 1), group_dim=1, group_size=self.group_size)
+
+    def sets(self, channels: int) -> int:
+        """The groups."""
+        assert self.group_size is not None
+        return -(-channels // self.group_size)
+
+
+GRANULARITIES: dict[str, type[Granularity]] = {
+    cls.name: cls for cls in (PerTensor, PerSample, PerChannel, PerSampleAndChannel, PerToken, PerGroup)
+}
+"""Classes by name; ``modiff.config`` holds the same names."""
+
+
+def granularity_of(spec: QuantSpec) -> Granularity:
+    """The granularity of a spec."""
+    return GRANULARITIES[spec.granularity](spec.group_size)
+
+
 def activation_partition(spec: QuantSpec, ndim: int, kind: str, batched: bool = True) -> Partition:
     """Partition of an operator's input.
 
     Args:
         spec: Its quantization.
         ndim: Number of dims of the input.
-        kind: ``linear`` (channels last) or ``conv`` (channels in dim 1).
+        kind: ``linear`` (channels last), else channels are in dim 1.
         batched: Whether dim 0 counts samples; without it the whole input is one sample.
 
     Raises:
         ConfigError: ``token`` was asked for on a convolution.
     """
     channel = ndim - 1 if kind == "linear" else int(batched)
-    sample = (0,) if batched else ()
-    if spec.granularity == "tensor":
-        return Partition()
-    if spec.granularity == "sample":
-        return Partition(keep=sample)
-    if spec.granularity == "channel":
-        return Partition(keep=(channel,))
-    if spec.granularity == "sample_channel":
-        return Partition(keep=(*sample, channel))
-    if spec.granularity == "group":
-        return Partition(keep=(channel,), group_dim=channel, group_size=spec.group_size)
-    if kind == "conv":
-        raise ConfigError(
-            "granularity 'token' exists for Linear operators only. Add a rule for the convolutions, for example "
-            "Rule('*', type='conv', activation=QuantSpec(bits=..., granularity='sample'))."
-        )
-    return Partition(keep=tuple(builtins.range(ndim - 1)))
+    return granularity_of(spec).inputs(ndim, channel, batched)
 
 
 def weight_partition(spec: QuantSpec) -> Partition:
-    """Partition of a weight ``[out, in / groups, *kernel]``; ``group`` runs along the input inside one conv group."""
-    if spec.granularity == "tensor":
-        return Partition()
-    if spec.granularity == "channel":
-        return Partition(keep=(0,))
-    return Partition(keep=(0, 1), group_dim=1, group_size=spec.group_size)
+    """Partition of a weight ``[out, in / groups, *kernel]``."""
+    return granularity_of(spec).weight()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
 from modiff.quantizers.affine import dequantize, quantize, scale_from_range
 from modiff.quantizers.rounding import RATIOS

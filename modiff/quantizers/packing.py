@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.errors import CheckpointError
 from modiff.quantizers.granularity import weight_partition
 from modiff.quantizers.rounding import QuantizedWeight

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modiff.config.quant import QuantSpec
+from modiff.config.specs import QuantSpec
 from modiff.quantizers.affine import dequantize, quantize, scale_from_range
 from modiff.quantizers.granularity import weight_partition
 

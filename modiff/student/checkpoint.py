@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff.config.quant import STATE_DTYPES, QuantConfig
+from modiff.config.quant import QuantConfig
+from modiff.config.specs import STATE_DTYPES
 from modiff.errors import CheckpointError, ConfigError
 from modiff.operators.dtypes import memory_format
 from modiff.operators.quantized import QuantizedOperator

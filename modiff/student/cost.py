@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count, shape_wrapper
 
-from modiff.config.quant import Modulation
+from modiff.config.specs import Modulation
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.modulated import ModulatedOperator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modiff.config.quant import Modulation, QuantSpec
+from modiff.config.specs import Modulation, QuantSpec
 
 
 @dataclass(frozen=True)

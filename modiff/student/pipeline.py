@@ -20,8 +20,8 @@ from torch import nn
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
 from modiff.student.swap import RECORD, operators, quantize, restore
-from modiff.trajectory.cache import Trajectory
-from modiff.trajectory.session import ATTRIBUTE, context_names, hold
+from modiff.trajectory.contexts import Trajectory, context_names
+from modiff.trajectory.session import ATTRIBUTE, hold
 
 DENOISER = re.compile("(unet|transformer)(_.*)?")
 CONTEXTS = "_modiff_contexts"

@@ -1,4 +1,4 @@
-"""Walk a denoiser, match rules, swap its linear operators; and the way back."""
+"""Swap a denoiser's linear operators for quantized ones, and back."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from modiff.config.quant import QuantConfig, Rule
+from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
-from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
+from modiff.kernels.scratch import free_scratch
+from modiff.operators.adapters import find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
-from modiff.operators.rewrites import RewrittenOperator, rewrite, rewritten, undo
+from modiff.operators.rewrites import rewrite, rewritten, undo
 from modiff.quantizers.calibrated import CalibratedRange
-from modiff.quantizers.granularity import activation_partition
 from modiff.quantizers.packing import PackedWeight
+from modiff.student.blocks import prompt_modules
 from modiff.student.describe import Description, Row
-from modiff.student.fixed import projections
+from modiff.student.match import Plan, plan, plans
 from modiff.student.tensors import Slot, slots
-from modiff.trajectory.session import ATTRIBUTE, ModulationState, state_of
+from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, state_of
 
 __all__ = ["RECORD", "Description", "Record", "Row", "convert", "describe", "operators", "plan", "quantize", "restore"]
 
@@ -51,21 +53,12 @@ class Record:
     replaced: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
 
 
-@dataclass
-class _Plan:
-    row: Row
-    module: nn.Module
-    adapter: OperatorAdapter | None
-    names: list[str]
-    wholes: list[str] = field(default_factory=list)  # names of the operator of which this is a part
-
-
-def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -> nn.Module:
+def quantize(model: nn.Module, config: QuantConfig | str, keep_teacher: bool = True) -> nn.Module:
     """Swap the linear operators of a denoiser for quantized ones, in place.
 
     Args:
         model: Any module; its forward is one evaluation.
-        config: What to quantize, and how.
+        config: What to quantize, and how; or a preset's name, such as ``w8a4-modiff``.
         keep_teacher: Keep the original weights, so that :func:`restore` works without the teacher.
 
     Returns:
@@ -75,7 +68,7 @@ def quantize(model: nn.Module, config: QuantConfig, keep_teacher: bool = True) -
         ConfigError: The model has no linear operators or is a student already, a rule's pattern matches nothing, a
             granularity does not exist for an operator, or a weight is no number. The model is then unchanged.
     """
-    return convert(model, config, keep_teacher)
+    return convert(model, QuantConfig.preset(config) if isinstance(config, str) else config, keep_teacher)
 
 
 def convert(
@@ -105,16 +98,16 @@ def convert(
     state = ModulationState()
     # Everything is built before anything is swapped: an error leaves the model as it was.
     try:
-        plans = _plan(model, config)
-        built = [(plan, _build(plan, state, weights, config.backend)) for plan in plans if plan.row.skipped is None]
-        for plan, operator in built:
+        found = plans(model, config)
+        built = [(p, _build(p, state, weights, config.backend)) for p in found if p.row.skipped is None]
+        for planned, operator in built:
             _require_backend(operator, config.backend)
-            operator.use_range((ranges or {}).get(plan.row.name))
+            operator.use_range((ranges or {}).get(planned.row.name))
     except Exception:
         if changed:
             undo(model)
         raise
-    record = Record(config, keep_teacher, Description(tuple(plan.row for plan in plans)))
+    record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
     record.hooks = _watch(model, state)
     setattr(model, ATTRIBUTE, state)
@@ -138,12 +131,12 @@ def _require_quantizable(model: nn.Module, config: QuantConfig) -> None:
         )
 
 
-def _swap(model: nn.Module, built: list[tuple[_Plan, QuantizedOperator]], record: Record) -> None:
+def _swap(model: nn.Module, built: list[tuple[Plan, QuantizedOperator]], record: Record) -> None:
     """Put the quantized operators in the places of the original ones, under all their names."""
-    for plan, operator in built:
-        record.names[plan.row.name] = plan.names
-        for name in plan.names:
-            _set(model, name, operator)
+    for planned, operator in built:
+        record.names[planned.row.name] = planned.names
+        for name in planned.names:
+            model.set_submodule(name, operator)
         if not record.keep_teacher:
             operator.drop_original()
     for _, whole in rewritten(model) if not record.keep_teacher else ():
@@ -151,12 +144,13 @@ def _swap(model: nn.Module, built: list[tuple[_Plan, QuantizedOperator]], record
 
 
 def _watch(model: nn.Module, state: ModulationState) -> list[torch.utils.hooks.RemovableHandle]:
-    """Tell the state where evaluations begin and end; let it keep the output of projections whose input is fixed."""
+    """Tell the state where evaluations begin and end; let it keep the output of modules that carry a prompt."""
     hooks = [
         model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
         model.register_forward_hook(state.end_evaluation),
     ]
-    for name in projections(model):
+    state.listeners.append(_FreesScratch())
+    for name in prompt_modules(model, state.schedule):
         hook = functools.partial(state.keep_output, name)
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
     return hooks
@@ -191,16 +185,14 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         original = student.get_submodule(name).module
         assert isinstance(original, nn.Module)
         for alias in names:
-            _set(student, alias, original)
+            student.set_submodule(alias, original)
     undo(student)
     for slot, old in record.replaced if own else []:
         slot.put(old)
     _copy(copies)
     for hook in record.hooks:
         hook.remove()
-    regions = state_of(student).regions
-    if regions is not None:
-        regions.undo()
+    state_of(student).tell("removed")
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
@@ -249,16 +241,16 @@ def describe(student: nn.Module) -> Description:
     """One row for each linear operator: name, type, bits, granularity, the rule that matched, or why it was skipped.
 
     For each it names the execution on the device where it is now, in float32, and why it is not in integers.
-    After a trajectory it also says which operators had a fixed input, and were computed once (``constant``).
+    After a trajectory it also says which operators had a constant input, and were computed once (``constant``).
 
     Raises:
         TrajectoryError: The module is not a student.
     """
     state = state_of(student)
     rows = getattr(student, RECORD).description.rows
-    fixed = state.last.constant if state.last else frozenset()
+    constant = state.last.constant if state.last else frozenset()
     found = operators(student)
-    return Description(tuple(replace(row, constant=row.name in fixed, backend=_backend(found, row)) for row in rows))
+    return Description(tuple(replace(row, constant=row.name in constant, backend=_backend(found, row)) for row in rows))
 
 
 def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
@@ -275,87 +267,8 @@ def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
     return {name: student.get_submodule(name) for name in getattr(student, RECORD).names}  # type: ignore[misc]
 
 
-def _plan(model: nn.Module, config: QuantConfig) -> list[_Plan]:
-    found: dict[int, _Plan] = {}
-    bypassed = bypassed_operators(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in found:
-            found[id(module)].names.append(name)
-            continue
-        row, adapter = Row(name, type(module).__name__), None
-        try:
-            adapter = find_adapter(module)
-            if adapter is None and not is_unsupported(module):
-                continue
-            if adapter is None:
-                row = Row(name, row.type, skipped="no adapter for this type")
-        except ConfigError as error:
-            row = Row(name, row.type, skipped=str(error))
-        if name in bypassed:
-            row, adapter = Row(name, row.type, skipped=bypassed[name]), None
-        found[id(module)] = _Plan(row, module, adapter, [name])
-    plans = list(found.values())
-    for plan in plans:
-        parents = {name.rpartition(".")[0] for name in plan.names}
-        plan.wholes = [name for name in parents if isinstance(model.get_submodule(name), RewrittenOperator)]
-    if not any(plan.adapter for plan in plans):
-        raise ConfigError(
-            f"{type(model).__name__} has no linear operators that can be quantized (Linear, Conv1d, Conv2d, Conv3d)."
-        )
-    for rule in config.rules:
-        if not any(plan.adapter and _match(rule, plan) for plan in plans):
-            names = ", ".join(plan.row.name for plan in plans[:4])
-            kind = "" if rule.type == "any" else f" of type {rule.type!r}"
-            raise ConfigError(f"Rule pattern {rule.pattern!r} matches no operator{kind}. Names here are like: {names}.")
-    for plan in plans:
-        if plan.adapter is not None:
-            plan.row = _decide(plan, config)
-    return plans
-
-
-def _match(rule: Rule, plan: _Plan) -> bool:
-    assert plan.adapter is not None
-    return any(rule.matches(name, plan.adapter.kind) for name in (*plan.names, *plan.wholes))
-
-
-def _decide(plan: _Plan, config: QuantConfig) -> Row:
-    assert plan.adapter is not None
-    name, kind = plan.row.name, plan.row.type
-    rule = next((r for r in reversed(config.rules) if _match(r, plan)), None)
-    pattern = rule.pattern if rule else None
-    if rule is not None and rule.skip:
-        return Row(name, kind, rule=pattern, skipped="the rule says skip")
-    if plan.module._forward_hooks or plan.module._forward_pre_hooks:
-        raise ConfigError(
-            f"Operator {name!r} ({kind}) has forward hooks, which its quantized twin would not run. Remove them before "
-            f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
-        )
-    weight, activation, modulation = config.weight, config.activation, config.modulation
-    if rule is not None:
-        weight = config.weight if isinstance(rule.weight, str) else rule.weight
-        activation = config.activation if isinstance(rule.activation, str) else rule.activation
-        modulation = config.modulation if isinstance(rule.modulation, str) else rule.modulation
-    if activation is None:
-        modulation = None
-    else:
-        try:
-            activation_partition(activation, 3, plan.adapter.kind)
-        except ConfigError as error:
-            raise ConfigError(f"Operator {name!r} ({kind}): {error}") from error
-    return Row(name, kind, weight, activation, modulation, pattern)
-
-
-def plan(model: nn.Module, config: QuantConfig) -> Description:
-    """What :func:`quantize` would do.
-
-    Raises:
-        ConfigError: As for :func:`quantize`.
-    """
-    return Description(tuple(plan.row for plan in _plan(model, config)))
-
-
 def _build(
-    plan: _Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, backend: str
+    plan: Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, backend: str
 ) -> QuantizedOperator:
     row = plan.row
     assert plan.adapter is not None
@@ -375,13 +288,18 @@ def _require_backend(operator: QuantizedOperator, backend: str) -> None:
     weight = operator.module.weight
     # Choosing may try the processor, which is better done here than inside a trajectory.
     choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    if backend == "onednn" and choice.backend != backend:
+    if backend != "auto" and choice.name != backend:
         raise ConfigError(
-            f"backend 'onednn' cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
+            f"backend {backend!r} cannot run operator {operator.name!r} exactly: {choice.reason}. Use backend 'auto', "
             f"which simulates such operators, or exclude it with Rule({operator.name!r}, skip=True)."
         )
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+class _FreesScratch(Listener):
+    """Gives the memory of eager mode back after each trajectory."""
+
+    copied = True
+
+    @override
+    def closed(self, state: ModulationState) -> None:
+        free_scratch()

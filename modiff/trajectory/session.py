@@ -1,34 +1,68 @@
-"""The state of a student: one trajectory at a time, owned, counted and cleared here."""
+"""The state of a student: one trajectory at a time, opened, counted and closed here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from modiff.errors import ConfigError, TrajectoryError
-from modiff.trajectory.cache import (
-    OUTPUT,
-    Context,
-    InputIdentity,
-    KeptOutput,
-    OperatorCache,
-    Trajectory,
-    first_flag,
-    tensors_of,
-)
+from modiff.errors import TrajectoryError
+from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.contexts import Context, Trajectory, context_names
+from modiff.trajectory.identity import InputIdentity, KeptOutput
+from modiff.trajectory.probes import Probes
+from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
 
-if TYPE_CHECKING:
-    from modiff.compiling.regions import Regions
-    from modiff.operators.execution import CompiledStages
-    from modiff.operators.modulated import ModulatedOperator
-
-__all__ = ["OUTPUT", "Context", "ModulationState", "OperatorCache", "Trajectory", "state_of", "trajectory"]
+__all__ = [
+    "Context",
+    "Listener",
+    "ModulationState",
+    "OperatorCache",
+    "Trajectory",
+    "context_names",
+    "hold",
+    "state_of",
+    "tensors_of",
+    "trajectory",
+]
 
 ATTRIBUTE = "_modiff_state"
+
+
+class Listener:
+    """Is told about the evaluations of a student; overrides what it wants to know.
+
+    Compiled regions are listeners, and so is whatever records errors step by step.
+
+    Attributes:
+        copied: A copy of the student gets a copy of the listener.
+    """
+
+    copied = False
+
+    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
+        """The denoiser is about to be called, inside a trajectory or outside of any.
+
+        Args:
+            state: Of the student.
+            arguments: The tensors among the denoiser's arguments.
+        """
+
+    def after_evaluation(self, state: ModulationState, output: Any) -> None:
+        """The denoiser has returned, inside a trajectory; its calls are about to be counted."""
+
+    def closed(self, state: ModulationState) -> None:
+        """The trajectory has ended, and its state is gone."""
+
+    def moved(self, state: ModulationState) -> None:
+        """An operator was moved to another device, cast or laid out anew."""
+
+    def removed(self, state: ModulationState) -> None:
+        """The student is being restored: nothing of the listener may stay on its modules."""
 
 
 class ModulationState:
@@ -36,25 +70,32 @@ class ModulationState:
 
     Every forward of the student's root module is one evaluation. An operator that is called several times within one
     evaluation (one weight, several call sites) keeps one cache for each call, in order.
+
+    Attributes:
+        trajectory: The open one.
+        last: The last one that was closed, for its counts.
+        listeners: Told about every evaluation.
+        schedule: Says what each call does.
+        calls: Calls of each modulated operator in this evaluation.
+        quantized: How many calls quantized their input in this evaluation, and how many could have.
     """
 
     def __init__(self) -> None:
         self.trajectory: Trajectory | None = None
-        self.last: Trajectory | None = None  # the last one that was closed: its counts
-        self._calls: dict[str, int] = {}
-        self._quantized = [0, 0]
-        self._probes: list[tuple[str, Tensor]] = []
-        self._changes: list[tuple[str, Tensor]] = []
-        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-        self._leaders: list[tuple[ModulatedOperator, InputIdentity, int]] = []
+        self.last: Trajectory | None = None
+        self.listeners: list[Listener] = []
+        self.schedule: Schedule = SCHEDULE
+        self.calls: dict[str, int] = {}
+        self.quantized = [0, 0]
+        self._leaders: list[tuple[object, InputIdentity, OperatorCache]] = []
         self._leading: list[OperatorCache] = []
-        self.stages: CompiledStages | None = None
-        self.regions: Regions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copying or pickling is allowed between trajectories only."""
         self.refuse_inside("copied or pickled")
-        return ModulationState().__dict__.copy()
+        kept = ModulationState()
+        kept.listeners = [listener for listener in self.listeners if listener.copied]
+        return kept.__dict__.copy()
 
     def refuse_inside(self, what: str) -> None:
         """Raise where a trajectory is open.
@@ -96,32 +137,34 @@ class ModulationState:
             self.trajectory.close()
             self.last = self.trajectory
         self.trajectory = None
-        if self.regions is not None:
-            self.regions.release()
-        self._scratch = {}
-        self._probes = []
-        self._changes = []
-        self._drop_codes()
+        self._forget_codes()
+        self.tell("closed")
+
+    def tell(self, event: str) -> None:
+        """Tell all listeners of an event that has no details: ``closed``, ``moved`` or ``removed``."""
+        for listener in self.listeners:
+            getattr(listener, event)(self)
 
     def begin_evaluation(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the root module."""
+        """Forward pre-hook of the root module.
+
+        Raises:
+            TrajectoryError: The evaluation before did not finish.
+        """
         run = self.trajectory
-        if run is None:
-            if self.regions is not None:
-                self.regions.prepare(self, [*tensors_of((args, kwargs))])
-            return
-        if run.in_evaluation:
-            raise TrajectoryError(
-                "The previous evaluation of this trajectory did not finish (it raised, or the student calls itself), "
-                "so its state is unusable. Start a new trajectory."
-            )
-        run.begin()
-        self._calls = {}
-        self._quantized = [0, 0]
-        self._probes = []
-        self._changes = []
-        if self.regions is not None:
-            self.regions.prepare(self, [*tensors_of((args, kwargs))])
+        if run is not None:
+            if run.in_evaluation:
+                raise TrajectoryError(
+                    "The previous evaluation of this trajectory did not finish (it raised, or the student calls "
+                    "itself), so its state is unusable. Start a new trajectory."
+                )
+            run.begin()
+            run.probes.begin()
+            self.calls, self.quantized = {}, [0, 0]
+        if self.listeners:
+            arguments = [*tensors_of((args, kwargs))]
+            for listener in self.listeners:
+                listener.before_evaluation(self, arguments)
 
     def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook of the root module.
@@ -133,35 +176,34 @@ class ModulationState:
         if run is None:
             return
         here = run.current
-        if self.regions is not None:
-            self.regions.finish(self, self._calls, self._quantized)
+        for listener in self.listeners:
+            listener.after_evaluation(self, output)
         if here.calls is None:
-            here.calls = self._calls
-        elif self._calls != here.calls:
-            name = next(n for n in {**here.calls, **self._calls} if self._calls.get(n) != here.calls.get(n))
+            here.calls = self.calls
+        elif self.calls != here.calls:
+            name = next(n for n in {**here.calls, **self.calls} if self.calls.get(n) != here.calls.get(n))
             raise TrajectoryError(
-                f"Operator {name!r} was called {self._calls.get(name, 0)} times in evaluation {here.total}{here}, but "
+                f"Operator {name!r} was called {self.calls.get(name, 0)} times in evaluation {here.total}{here}, but "
                 f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. "
                 "Exclude it with Rule(..., skip=True)."
             )
         run.in_evaluation = False
-        self._drop_codes()
+        self._forget_codes()
         here.total += 1
-        done, all_ = self._quantized
+        done, all_ = self.quantized
         here.quantized += int(all_ > 0 and done == all_)
-        result = next(tensors_of(output), None)
-        if result is not None:
-            # What is wrong in an inner operator shows at the next one; only the last one needs this.
-            self._probes.append((OUTPUT, result.sum(dtype=torch.promote_types(result.dtype, torch.float32))))
-        for found, kept in ((self._probes, run.probes), (self._changes, run.changes)):
-            if found:
-                device = found[0][1].device
-                kept.append(([name for name, _ in found], torch.stack([probe.to(device) for _, probe in found])))
+        run.probes.end(next(tensors_of(output), None))
 
-    def _drop_codes(self) -> None:
+    def _forget_codes(self) -> None:
+        """Drop what leaders encoded in this evaluation."""
         for cache in self._leading:
-            cache.codes = None
+            cache.encoded = cache.encoded_from = None
         self._leaders, self._leading = [], []
+
+    @property
+    def evaluation(self) -> int:
+        """Number of the current evaluation in its context, from 0; 0 outside of a trajectory."""
+        return 0 if self.trajectory is None else self.trajectory.current.total
 
     def next_cache(self, name: str, x: Tensor, batched: bool) -> OperatorCache | None:
         """The cache of this call of operator ``name``; None in the first evaluation of the current context.
@@ -182,8 +224,8 @@ class ModulationState:
                 "evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student itself."
             )
         here = run.current
-        call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
+        call = self.calls.get(name, 0)
+        self.calls[name] = call + 1
         if here.total == 0:
             return None
         caches = here.caches.get(name, [])
@@ -193,7 +235,7 @@ class ModulationState:
                 "Exclude it with Rule(..., skip=True)."
             )
         cache = caches[call]
-        shape = cache.a_hat.shape
+        shape = cache.shape
         if shape != x.shape:
             rows, *rest = shape
             if not (run.guidance_may_end and batched and [2 * x.shape[0], *x.shape[1:]] == [rows, *rest]):
@@ -209,7 +251,7 @@ class ModulationState:
     def peek_cache(self, name: str) -> OperatorCache | None:
         """The cache that the next call of operator ``name`` will get, if there is one."""
         caches = [] if self.trajectory is None else self.trajectory.current.caches.get(name, [])
-        call = self._calls.get(name, 0)
+        call = self.calls.get(name, 0)
         return caches[call] if call < len(caches) else None
 
     def keep_cache(self, name: str, cache: OperatorCache) -> None:
@@ -217,29 +259,26 @@ class ModulationState:
         assert self.trajectory is not None
         self.trajectory.current.caches.setdefault(name, []).append(cache)
 
-    def find_leader(self, operator: ModulatedOperator, x: Tensor) -> OperatorCache | None:
+    def find_leader(self, quantizer: object, x: Tensor) -> OperatorCache | None:
         """In the first evaluation: the cache of an operator that read this very tensor under the same quantizer.
 
-        Without one, the operator may lead others.
+        Args:
+            quantizer: Equal for operators that make the same â and codes of the same inputs.
+            x: The input.
         """
-        identity = InputIdentity.of(x)
-        if identity is None:
-            return None
-        for other, source, site in self._leaders:
-            if source.matches(x) and operator.shares_with(other):
-                return self._cache_of(other.name, site)
-        assert self.trajectory is not None
-        site = len(self.trajectory.current.caches.get(operator.name, []))
-        self._leaders.append((operator, identity, site))
+        for other, source, cache in self._leaders:
+            if other == quantizer and source.matches(x):
+                return cache
         return None
 
-    def _cache_of(self, name: str, site: int) -> OperatorCache | None:
-        assert self.trajectory is not None
-        caches = self.trajectory.current.caches.get(name, [])
-        return caches[site] if site < len(caches) else None
+    def may_lead(self, quantizer: object, x: Tensor, cache: OperatorCache) -> None:
+        """Offer a cache to operators that will read the same tensor, see :meth:`find_leader`."""
+        identity = InputIdentity.of(x)
+        if identity is not None:
+            self._leaders.append((quantizer, identity, cache))
 
     def lead(self, cache: OperatorCache) -> None:
-        """Have a leader's codes dropped at the end of the evaluation."""
+        """Drop what a leader encoded at the end of the evaluation."""
         self._leading.append(cache)
 
     def note_unchanged(self, name: str, x: Tensor, cache: OperatorCache, quantized: bool) -> None:
@@ -251,9 +290,9 @@ class ModulationState:
         assert self.trajectory is not None
         skipped = self.trajectory.current.unchanged
         skipped[name] = skipped.get(name, 0) + 1
-        self._changes.append((name, torch.ne(x, cache.reconstruction()).any()))
-        self._quantized[0] += int(quantized)
-        self._quantized[1] += 1
+        self.trajectory.probes.changes.append((name, torch.ne(x, cache.reconstruction()).any()))
+        self.quantized[0] += int(quantized)
+        self.quantized[1] += 1
 
     def note(self, name: str, probe: Tensor, quantized: bool | None) -> None:
         """Record one call of an operator.
@@ -265,15 +304,15 @@ class ModulationState:
         """
         if self.trajectory is None:
             return
-        self._probes.append((name, probe))
+        self.trajectory.probes.inputs.append((name, probe))
         if quantized is not None:
-            self._quantized[0] += int(quantized)
-            self._quantized[1] += 1
+            self.quantized[0] += int(quantized)
+            self.quantized[1] += 1
 
     def keep_output(self, name: str, _module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """Forward hook of a module whose output depends on its input only: an unchanged input gives the same tensor.
 
-        The operators behind it then see that their input is fixed. That the output is the same is checked on the
+        The operators behind it then see that their input is constant. That the output is the same is checked on the
         device, like the input in :meth:`note_unchanged`.
         """
         run = self.trajectory
@@ -282,30 +321,20 @@ class ModulationState:
         if len(args) != 1 or not isinstance(output, Tensor):
             return None
         kept = run.current.outputs.get(name)
-        if kept is not None and kept.output.shape == output.shape and kept.holds(args[0]):
-            self._changes.append((name, torch.ne(output, kept.output).any()))
+        if kept is not None and self.schedule.module(kept, args[0], output) is Answer.REUSE:
+            run.probes.changes.append((name, torch.ne(output, kept.output).any()))
             return kept.output
         run.current.outputs[name] = KeptOutput.of(args[0], output)
         return None
 
-    def scratch(self, like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> Tensor:
-        """Uninitialized memory in the shape and strides of a dense tensor, shared by all operators.
 
-        It is valid until the next call; fresh memory for each residual would cost a page fault per 4 KiB.
-
-        Args:
-            like: The tensor.
-            dtype: Of the memory; None: the tensor's.
-            index: Two of the same dtype are told apart by it.
-        """
-        dtype = dtype or like.dtype
-        key = (like.device, dtype, index)
-        buffer = self._scratch.get(key)
-        if buffer is None or buffer.numel() < like.numel():
-            with torch.inference_mode(False):
-                buffer = torch.empty(like.numel(), dtype=dtype, device=like.device)
-            self._scratch[key] = buffer
-        return buffer.as_strided(like.shape, like.stride())
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested arguments or outputs of a call."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
+            yield from tensors_of(dict(leaf))
 
 
 def state_of(student: nn.Module) -> ModulationState:
@@ -354,46 +383,15 @@ def trajectory(
         yield run
 
 
-def context_names(contexts: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of contexts, checked.
-
-    Raises:
-        ConfigError: They are not names, each used once.
-    """
-    if contexts is None:
-        return None
-    names = () if isinstance(contexts, str) else tuple(contexts)
-    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(
-            f"contexts is {contexts!r}; give the names of a step's denoiser calls in their order, each once, such as "
-            "('uncond', 'cond')."
-        )
-    return names
-
-
 @contextmanager
 def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
     """Have ``run`` be the student's trajectory inside; see :func:`trajectory`."""
-    state = state_of(student)
+    state, probes = state_of(student), run.probes
     state.open(run)
     try:
         with torch.no_grad():
             yield
     finally:
         state.close()
-        probes, run.probes, changes, run.changes = run.probes, [], run.changes, []
-    found = first_flag([(names, ~torch.isfinite(probe)) for names, probe in probes])
-    if found:
-        where = "the student's output" if found[0] == OUTPUT else f"the input of operator {found[0]!r}"
-        raise TrajectoryError(
-            f"NaN or Inf in {where}, first in evaluation {found[1]} of {run.total} (from 0). "
-            "The images of this trajectory are worthless: check the teacher in this dtype, or keep that operator in "
-            "full precision by a rule."
-        )
-    found = first_flag(changes)
-    if found:
-        raise TrajectoryError(
-            f"The input of operator {found[0]!r} was overwritten between evaluations in a way that PyTorch does not "
-            "count (through .data, numpy or a kernel of your own), and was taken for unchanged: the images of this "
-            "trajectory are wrong. Write to the tensor itself (copy_), or give a new tensor in each evaluation."
-        )
+        run.probes = Probes()
+    probes.check(run.total)

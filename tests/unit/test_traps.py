@@ -12,7 +12,7 @@ import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.operators.modulated import ModulatedOperator
 from modiff.quantizers.granularity import Partition
-from modiff.trajectory.cache import Trajectory
+from modiff.trajectory.contexts import Trajectory
 from modiff.trajectory.session import ModulationState
 
 fails = pytest.raises(AssertionError)

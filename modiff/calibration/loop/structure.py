@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from modiff.operators.rewrites import RewrittenOperator, rewritten
+from modiff.operators.rewrites import rewritten
+from modiff.student.blocks import find_blocks
 from modiff.student.tensors import slots
+
+__all__ = ["Structure", "find_blocks", "shared_copy"]
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,3 @@ def shared_copy(model: nn.Module) -> nn.Module:
     kept: dict[int, Any] = {id(slot.tensor): slot.tensor for slot in slots(model)}
     kept |= {id(whole.original): whole.original for _, whole in rewritten(model)}
     return copy.deepcopy(model, kept)
-
-
-def find_blocks(
-    model: nn.Module, operators: Iterable[str], usable: Iterable[str], most: int = 8
-) -> dict[str, tuple[str, ...]]:
-    """The smallest modules that hold several operators: residual blocks, attentions, feed-forward nets, embeddings.
-
-    Nothing is assumed about classes: a module is a block when it can be run alone (``usable``), holds 2 to ``most``
-    operators, and no other block. The model itself is none.
-
-    Args:
-        model: The teacher.
-        operators: Names of those whose weights are quantized.
-        usable: Modules that were called once in each evaluation, with tensors of the batch in and one tensor out.
-        most: Largest number of operators in a block.
-
-    Returns:
-        Operators by block; those in none stand alone.
-    """
-    names, possible = list(operators), set(usable)
-    blocks: dict[str, tuple[str, ...]] = {}
-    # Deepest first, so that a module is looked at after all that it holds.
-    for name in sorted(possible - {""}, key=lambda n: -n.count(".")):
-        held = tuple(op for op in names if op.startswith(f"{name}."))
-        inside = any(block.startswith(f"{name}.") for block in blocks)
-        if isinstance(model.get_submodule(name), RewrittenOperator):
-            continue  # two halves of one operator, which belongs to the block around it
-        if not inside and name not in names and 2 <= len(held) <= most:
-            blocks[name] = held
-    return blocks

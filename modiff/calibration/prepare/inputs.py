@@ -18,7 +18,7 @@ from modiff.config.quant import QuantConfig, Split
 from modiff.errors import CalibrationError
 from modiff.operators.quantized import QuantizedOperator
 from modiff.student.swap import convert, operators
-from modiff.trajectory.cache import tensors_of
+from modiff.trajectory.session import tensors_of
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 TINY = 1e-5

@@ -19,7 +19,7 @@ from modiff.errors import CalibrationError
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import QuantizedOperator
-from modiff.operators.standin import StandIn
+from modiff.operators.wrapper import ModuleWrapper
 from modiff.quantizers.packing import PackedWeight
 from modiff.student.swap import operators
 
@@ -213,7 +213,7 @@ class _OutputError:
         return math.fsum(self(evaluation, rows).item() * len(rows) for rows in parts) / evaluation.count
 
 
-class _Tunable(StandIn):
+class _Tunable(ModuleWrapper):
     """A quantized operator in full-precision activations, with a gradient in its scales and bias."""
 
     def __init__(self, module: nn.Module, adapter: OperatorAdapter, weight: PackedWeight) -> None:

@@ -1,4 +1,4 @@
-"""A module in the place of another one."""
+"""A module in the place of another one, which it holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-class StandIn(nn.Module):
+class ModuleWrapper(nn.Module):
     """Holds another module as ``module``; what attributes it lacks, such as ``in_channels``, are the other's."""
 
     module: Any

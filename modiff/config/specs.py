@@ -1,0 +1,153 @@
+"""How a tensor is quantized, and how differences between evaluations are: two plain frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from modiff.config.checks import boolean, integer, member
+from modiff.errors import ConfigError
+
+Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
+Range = Literal["dynamic", "calibrated"]
+Warmup = Literal["full", "refine"]
+StateDtype = Literal["float32", "float16", "bfloat16"]
+ReconstructionDtype = Literal["float32", "int16"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+STATE_DTYPES: tuple[StateDtype, ...] = get_args(StateDtype)
+WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
+CALIBRATED_GRANULARITIES = ("tensor", "channel", "group")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Args:
+        bits: Width of the codes, 2 to 8.
+        granularity: What keeps a scale of its own. Activations: ``tensor`` (one scale), ``sample`` (dim 0),
+            ``channel`` (last dim of a Linear's input, dim 1 of a Conv's), ``sample_channel`` (both: each element of a
+            ``[B, C]`` input, which is then not quantized at all), ``token`` (all but the last dim, Linear only),
+            ``group`` (``group_size`` consecutive channels). ``tensor``, ``channel`` and ``group`` reduce over the
+            batch, so an image then depends on the batch it is drawn in. Weights: ``tensor``, ``channel`` (output) or
+            ``group`` (along the input, per output channel).
+        symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
+        range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration
+            (:func:`modiff.calibration.calibrate`), and fixed then. Activations only, with granularity ``tensor``,
+            ``channel`` or ``group``: the others have as many scales as the batch has rows. The integer warm-up
+            ``refine`` stays dynamic.
+        clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation. A calibrated
+            range is multiplied once, when it is calibrated.
+        group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
+        timestep_buckets: Calibrated ranges along a trajectory: evaluation i of n uses bucket i * buckets // n.
+            Residuals shrink along a trajectory, so one range for all of it is wide at its end. n is the length that was
+            calibrated: a longer trajectory is refused, a shorter one gets the first ranges only, so
+            calibrate with the steps that are sampled.
+
+    Raises:
+        ConfigError: A field is out of range, or fields contradict each other.
+    """
+
+    bits: int = 8
+    granularity: Granularity = "tensor"
+    symmetric: bool = True
+    range: Range = "dynamic"
+    clip: float = 1.0
+    group_size: int | None = None
+    timestep_buckets: int = 1
+
+    def __post_init__(self) -> None:
+        integer("bits", self.bits, low=2, high=8, hint="; for full precision set the whole spec to null")
+        member("granularity", self.granularity, GRANULARITIES)
+        boolean("symmetric", self.symmetric)
+        member("range", self.range, get_args(Range))
+        if self.range == "calibrated" and self.granularity not in CALIBRATED_GRANULARITIES:
+            raise ConfigError(
+                f"range is 'calibrated' with granularity {self.granularity!r}, whose scales belong to rows of a batch; "
+                f"allowed are {', '.join(CALIBRATED_GRANULARITIES)}. Set granularity='tensor', or range='dynamic'."
+            )
+        integer("timestep_buckets", self.timestep_buckets, low=1)
+        if self.range == "dynamic" and self.timestep_buckets > 1:
+            raise ConfigError(
+                f"timestep_buckets is {self.timestep_buckets}, but range is 'dynamic', which is new in every "
+                "evaluation. Set range='calibrated', or remove timestep_buckets."
+            )
+        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
+            raise ConfigError(f"clip is {self.clip!r}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
+        if self.granularity == "group":
+            if self.group_size is None:
+                raise ConfigError("granularity 'group' needs group_size. Set it, for example group_size=32.")
+            integer("group_size", self.group_size, low=1)
+        elif self.group_size is not None:
+            raise ConfigError(
+                f"group_size is {self.group_size} but granularity is {self.granularity!r}. "
+                "Set granularity='group', or remove group_size."
+            )
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code.
+
+        >>> QuantSpec(bits=4).code_range, QuantSpec(bits=4, symmetric=False).code_range
+        ((-7, 7), (0, 15))
+        """
+        if self.symmetric:
+            n = 2 ** (self.bits - 1) - 1
+            return -n, n
+        return 0, 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Quantize the change of an operator's input between evaluations (MoDiff; equations 6 to 14 of METHOD.md).
+
+    Args:
+        error_compensation: Take the difference to the reconstruction (equation 13); False only for ablations.
+        warmup: First evaluation: ``full`` precision, or ``refine``: quantize a_T in ``warmup_rounds`` rounds.
+        warmup_rounds: Rounds of ``refine``.
+        refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
+        state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
+            needs ``refresh_every``.
+        reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
+            ``int16`` keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to
+            four times their range; scales are rounded to whole multiples of the step, so that â changes exactly.
+
+    Both stay in float32 where a sample's input is one vector (time embeddings); â also where the input, and ô where the
+    output, has at most a sixteenth of the other's channels (the image, at the denoiser's ends). That takes few bytes,
+    and what is lost there shows in every pixel (benchmarks/state.md).
+
+    Raises:
+        ConfigError: A field is out of range, or fields contradict each other.
+    """
+
+    error_compensation: bool = True
+    warmup: Warmup = "full"
+    warmup_rounds: int = 3
+    refresh_every: int | None = None
+    state_dtype: StateDtype | None = None
+    reconstruction_dtype: ReconstructionDtype | None = None
+
+    def __post_init__(self) -> None:
+        boolean("error_compensation", self.error_compensation)
+        member("warmup", self.warmup, get_args(Warmup))
+        integer("warmup_rounds", self.warmup_rounds, low=1)
+        if self.refresh_every is not None:
+            integer("refresh_every", self.refresh_every, low=2)
+        if self.state_dtype is not None:
+            member("state_dtype", self.state_dtype, STATE_DTYPES)
+        if self.reconstruction_dtype is not None:
+            member("reconstruction_dtype", self.reconstruction_dtype, get_args(ReconstructionDtype))
+        if self.state_dtype == "bfloat16" and self.refresh_every is None:
+            raise ConfigError(
+                "state_dtype 'bfloat16' lets ô drift away from A(â). Set refresh_every, or use 'float16' or 'float32'."
+            )
+        if not self.error_compensation and self.warmup == "refine":
+            raise ConfigError("warmup 'refine' needs error_compensation. Use warmup='full'.")
+
+
+def check_weight(spec: QuantSpec) -> None:
+    """Refuse what exists for activations only."""
+    if spec.granularity not in WEIGHT_GRANULARITIES:
+        raise ConfigError(f"weight granularity is {spec.granularity!r}; allowed are {', '.join(WEIGHT_GRANULARITIES)}.")
+    if spec.range == "calibrated":
+        raise ConfigError("weight range is 'calibrated'; a weight's range is its own. Use 'dynamic'.")

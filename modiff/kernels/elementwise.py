@@ -1,0 +1,194 @@
+"""The element-wise work around a product: difference, range, codes, reconstruction; then scale and add.
+
+Plain functions of tensors, the same in eager mode, where they work in place on scratch memory, and under
+``torch.compile``, which turns each into one pass or two over memory, by itself (:mod:`modiff.kernels.compiled`) or
+inlined into a compiled denoiser.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modiff.kernels.backend import Encoded, FixedScale, Held, OperatorShape, Prepared, Quantizer, output_scale
+from modiff.kernels.scratch import is_dense, scratch
+from modiff.quantizers.affine import Limits
+from modiff.quantizers.granularity import Partition
+from modiff.quantizers.packing import PackedWeight
+
+
+def encode(
+    a: Tensor,
+    held: Held | None,
+    limits: Limits,
+    partition: Partition | None,
+    fixed: FixedScale | None = None,
+    zero: int | None = None,
+    alone: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations (4), (5) and (13): the codes of ``a - â``, and ``â += Q(a - â)`` in place.
+
+    Args:
+        a: Input, float32 or float64; dense.
+        held: â; None: ``a`` itself is quantized. Inputs that its grid cannot hold are clipped.
+        limits: The quantizer.
+        partition: Which elements share a scale; None: those of a row, where ``a`` is a matrix. (A partition's dims
+            would be symbols to a graph with dynamic shapes.)
+        fixed: Calibrated scale and zero point, broadcasting against ``a``; None: from the range of ``a - â``.
+        zero: Return codes as uint8, this standing for 0; None: return values, ``Q(a - â)``.
+        alone: The graph that is traced holds nothing else (see :func:`advance`).
+
+    Returns:
+        Codes or values, in eager mode in scratch memory; the scale, broadcasting against ``a``; a scalar that is NaN or
+        Inf where ``a`` holds either.
+    """
+    residual, step = _difference(a, held), None if held is None else held.step
+    if fixed is None:
+        low, high = _range(residual, partition)
+        probe = (high - low).sum()
+        scale, zero_point = limits.scale(low, high, step)
+        if partition is not None:
+            scale = partition.expand(scale, a.shape)
+            zero_point = None if zero_point is None else partition.expand(zero_point, a.shape)
+    else:
+        probe = residual.sum()  # clamping would hide an Inf
+        scale, zero_point = limits.calibrated(*fixed, step)
+    codes = residual.div_(scale).round_()
+    if zero_point is not None:
+        codes = limits.clamp_(codes.add_(zero_point)).sub_(zero_point)
+    elif limits.clips or step is not None:  # else no value rounds beyond the last code; a scale in whole steps may
+        codes = limits.clamp_(codes)
+    if held is None:
+        return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
+    if step is not None:
+        codes = held.within(codes, scale)
+        probe = a.sum()  # what was clipped may have been infinite
+    if torch.compiler.is_compiling() and held.compensates and not alone:
+        found = codes * scale if zero is None else _as_uint8(codes, zero)
+        advance(held.a_hat, found, scale, step, zero)
+        return found, scale, probe
+    if zero is None and step is None and held.compensates:
+        values = codes.mul_(scale)
+        held.a_hat.add_(values)
+        return values, scale, probe
+    held.advance(a, codes, scale)
+    return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
+
+
+def rescale(product: Tensor, encoded: Encoded) -> Tensor:
+    """A product times the scale of its codes, in place."""
+    return product if encoded.scale is None else product.mul_(output_scale(encoded.scale, product))
+
+
+def update(product: Tensor, o_hat: Tensor, scale: Tensor | None) -> Tensor:
+    """Equation (14): ``ô += scale * product``, in place in both; returns the new ô in the memory of ``product``.
+
+    Args:
+        product: ``A(codes)``, or with ``scale=None`` ``A(Q(a - â))``.
+        o_hat: ô, the same shape, any float dtype.
+        scale: Of the codes, broadcasting against the product.
+    """
+    total = product.add_(o_hat) if scale is None else product.mul_(scale).add_(o_hat)
+    o_hat.copy_(total)
+    return total
+
+
+class ElementwiseBackend:
+    """A backend that differs from the definition in its product only; register a subclass with ``name``.
+
+    A subclass has :meth:`prepare` and :meth:`multiply`, and where it takes integer codes also :meth:`zero`.
+    """
+
+    name: str
+    devices: tuple[str, ...] = ()
+
+    def zero(self, quantizer: Quantizer) -> int | None:
+        """The uint8 code that stands for 0; None: the product takes values."""
+        return None
+
+    def obstacle(
+        self, shape: OperatorShape, quantizer: Quantizer, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """Nothing stands in the way."""
+        return None
+
+    def prepare(self, weight: PackedWeight, shape: OperatorShape) -> Prepared:
+        """As in :class:`~modiff.kernels.backend.Backend`."""
+        raise NotImplementedError
+
+    def multiply(self, prepared: Prepared, encoded: Encoded) -> Tensor:
+        """As in :class:`~modiff.kernels.backend.Backend`."""
+        raise NotImplementedError
+
+    def encode(self, a: Tensor, held: Held | None, quantizer: Quantizer) -> Encoded:
+        """By :func:`encode`."""
+        zero = self.zero(quantizer)
+        if not torch.compiler.is_compiling() and held is None and not is_dense(a):
+            a = a.contiguous()  # scratch memory has its strides
+        codes, scale, probe = encode(a, held, quantizer.limits, quantizer.partition, quantizer.fixed, zero)
+        return Encoded(codes, zero or 0, None if zero is None else scale, probe)
+
+    def update(self, product: Tensor, encoded: Encoded, o_hat: Tensor) -> Tensor:
+        """By :func:`update`."""
+        scale = None if encoded.scale is None else output_scale(encoded.scale, product)
+        return update(laid_out_like(product, o_hat), o_hat, scale)
+
+    def advance(
+        self, a: Tensor, held: Held, prepared: Prepared, quantizer: Quantizer, o_hat: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The three one after the other."""
+        encoded = self.encode(a, held, quantizer)
+        return self.update(self.multiply(prepared, encoded), encoded, o_hat), encoded.probe
+
+
+def laid_out_like(product: Tensor, o_hat: Tensor) -> Tensor:
+    """``product`` in the memory layout of ô."""
+    return (
+        product if product.stride() == o_hat.stride() else torch.empty_like(o_hat, dtype=product.dtype).copy_(product)
+    )
+
+
+def _difference(a: Tensor, held: Held | None) -> Tensor:
+    """``a - â`` in memory that may be overwritten; what a grid cannot hold is clipped first."""
+    if held is not None and held.grid is not None:
+        return held.grid.clip(a) - held.grid.decode(held.a_hat)
+    if torch.compiler.is_compiling():
+        return a.clone() if held is None else a - held.a_hat
+    if held is None:
+        return scratch(a).copy_(a)
+    return torch.sub(a, held.a_hat, out=scratch(held.a_hat))
+
+
+def _range(residual: Tensor, partition: Partition | None) -> tuple[Tensor, Tensor]:
+    if partition is None:
+        return residual.amin(1, keepdim=True), residual.amax(1, keepdim=True)
+    return partition.range(residual)
+
+
+def _as_uint8(codes: Tensor, zero: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return (codes + zero).to(torch.uint8)
+    return scratch(codes, torch.uint8).copy_(codes.add_(zero))
+
+
+@torch.library.custom_op("modiff::advance", mutates_args=("a_hat",))
+def advance(a_hat: Tensor, codes: Tensor, scale: Tensor, step: Tensor | None, zero: int | None) -> None:
+    """Equation (13) in place while a denoiser is traced: ``â += Q(a - â)``.
+
+    Behind an operator of its own: inductor (PyTorch 2.13) fails on graphs in which a difference to a tensor is kept in
+    memory and that tensor is then overwritten within the same loop.
+
+    Args:
+        a_hat: Of :class:`Held`.
+        codes: uint8 codes, or values where ``zero`` is None.
+        scale: Broadcasts against them.
+        step: Of the grid of â.
+        zero: The code that stands for 0.
+    """
+    change = codes if zero is None else (codes.to(scale.dtype) - zero).mul_(scale)
+    a_hat.add_(change if step is None else (change / step).round().to(a_hat.dtype))
+
+
+@advance.register_fake
+def _(a_hat: Tensor, codes: Tensor, scale: Tensor, step: Tensor | None, zero: int | None) -> None:
+    return None

@@ -1,0 +1,43 @@
+"""Memory that eager mode uses again and again: fresh memory for each residual would cost a page fault per 4 KiB."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_LOCAL = threading.local()
+
+
+def scratch(like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> Tensor:
+    """Uninitialized memory in the shape and strides of a dense tensor, shared by all operators of a thread.
+
+    It is valid until the next call for the same device, dtype and index.
+
+    Args:
+        like: The tensor.
+        dtype: Of the memory; None: the tensor's.
+        index: Two of the same dtype are told apart by it.
+    """
+    dtype = dtype or like.dtype
+    buffers = _LOCAL.__dict__
+    key = (like.device, dtype, index)
+    buffer = buffers.get(key)
+    if buffer is None or buffer.numel() < like.numel():
+        with torch.inference_mode(False):
+            buffer = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        buffers[key] = buffer
+    return buffer.as_strided(like.shape, like.stride())
+
+
+def free_scratch() -> None:
+    """Let go of this thread's memory."""
+    _LOCAL.__dict__.clear()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps or overlaps, in some order of its dims."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return True
+    return torch.empty_like(x, device="meta").stride() == x.stride()

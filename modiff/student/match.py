@@ -1,0 +1,117 @@
+"""Walk a denoiser, match rules, and decide what becomes of each operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from modiff.config.quant import QuantConfig, Rule
+from modiff.errors import ConfigError
+from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
+from modiff.operators.rewrites import RewrittenOperator
+from modiff.quantizers.granularity import activation_partition
+from modiff.student.describe import Description, Row
+
+
+@dataclass
+class Plan:
+    """What is to become of one module.
+
+    Args:
+        row: Of the description.
+        module: The original.
+        adapter: How its type applies a weight; None: it is left untouched.
+        names: Every name of the module, its first one in front.
+        wholes: Names of the operator of which the module is a part.
+    """
+
+    row: Row
+    module: nn.Module
+    adapter: OperatorAdapter | None
+    names: list[str]
+    wholes: list[str] = field(default_factory=list)
+
+
+def plan(model: nn.Module, config: QuantConfig) -> Description:
+    """What :func:`modiff.quantize` would do.
+
+    Raises:
+        ConfigError: As for :func:`modiff.quantize`.
+    """
+    return Description(tuple(plan.row for plan in plans(model, config)))
+
+
+def plans(model: nn.Module, config: QuantConfig) -> list[Plan]:
+    """A plan for each linear operator, in the order of the walk.
+
+    Raises:
+        ConfigError: As for :func:`modiff.quantize`.
+    """
+    found: dict[int, Plan] = {}
+    bypassed = bypassed_operators(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in found:
+            found[id(module)].names.append(name)
+            continue
+        row, adapter = Row(name, type(module).__name__), None
+        try:
+            adapter = find_adapter(module)
+            if adapter is None and not is_unsupported(module):
+                continue
+            if adapter is None:
+                row = Row(name, row.type, skipped="no adapter for this type")
+        except ConfigError as error:
+            row = Row(name, row.type, skipped=str(error))
+        if name in bypassed:
+            row, adapter = Row(name, row.type, skipped=bypassed[name]), None
+        found[id(module)] = Plan(row, module, adapter, [name])
+    all_ = list(found.values())
+    for plan in all_:
+        parents = {name.rpartition(".")[0] for name in plan.names}
+        plan.wholes = [name for name in parents if isinstance(model.get_submodule(name), RewrittenOperator)]
+    if not any(plan.adapter for plan in all_):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear operators that can be quantized (Linear, Conv1d, Conv2d, Conv3d)."
+        )
+    for rule in config.rules:
+        if not any(plan.adapter and _match(rule, plan) for plan in all_):
+            names = ", ".join(plan.row.name for plan in all_[:4])
+            kind = "" if rule.type == "any" else f" of type {rule.type!r}"
+            raise ConfigError(f"Rule pattern {rule.pattern!r} matches no operator{kind}. Names here are like: {names}.")
+    for plan in all_:
+        if plan.adapter is not None:
+            plan.row = _decide(plan, config)
+    return all_
+
+
+def _match(rule: Rule, plan: Plan) -> bool:
+    assert plan.adapter is not None
+    return any(rule.matches(name, plan.adapter.kind) for name in (*plan.names, *plan.wholes))
+
+
+def _decide(plan: Plan, config: QuantConfig) -> Row:
+    assert plan.adapter is not None
+    name, kind = plan.row.name, plan.row.type
+    rule = next((r for r in reversed(config.rules) if _match(r, plan)), None)
+    pattern = rule.pattern if rule else None
+    if rule is not None and rule.skip:
+        return Row(name, kind, rule=pattern, skipped="the rule says skip")
+    if plan.module._forward_hooks or plan.module._forward_pre_hooks:
+        raise ConfigError(
+            f"Operator {name!r} ({kind}) has forward hooks, which its quantized twin would not run. Remove them before "
+            f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
+        )
+    weight, activation, modulation = config.weight, config.activation, config.modulation
+    if rule is not None:
+        weight = config.weight if isinstance(rule.weight, str) else rule.weight
+        activation = config.activation if isinstance(rule.activation, str) else rule.activation
+        modulation = config.modulation if isinstance(rule.modulation, str) else rule.modulation
+    if activation is None:
+        modulation = None
+    else:
+        try:
+            activation_partition(activation, 3, plan.adapter.kind)
+        except ConfigError as error:
+            raise ConfigError(f"Operator {name!r} ({kind}): {error}") from error
+    return Row(name, kind, weight, activation, modulation, pattern)
