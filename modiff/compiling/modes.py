@@ -13,6 +13,7 @@ from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled
 from modiff.student.blocks import repeated_blocks
+from modiff.student.reuse import reuse_of
 from modiff.student.swap import operators
 from modiff.trajectory.session import state_of
 
@@ -49,6 +50,11 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
     state = state_of(student)
     state.refuse_inside("compiled")
     modules = [] if mode in ("auto", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    if modules and reuse_of(state) is not None:
+        raise ConfigError(
+            f"The {type(student).__name__} has a reuse schedule, which mode {mode!r} cannot follow: its graphs hold "
+            "whole blocks. Use mode 'auto' or 'stages'."
+        )
     if any("_hf_hook" in vars(module) for module in modules):
         raise ConfigError(
             f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "

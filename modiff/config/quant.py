@@ -8,6 +8,7 @@ from typing import Any
 
 from modiff.config.checks import build, member, side
 from modiff.config.rules import Rule, Split
+from modiff.config.schedule import ReuseSchedule
 from modiff.config.specs import Modulation, QuantSpec, check_weight
 from modiff.errors import ConfigError
 
@@ -32,6 +33,7 @@ class QuantConfig:
         backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
             CPU, refused where an operator's could not be exact. ``auto``: integers where they are exact, else
             ``simulate``; :func:`modiff.describe` says which, and why.
+        schedule: Blocks that are skipped in some evaluations; None: everything is computed in each.
 
     Raises:
         ConfigError: A field is wrong.
@@ -44,11 +46,13 @@ class QuantConfig:
     splits: tuple[Split, ...] = field(default=())
     smoothed: tuple[str, ...] = field(default=())
     backend: str = "auto"
+    schedule: ReuseSchedule | None = None
 
     def __post_init__(self) -> None:
         side("weight", self.weight, QuantSpec)
         side("activation", self.activation, QuantSpec)
         side("modulation", self.modulation, Modulation)
+        side("schedule", self.schedule, ReuseSchedule)
         if isinstance(self.rules, list):
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -102,6 +106,8 @@ class QuantConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"QuantConfig is {values!r}; give a mapping with its fields.")
         values = _build_sides(values)
+        if isinstance(values.get("schedule"), dict):
+            values["schedule"] = ReuseSchedule.from_dict(values["schedule"])
         rules = values.get("rules")
         if isinstance(rules, (list, tuple)):
             values["rules"] = tuple(_build_rule(f"rules[{i}]", rule) for i, rule in enumerate(rules))

@@ -23,6 +23,8 @@ class ReuseSchedule:
     Args:
         every: Compute each block in every ``every``-th evaluation.
         mode: What stands in for a skipped branch.
+        part: ``branches``: the residual branch of every resnet, attention and transformer block; ``deep``: the whole
+            deeper half of a UNet, as in DeepCache.
         blocks: Patterns of block names; the others are always computed.
         warmup: Evaluations at the beginning of a trajectory in which everything is computed; at least 1, and 2 for
             ``extrapolate``.
@@ -43,6 +45,7 @@ class ReuseSchedule:
 
     every: int | None = None
     mode: ReuseMode = "extrapolate"
+    part: Literal["branches", "deep"] = "branches"
     blocks: tuple[str, ...] = ("*",)
     warmup: int = 2
     cooldown: int = 0
@@ -59,6 +62,8 @@ class ReuseSchedule:
             )
         if self.mode not in get_args(ReuseMode):
             raise ConfigError(f"mode is {self.mode!r}; allowed are {', '.join(get_args(ReuseMode))}.")
+        if self.part not in ("branches", "deep"):
+            raise ConfigError(f"part is {self.part!r}; allowed are branches, deep.")
         for name, low in (("every", 2), ("warmup", 2 if self.mode == "extrapolate" else 1), ("cooldown", 0)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
@@ -103,7 +108,7 @@ class ReuseSchedule:
 
     @classmethod
     def preset(cls, name: str) -> ReuseSchedule:
-        """A schedule by name: ``reuse-K`` or ``extrapolate-K``, K from 2 to 9.
+        """A schedule by name: ``reuse-K`` or ``extrapolate-K``, K from 2 to 9; ``deep-`` before it for the deep half.
 
         Raises:
             ConfigError: The name is not of that form.
@@ -111,13 +116,14 @@ class ReuseSchedule:
         >>> ReuseSchedule.preset("extrapolate-3").every
         3
         """
-        match = re.fullmatch(r"(reuse|extrapolate)-([2-9])", name) if isinstance(name, str) else None
+        match = re.fullmatch(r"(deep-)?(reuse|extrapolate)-([2-9])", name) if isinstance(name, str) else None
         if match is None:
             raise ConfigError(
                 f"unknown schedule {name!r}; allowed are reuse-K and extrapolate-K with K from 2 to 9, such as "
-                "'extrapolate-2'."
+                "'extrapolate-2', and the same for the deep half of a UNet: 'deep-reuse-2'."
             )
-        return cls(every=int(match[2]), mode="reuse" if match[1] == "reuse" else "extrapolate")
+        mode: ReuseMode = "reuse" if match[2] == "reuse" else "extrapolate"
+        return cls(every=int(match[3]), mode=mode, part="deep" if match[1] else "branches")
 
     def matches(self, block: str) -> bool:
         """Whether a block, by its qualified name, is one of those that may be skipped."""

@@ -36,6 +36,7 @@ class ModulatedOperator(QuantizedOperator):
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
+        self.block = ""  # of a reuse schedule: what advances in other evaluations shares no â
         self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class ModulatedOperator(QuantizedOperator):
         """
         if self.modulation.warmup != "full" or self.calibrated is not None or self.apart:
             return None
-        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend
+        return self.block, self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend
 
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""

@@ -19,9 +19,10 @@ from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, rewritten, undo
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
-from modiff.student.blocks import prompt_modules
+from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
 from modiff.student.match import Plan, plan, plans
+from modiff.student.reuse import install_schedule
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, state_of
 
@@ -107,9 +108,13 @@ def convert(
         if changed:
             undo(model)
         raise
+    if config.schedule is not None:
+        reusable_blocks(model, config.schedule)  # refuses what matches nothing, before anything is swapped
     record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
     record.hooks = _watch(model, state)
+    if config.schedule is not None:
+        record.hooks += install_schedule(model, config.schedule, state)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
     return model
