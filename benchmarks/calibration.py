@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import modiff
 from modiff.calibration import CalibrationSettings, calibrate
-from modiff.calibration.settings import DATA_METHODS
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.lit.modules.student import to_unit_range
 from modiff.metrics.pairwise import mean_psnr_db, relative_l2
@@ -36,6 +35,7 @@ STEPS = 50
 CALIBRATION_SEED, CALIBRATION_IMAGES = 1000, 16
 """Of the noise of the images that students are calibrated on, once for each row."""
 METHODS = ("nearest", "lp", "gptq", "adaround", "brecq")
+LEARNED = ("gptq", "adaround", "brecq")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Row:
     @property
     def uses_data(self) -> bool:
         """Whether it is calibrated on trajectories."""
-        return self.method in DATA_METHODS or self.activation.get("range") == "calibrated"
+        return self.method in LEARNED or self.activation.get("range") == "calibrated"
 
     def config(self) -> modiff.QuantConfig:
         """The whole quantization."""
@@ -263,7 +263,7 @@ class Tables:
     def seconds(self) -> list[str]:
         """Time of the calibrations."""
         lines = ["| weights | W4A32 | W4A4 | W4A3 |", "|---|---|---|---|"]
-        for method in DATA_METHODS:
+        for method in LEARNED:
             values = [self.text(f"{b}-{method}", "calibration_cpu_seconds", 0) for b in ("w4a32", "w4a4", "w4a3")]
             lines.append(f"| {method} | " + " | ".join(values) + " |")
         return lines

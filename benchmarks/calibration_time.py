@@ -21,7 +21,7 @@ from torch import nn
 
 import modiff
 from modiff.calibration import calibrate
-from modiff.lit.bench.timing import peak_memory
+from modiff.lit.bench.clocks import peak_memory
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.teachers.sampling.loop import sample
 from modiff.teachers.sampling.noise import indexed_noise

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import modiff
-from modiff.lit.bench.timing import peak_memory
+from modiff.lit.bench.clocks import peak_memory
 from modiff.lit.callbacks.provenance import device_name, git_commit
 from modiff.lit.commands.bench import has_vnni
 from modiff.teachers.zoo import TeacherSpec, load_teacher

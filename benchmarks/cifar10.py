@@ -105,7 +105,7 @@ def evaluate(row: Row, args: argparse.Namespace, fingerprint: str) -> dict[str, 
     accelerator = {"cuda": "gpu"}.get(args.device, args.device)
     options += ["--trainer.accelerator", accelerator, "--trainer.devices", "1"]
     cli = StudentCLI("evaluate", [*options, "--output", str(shared / row.name)])
-    return evaluate_recipe(cli, shared / "teacher")
+    return evaluate_recipe(cli, shared / "teacher").as_json()
 
 
 def row_options(row: Row, args: argparse.Namespace, placeholders: bool = False) -> list[str]:
@@ -258,7 +258,7 @@ class Results:
 
     def write(self) -> None:
         """Write both files; one line for each row."""
-        from modiff.lit.runs.directory import atomic_write
+        from modiff.storage.atomic import write_text
 
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.rows.values())
         note = (
@@ -268,7 +268,7 @@ class Results:
         text = f'{{\n "note": {json.dumps(note, ensure_ascii=False)},\n "rows": [\n{rows}\n ]\n}}\n'
         report = markdown(list(self.rows.values()))
         for name, content in (("cifar10.json", text), ("cifar10.md", report)):
-            atomic_write(self.folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+            write_text(self.folder / name, content)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RECIPES = "recipes/cifar10"
 IMAGES = {"small": 2048, "large": 5000}
 BATCH = 256
 
-# Published FID of 50,000 images, DDIM 100 quadratic (METHOD.md section 2), by W, A, granularity: (plain, + MoDiff).
+# Published FID of 50,000 images, DDIM 100 quadratic (docs/method.md), by W, A, granularity: (plain, + MoDiff).
 # None: not published. "sample" is the paper's dynamic per-image quantizer, "tensor" its dynamic tensor-wise one.
 PAPER_100: dict[tuple[int, int | None, str], tuple[float | None, float | None]] = {
     (8, None, "sample"): (4.24, None),

@@ -66,7 +66,7 @@ def main() -> None:
             shared += ["--timing_rounds", "0", "--error_images", "0", "--wandb", "disabled"]
             command = ["--config", RECIPE, *options, *shared]
             cli = StudentCLI("evaluate", [*command, "--output", str(folder)])
-            metrics = evaluate_recipe(cli, args.output / f"seed{seed}" / "teacher")
+            metrics = evaluate_recipe(cli, args.output / f"seed{seed}" / "teacher").as_json()
             student = {key: metrics["student"][key] for key in METRICS}
             row = {"arm": arm, "bits": bits, "symmetry": symmetry, "seed": seed, **student}
             row["teacher_fid"] = metrics["teacher"]["fid"]

@@ -156,7 +156,7 @@ def training_facts(config: dict[str, Any], curves: dict[str, dict[int, float]]) 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with the packed weights: a grid, and their distance to the training images."""
     from modiff.lit.commands.statistics import pick_device
-    from modiff.lit.report.pictures import image_grid, save_picture
+    from modiff.lit.report.image_grids import image_grid, save_picture
     from modiff.metrics.features import load_feature_network
     from modiff.metrics.fidelity import ImageFidelity
     from modiff.metrics.statistics import FeatureStatistics, frechet_distance

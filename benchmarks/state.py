@@ -49,7 +49,7 @@ def main() -> None:
                 shared += ["--timing_rounds", "0", "--error_images", "0", "--wandb", "disabled"]
                 command = ["--config", RECIPE, "--model.preset", f"w8a{bits}-modiff", *options, *shared]
                 cli = StudentCLI("evaluate", [*command, "--output", str(folder)])
-                metrics = evaluate_recipe(cli, args.output / f"seed{seed}" / "teacher")
+                metrics = evaluate_recipe(cli, args.output / f"seed{seed}" / "teacher").as_json()
                 row = {"bits": bits, "state": state, "seed": seed, "psnr_db": metrics["student"]["psnr_db"]}
                 row["state_mib_per_image"] = metrics["cost"]["state_mib_per_image"]
                 rows.append({**row, "command": "modiff evaluate " + " ".join(command)})

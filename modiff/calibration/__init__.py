@@ -1,4 +1,4 @@
-"""Weights quantized by what the student's own trajectories show."""
+"""Calibration: weights and ranges found from what the student's own trajectories show."""
 
 from modiff.calibration.calibrate import calibrate
 from modiff.calibration.settings import CalibrationSettings

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from modiff.errors import ConfigError
 
-RANGES = ("minmax", "moving_average", "percentile", "lp", "lsq")
-DATA_METHODS = ("gptq", "adaround", "brecq")
-METHODS = ("nearest", "lp", "gptq", "adaround", "brecq")
+Ranges = Literal["minmax", "moving_average", "percentile", "lp", "lsq"]
+RANGES: tuple[str, ...] = get_args(Ranges)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class CalibrationSettings:
     tuning_rate: float = 0.002
     smoothing: float | None = None
     split_concatenations: bool = False
-    ranges: Literal["minmax", "moving_average", "percentile", "lp", "lsq"] = "minmax"
+    ranges: Ranges = "minmax"
     range_evaluations: int | None = None
     range_passes: int = 2
     percentile: float = 99.9

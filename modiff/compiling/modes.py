@@ -11,7 +11,7 @@ from torch import nn
 
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
-from modiff.kernels.compiled import RECOMPILES, compiled
+from modiff.kernels.compiled import RECOMPILES, compiled_backend
 from modiff.student.blocks import repeated_blocks
 from modiff.student.reuse import reuse_of
 from modiff.student.swap import operators
@@ -67,12 +67,12 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
         return student
     # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
     for operator in operators(student).values():
-        operator.wrap_backend(compiled)
+        operator.wrap_backend(compiled_backend)
     if modules:
         regions = Regions(modules, operators(student))
         state.listeners.append(regions)
         for module in modules:
-            module.forward = CompiledForward(module, regions, _Graph)  # type: ignore[method-assign, assignment]
+            module.forward = CompiledForward(module, regions, _Graph)
     return student
 
 
@@ -92,12 +92,18 @@ def uncompile(student: nn.Module) -> nn.Module:
     return student
 
 
+def has_regions(student: nn.Module) -> bool:
+    """Whether parts of a student run in graphs of their own (modes ``blocks`` and ``whole``)."""
+    return any(isinstance(listener, Regions) for listener in state_of(student).listeners)
+
+
 class _Graph:
     """A function compiled as one graph; where it does not allow that, in several, which one line says."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.compiled = torch.compile(function, fullgraph=True, dynamic=False, recompile_limit=RECOMPILES)
+        self.options: dict[str, Any] = {"dynamic": False, "recompile_limit": RECOMPILES}
+        self.compiled = torch.compile(function, fullgraph=True, **self.options)
         self.full = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +115,7 @@ class _Graph:
             reason = str(error).strip().splitlines()[0]
             log.warning("modiff.compile: not one graph (%s); compiled in parts.", reason)
             self.full = False
-            self.compiled = torch.compile(self.function, dynamic=False, recompile_limit=RECOMPILES)
+            self.compiled = torch.compile(self.function, **self.options)
             return self.compiled(*args, **kwargs)
 
 

@@ -65,7 +65,7 @@ class Regions(Listener):
             region = operator.region
             if isinstance(operator, ModulatedOperator):
                 state.calls[name] = region.call
-                skipped = region.answers.count(Answer.REUSE)
+                skipped = sum(region.reuses)
                 if skipped:
                     run.current.unchanged[name] = run.current.unchanged.get(name, 0) + skipped
             if operator.activation_spec is not None:
@@ -125,10 +125,10 @@ class Regions(Listener):
     ) -> None:
         region = operator.region
         region.call, region.caches = 0, caches
-        region.answers = tuple(state.schedule.traced(cache, arguments) for cache in caches)
-        for cache, answer in zip(caches, region.answers, strict=True):
+        region.reuses = tuple(state.schedule.traced(cache, arguments) is Answer.REUSE for cache in caches)
+        for cache, reuses in zip(caches, region.reuses, strict=True):
             cache.encoded = None
-            cache.source = cache.source if answer is Answer.REUSE else None
+            cache.source = cache.source if reuses else None
         if operator.calibrated is not None:
             assert region.shape is not None
             assert region.execution is not None

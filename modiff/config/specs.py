@@ -99,7 +99,7 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Quantize the change of an operator's input between evaluations (MoDiff; equations 6 to 14 of METHOD.md).
+    """Quantize the change of an operator's input between evaluations (MoDiff; equations 6 to 14 of docs/method.md).
 
     Args:
         error_compensation: Take the difference to the reconstruction (equation 13); False only for ablations.

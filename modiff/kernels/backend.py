@@ -17,7 +17,7 @@ from torch import Tensor
 from modiff.config import quant
 from modiff.config.specs import Modulation, QuantSpec
 from modiff.quantizers.affine import Limits
-from modiff.quantizers.granularity import Partition
+from modiff.quantizers.granularity import GRANULARITIES, Partition
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.quantizers.packing import PackedWeight
 
@@ -244,7 +244,7 @@ def register(speed: float) -> Callable[[_Class], _Class]:
     return add
 
 
-FACTORS_OUT = ("tensor", "sample", "token")
+FACTORS_OUT = tuple(name for name, cls in GRANULARITIES.items() if cls.factors_out)
 """Granularities whose scale is the same for all inputs of an output, so that it can be applied to the sum."""
 
 

@@ -71,17 +71,15 @@ class CompiledBackend(ElementwiseBackend):
         rows = 1 if scale is None else scale.numel()
         flat, held = rows_view(product, rows), rows_view(o_hat, rows)
         if flat is None or held is None:
-            _compiled(update_into)(product, o_hat, scale)
+            compiled_function(update_into)(product, o_hat, scale)
         else:
-            _compiled(update_into)(flat, held, None if scale is None else scale.reshape(rows, 1))
+            compiled_function(update_into)(flat, held, None if scale is None else scale.reshape(rows, 1))
         return product
 
 
-@functools.cache
-def compiled(backend: Backend) -> Backend:
+def compiled_backend(backend: Backend) -> Backend:
     """A backend with compiled element-wise work; one that does not leave it to this package stays as it is."""
-    plain = isinstance(backend, ElementwiseBackend) and not isinstance(backend, CompiledBackend)
-    return CompiledBackend(backend) if plain else backend  # type: ignore[arg-type]
+    return CompiledBackend(backend) if isinstance(backend, ElementwiseBackend) else backend
 
 
 def encode_into(
@@ -107,9 +105,10 @@ def update_into(product: Tensor, o_hat: Tensor, scale: Tensor | None) -> None:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function compiled once for all students of the process."""
-    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=RECOMPILES)
+    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": RECOMPILES}
+    return torch.compile(function, **options)
 
 
 def rows_view(x: Tensor, rows: int) -> Tensor | None:
@@ -156,7 +155,9 @@ def _encode_rows(
         assert numbers is not None
         numbers = scratch(numbers, a.dtype, 2).copy_(numbers)
     compensates = held is None or held.compensates
-    scale, probe = _compiled(encode_into)(views[0], views[1], numbers, grid, quantizer.limits, flat, compensates, zero)
+    scale, probe = compiled_function(encode_into)(
+        views[0], views[1], numbers, grid, quantizer.limits, flat, compensates, zero
+    )
     if grid is not None:
         views[2].copy_(numbers)  # type: ignore[union-attr, arg-type]
     return out, scale.reshape(kept), probe

@@ -53,11 +53,7 @@ def encode(
     else:
         probe = residual.sum()  # clamping would hide an Inf
         scale, zero_point = limits.calibrated(*fixed, step)
-    codes = residual.div_(scale).round_()
-    if zero_point is not None:
-        codes = limits.clamp_(codes.add_(zero_point)).sub_(zero_point)
-    elif limits.clips or step is not None:  # else no value rounds beyond the last code; a scale in whole steps may
-        codes = limits.clamp_(codes)
+    codes = codes_(residual, scale, zero_point, limits, limits.clips or step is not None)
     if held is None:
         return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
     if step is not None:
@@ -67,12 +63,24 @@ def encode(
         found = codes * scale if zero is None else _as_uint8(codes, zero)
         advance(held.a_hat, found, scale, step, zero)
         return found, scale, probe
-    if zero is None and step is None and held.compensates:
-        values = codes.mul_(scale)
-        held.a_hat.add_(values)
-        return values, scale, probe
-    held.advance(a, codes, scale)
-    return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
+    found = held.advance(a, codes, scale, as_values=zero is None)
+    return (found if zero is None else _as_uint8(found, zero)), scale, probe
+
+
+def codes_(x: Tensor, scale: Tensor, zero_point: Tensor | None, limits: Limits, clips: bool) -> Tensor:
+    """Equation (4) in place: the codes of ``x`` less their zero point, as floats; rounds half to even.
+
+    Args:
+        x: Values.
+        scale: Broadcasts against them, like ``zero_point``.
+        zero_point: None where symmetric.
+        limits: Lowest and highest code.
+        clips: Values can round beyond the last code: the scale is not the full range's.
+    """
+    codes = x.div_(scale).round_()
+    if zero_point is not None:
+        return limits.clamp_(codes.add_(zero_point)).sub_(zero_point)
+    return limits.clamp_(codes) if clips else codes
 
 
 def rescale(product: Tensor, encoded: Encoded) -> Tensor:
@@ -149,14 +157,12 @@ def laid_out_like(product: Tensor, o_hat: Tensor) -> Tensor:
 
 
 def _difference(a: Tensor, held: Held | None) -> Tensor:
-    """``a - â`` in memory that may be overwritten; what a grid cannot hold is clipped first."""
-    if held is not None and held.grid is not None:
-        return held.grid.clip(a) - held.grid.decode(held.a_hat)
+    """``a - â``, or ``a`` itself, in memory that may be overwritten."""
     if torch.compiler.is_compiling():
-        return a.clone() if held is None else a - held.a_hat
+        return a.clone() if held is None else held.difference(a)
     if held is None:
         return scratch(a).copy_(a)
-    return torch.sub(a, held.a_hat, out=scratch(held.a_hat))
+    return held.difference(a, out=scratch(held.a_hat, a.dtype))
 
 
 def _range(residual: Tensor, partition: Partition | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _LOCAL = threading.local()
+_Key = tuple[torch.device, torch.dtype, int]
 
 
 def scratch(like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> Tensor:
@@ -21,7 +22,7 @@ def scratch(like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> T
         index: Two of the same dtype are told apart by it.
     """
     dtype = dtype or like.dtype
-    buffers = _LOCAL.__dict__
+    buffers: dict[_Key, Tensor] = _LOCAL.__dict__  # type: ignore[assignment]
     key = (like.device, dtype, index)
     buffer = buffers.get(key)
     if buffer is None or buffer.numel() < like.numel():

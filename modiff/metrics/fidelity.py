@@ -13,6 +13,7 @@ from modiff.errors import ConfigError
 from modiff.metrics.features import count_features, extract, network_name
 from modiff.metrics.precision_recall import keep_smallest, precision_recall, priorities
 from modiff.metrics.statistics import FeatureStatistics, frechet_distance
+from modiff.metrics.sums import add, empty, merge, value
 
 __all__ = ["MAX_KEPT", "SOURCES", "FeatureStatistics", "ImageFidelity", "frechet_distance"]
 
@@ -24,10 +25,10 @@ MAX_KEPT = 10_000
 class ImageFidelity(Metric):
     """What a teacher's and a student's images look like to a feature network.
 
-    Every batch passes the network once. Sums are kept in float64 and added up across ranks; the result does not
-    depend on batches, their order or the number of ranks, up to float64 rounding. Features themselves are kept for
-    precision and recall only, ``max_kept`` per source: of more images a pseudo-random subset, the same one whatever
-    the order. That is ``3 * max_kept * D * 4`` bytes at most.
+    Every batch passes the network once. Sums are kept with twice the digits of float64, so that the same batches give
+    the same figures in any order and on any number of ranks, bit for bit; other batches, up to float64 rounding.
+    Features themselves are kept for precision and recall only, ``max_kept`` per source: of more images a pseudo-random
+    subset, the same one whatever the order. That is ``3 * max_kept * D * 4`` bytes at most.
 
     The inception score (Salimans et al. 2016) is over all images at once. Published ones are means over ten random
     splits, which lie a little lower and depend on the splits; torchmetrics' own keeps every score and draws the
@@ -76,11 +77,11 @@ class ImageFidelity(Metric):
         self.add_state(f"{source}_count", torch.tensor(0), dist_reduce_fx="sum")
         for prefix, size in (("", self.num_features), ("spatial_", self.num_spatial)):
             if size is not None:
-                self.add_state(f"{source}_{prefix}sum", torch.zeros(size).double(), dist_reduce_fx="sum")
-                self.add_state(f"{source}_{prefix}outer", torch.zeros(size, size).double(), dist_reduce_fx="sum")
+                self.add_state(f"{source}_{prefix}sum", empty(size), dist_reduce_fx=merge)
+                self.add_state(f"{source}_{prefix}outer", empty(size, size), dist_reduce_fx=merge)
         if self.num_classes is not None:
-            self.add_state(f"{source}_probability", torch.zeros(self.num_classes).double(), dist_reduce_fx="sum")
-            self.add_state(f"{source}_negentropy", torch.zeros(()).double(), dist_reduce_fx="sum")
+            self.add_state(f"{source}_probability", empty(self.num_classes), dist_reduce_fx=merge)
+            self.add_state(f"{source}_negentropy", empty(), dist_reduce_fx=merge)
         self.add_state(f"{source}_kept", [], dist_reduce_fx="cat")
         self.add_state(f"{source}_priority", [], dist_reduce_fx="cat")
 
@@ -103,7 +104,7 @@ class ImageFidelity(Metric):
         self._check(images, source)
         outputs = extract(self.network, images)
         self._add(f"{source}_", self._of_width("features", outputs.features, self.num_features))
-        self._increase(f"{source}_count", len(images))
+        setattr(self, f"{source}_count", getattr(self, f"{source}_count") + len(images))
         if self.num_spatial is not None:
             self._add(f"{source}_spatial_", self._of_width("spatial features", outputs.spatial, self.num_spatial))
         if self.num_classes is not None:
@@ -147,8 +148,8 @@ class ImageFidelity(Metric):
         self._increase(f"{prefix}sum", values.sum(dim=0))
         self._increase(f"{prefix}outer", values.T @ values)
 
-    def _increase(self, state: str, amount: Tensor | int) -> None:
-        setattr(self, state, getattr(self, state) + amount)
+    def _increase(self, state: str, amount: Tensor) -> None:
+        setattr(self, state, add(getattr(self, state), amount))
 
     def _kept(self, source: str) -> tuple[Tensor, Tensor]:
         return keep_smallest(
@@ -184,8 +185,8 @@ class ImageFidelity(Metric):
         return FeatureStatistics(mean, covariance, count, self.network_name, *spatial, features)
 
     def _moments(self, prefix: str, count: int) -> tuple[Tensor, Tensor]:
-        mean = getattr(self, f"{prefix}sum") / count
-        return mean, (getattr(self, f"{prefix}outer") - count * torch.outer(mean, mean)) / (count - 1)
+        mean = value(getattr(self, f"{prefix}sum")) / count
+        return mean, (value(getattr(self, f"{prefix}outer")) - count * torch.outer(mean, mean)) / (count - 1)
 
     def compute(self) -> dict[str, Any]:
         """All figures, None where one cannot be given; ``reasons`` then says why.
@@ -244,8 +245,8 @@ class _Report:
             row.update(self._neighbours(source, "teacher", "_to_teacher"))
         return row
 
-    def _problem(self, source: str, against: str, needed: int) -> str | None:
-        """Why these two sets of images cannot be compared, or None."""
+    def _problem(self, source: str, against: str, needed: int, size: int | None = None) -> str | None:
+        """Why these two sets of images cannot be compared, or None; ``size`` features need ``2 * size`` images."""
         for name in (source, against):
             if name == "reference" and self.metric.reference is not None:
                 continue
@@ -255,7 +256,8 @@ class _Report:
                 return f"the features of the {name} images hold NaN or Inf"
             if self.counts[name] < needed:
                 verb = "were given" if name == "reference" else "were drawn"
-                return f"{needed} {name} images are needed, {self.counts[name]} {verb}"
+                why = f" (twice the {size} features of {self.metric.network_name})" if size else ""
+                return f"{needed} {name} images are needed, {self.counts[name]} {verb}{why}"
         return None
 
     def _frechet(self, key: str, source: str, other: FeatureStatistics | None, against: str) -> float | None:
@@ -263,7 +265,7 @@ class _Report:
         size = self.metric.num_spatial if spatial else self.metric.num_features
         if size is None:
             return self._none(key, f"feature network {self.metric.network_name!r} has no spatial features")
-        problem = self._problem(source, against, 2 * size)
+        problem = self._problem(source, against, 2 * size, size)
         mine = self.statistics[source]
         if problem is not None or mine is None or other is None:
             return self._none(key, problem or "two images are needed")
@@ -280,8 +282,8 @@ class _Report:
         problem = self._problem(source, source, 2)
         if problem is not None:
             return self._none(key, problem)
-        mean = getattr(self.metric, f"{source}_probability") / self.counts[source]
-        conditional = getattr(self.metric, f"{source}_negentropy") / self.counts[source]
+        mean = value(getattr(self.metric, f"{source}_probability")) / self.counts[source]
+        conditional = value(getattr(self.metric, f"{source}_negentropy")) / self.counts[source]
         return float((conditional - torch.special.xlogy(mean, mean).sum()).exp())
 
     def _neighbours(self, source: str, against: str, suffix: str) -> dict[str, float | None]:

@@ -63,6 +63,15 @@ def relative_l2(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(difference == 0, 0.0, difference / teacher.double().flatten(1).norm(dim=1))
 
 
+def mean_relative_l2(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of :func:`relative_l2` over dim 0; a scalar float64 tensor.
+
+    Raises:
+        ConfigError: The shapes differ.
+    """
+    return relative_l2(student, teacher).mean()
+
+
 def ssim(student: Tensor, teacher: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004), data range 1, by torchmetrics: float ``[N]``.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics.image.fid import _compute_fid
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.storage.atomic import write_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +159,8 @@ class FeatureStatistics:
             "num_images": None if self.num_images is None else torch.tensor(self.num_images),
         }
         metadata = None if self.network is None else {"network": self.network}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        write_file(path, lambda temporary: save_file(kept, temporary, metadata=metadata))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

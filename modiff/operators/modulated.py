@@ -1,4 +1,4 @@
-"""The modulated operator: equations (8), (9), (13) and (14) of METHOD.md."""
+"""The modulated operator: equations (8), (9), (13) and (14) of docs/method.md."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ModulatedOperator(QuantizedOperator):
         if torch.compiler.is_compiling():
             region, call = self.region, self.region.call
             region.call = call + 1
-            return region.answers[call], region.caches[call]
+            return Answer.REUSE if region.reuses[call] else Answer.ADVANCE, region.caches[call]
         self.require_range()
         cache = self.state.next_cache(self.name, x, self.shape.is_batched(x.ndim))
         answer = self.state.schedule.operator(self.state.evaluation, cache, x, self.modulation)
@@ -143,7 +143,8 @@ class ModulatedOperator(QuantizedOperator):
         """
         if self.modulation.warmup != "full" or self.calibrated is not None or self.apart:
             return None
-        return self.block, self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend
+        shape, backend = self.shape, execution.backend.name
+        return self.block, self.activation_spec, self.modulation, shape.kind, len(shape.kernel), backend
 
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff.config.specs import Modulation, QuantSpec
 from modiff.errors import CalibrationError, TrajectoryError
-from modiff.kernels.backend import Backend, FixedScale, Prepared, Quantizer
+from modiff.kernels.backend import BACKENDS, Backend, FixedScale, Prepared, Quantizer
 from modiff.kernels.elementwise import rescale
 from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
@@ -23,7 +23,6 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
-from modiff.trajectory.schedule import Answer
 from modiff.trajectory.session import ModulationState
 
 
@@ -49,14 +48,14 @@ class Region:
 
     Args:
         caches: Of its calls, in their order; empty for plain quantization.
-        answers: What each of the calls does.
+        reuses: Which of the calls give their last output again; numbers, for a graph is not guarded by enums.
         execution: How its products run; None before it ran eagerly.
         shape: Of an input that ran eagerly.
         call: Calls so far in this evaluation.
     """
 
     caches: list[OperatorCache] = field(default_factory=list)
-    answers: tuple[Answer, ...] = ()
+    reuses: tuple[bool, ...] = ()
     execution: Execution | None = None
     shape: torch.Size | None = None
     call: int = 0
@@ -110,7 +109,7 @@ class QuantizedOperator(WeightHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
-        kept = {"wrapper": None, "region": Region(), "_executions": {}}
+        kept: dict[str, Any] = {"wrapper": None, "region": Region(), "_executions": {}}
         return {**self.__dict__, **kept}
 
     def use(self, packed: PackedWeight) -> None:
@@ -125,7 +124,11 @@ class QuantizedOperator(WeightHolder):
     def wrap_backend(self, wrapper: Callable[[Backend], Backend] | None) -> None:
         """Run by ``wrapper(backend)`` from now on; None: by the backend itself."""
         self.wrapper = wrapper
-        self.forget_executions()
+        changed = {k: e._replace(backend=self._wrapped(BACKENDS[e.backend.name])) for k, e in self._executions.items()}
+        self._executions = changed
+
+    def _wrapped(self, backend: Backend) -> Backend:
+        return backend if self.wrapper is None else self.wrapper(backend)
 
     def use_range(self, found: CalibratedRange | None) -> None:
         """Quantize activations with calibrated scales and zero points from now on; None: with dynamic ones.
@@ -226,8 +229,7 @@ class QuantizedOperator(WeightHolder):
                 prepared = Prepared(self.shape, self.quantized_weight())
             else:
                 prepared = choice.backend.prepare(self.packed, self.shape)
-        backend = choice.backend if self.wrapper is None else self.wrapper(choice.backend)
-        return Execution(backend, prepared, quantizer, unclipped)
+        return Execution(self._wrapped(choice.backend), prepared, quantizer, unclipped)
 
     def _quantizer(self, like: Tensor, partition: Partition, clip: float | None) -> Quantizer:
         assert self.activation_spec is not None
@@ -260,7 +262,7 @@ class QuantizedOperator(WeightHolder):
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.region.execution.quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""

@@ -1,4 +1,4 @@
-"""The recurrence of METHOD.md in float64, one equation after the other: for tests, and for readers.
+"""The recurrence of docs/method.md in float64, one equation after the other: for tests, and for readers.
 
 Nothing here is shared with the fast operators but the specs: which elements share a scale is written out in label
 tensors, each set is quantized by itself, and products run through a copy of the original module.

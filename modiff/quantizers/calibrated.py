@@ -15,7 +15,7 @@ from modiff.quantizers.affine import scale_from_range
 
 @dataclass(frozen=True)
 class CalibratedRange:
-    """Scales and zero points that do not depend on the data any more; one object holds both (trap 6 of METHOD.md).
+    """Scales and zero points that do not depend on the data any more; one object holds both (trap 6).
 
     Evaluation ``i`` of a trajectory uses bucket ``i * buckets // length``.
 

@@ -100,6 +100,17 @@ class Held:
             self.grid.fit(a)
             self.a_hat.copy_(-self.grid.center)
 
+    def difference(self, a: Tensor, out: Tensor | None = None) -> Tensor:
+        """``a - â`` in memory that may be overwritten; what a grid cannot hold is clipped first.
+
+        Args:
+            a: The input.
+            out: Memory for it, in the layout of ``a_hat``; an integer â makes its own.
+        """
+        if self.grid is not None:
+            return self.grid.clip(a) - self.grid.decode(self.a_hat)
+        return a - self.a_hat if out is None else torch.sub(a, self.a_hat, out=out)
+
     def within(self, codes: Tensor, scale: Tensor) -> Tensor:
         """``codes``, nearer to 0 where rounding would take an integer â out of its 16 bits."""
         if self.grid is None:
@@ -108,17 +119,23 @@ class Held:
         lowest, highest = ((-INT16_TOP - held) / multiple).ceil(), ((INT16_TOP - held) / multiple).floor()
         return torch.maximum(torch.minimum(codes, highest), lowest)
 
-    def advance(self, a: Tensor, codes: Tensor, scale: Tensor) -> None:
+    def advance(self, a: Tensor, codes: Tensor, scale: Tensor, as_values: bool = False) -> Tensor:
         """Equation (13) in place: ``â += codes * scale``, or ``â = a`` without compensation.
 
         Args:
             a: The input.
             codes: Of ``a - â``, less their zero point, as floats.
             scale: Broadcasts against them; a whole multiple of ``step``.
+            as_values: Return ``codes * scale`` in the memory of ``codes``, else ``codes``.
         """
+        if as_values and self.compensates and self.grid is None:
+            values = codes.mul_(scale)
+            self.a_hat.add_(values)
+            return values
         if not self.compensates:
             self.a_hat.copy_(a if self.grid is None else self.grid.nearest(a))
         elif self.grid is None:
             self.a_hat.addcmul_(codes, scale)
         else:
             self.a_hat.copy_(self.a_hat.to(codes.dtype) + codes * (scale / self.grid.step).round())
+        return codes.mul_(scale) if as_values else codes

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
@@ -35,7 +36,12 @@ class Observer(ABC):
     Args:
         buckets: Buckets of time steps.
         sets: Sets of values that get a scale of their own.
+
+    Attributes:
+        order_free: Whether merging in any order and grouping gives the same bits.
     """
+
+    order_free = True
 
     def __init__(self, buckets: int, sets: int) -> None:
         self.shape = (buckets, sets)
@@ -93,19 +99,19 @@ class MinMax(Observer):
         self.low = torch.full(self.shape, float("inf"))
         self.high = torch.full(self.shape, -float("inf"))
 
+    @override
     def update(self, bucket: int, first: int, values: Tensor) -> None:
-        """See the base class."""
         sets = slice(first, first + values.shape[1])
         self.low[bucket, sets] = torch.minimum(self.low[bucket, sets], values.amin(dim=(0, 2)).float().cpu())
         self.high[bucket, sets] = torch.maximum(self.high[bucket, sets], values.amax(dim=(0, 2)).float().cpu())
 
+    @override
     def exchange(self) -> Exchange:
-        """See the base class."""
         self.low = yield self.low, "min"
         self.high = yield self.high, "max"
 
+    @override
     def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """See the base class."""
         return self.low, self.high
 
 
@@ -116,27 +122,29 @@ class MovingAverage(Observer):
     this one does not. Merges by sums: exactly, as long as they fit in float64 (up to 2^29 samples of similar size).
     """
 
+    order_free = False
+
     def __init__(self, buckets: int, sets: int) -> None:
         super().__init__(buckets, sets)
         self.low_sum = torch.zeros(self.shape, dtype=torch.float64)
         self.high_sum = torch.zeros(self.shape, dtype=torch.float64)
         self.count = torch.zeros(self.shape, dtype=torch.int64)
 
+    @override
     def update(self, bucket: int, first: int, values: Tensor) -> None:
-        """See the base class."""
         sets = slice(first, first + values.shape[1])
         self.low_sum[bucket, sets] += values.amin(dim=2).double().sum(dim=0).cpu()
         self.high_sum[bucket, sets] += values.amax(dim=2).double().sum(dim=0).cpu()
         self.count[bucket, sets] += len(values)
 
+    @override
     def exchange(self) -> Exchange:
-        """See the base class."""
         self.low_sum = yield self.low_sum, "sum"
         self.high_sum = yield self.high_sum, "sum"
         self.count = yield self.count, "sum"
 
+    @override
     def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """See the base class."""
         seen, count = self.count > 0, self.count.clamp(min=1)
         low, high = (self.low_sum / count).float(), (self.high_sum / count).float()
         return low.masked_fill(~seen, float("inf")), high.masked_fill(~seen, -float("inf"))
@@ -150,8 +158,8 @@ class Histogram(MinMax):
     merging is exact, bit for bit, and edges need not be agreed upon.
 
     Args:
-        buckets: See the base class.
-        sets: Likewise.
+        buckets: As for :class:`Observer`.
+        sets: As for :class:`Observer`.
         bins: Even; half of them for negative values.
     """
 
@@ -166,8 +174,8 @@ class Histogram(MinMax):
         """Width of a bin, float64 ``[buckets, sets]``."""
         return 2.0 ** self.exponent.double() / (self.bins // 2)
 
+    @override
     def update(self, bucket: int, first: int, values: Tensor) -> None:
-        """See the base class."""
         super().update(bucket, first, values)
         size = values.shape[1]
         sets = slice(first, first + size)
@@ -182,8 +190,8 @@ class Histogram(MinMax):
         places += self.bins * torch.arange(size)[:, None]
         self.counts[bucket, sets] += torch.bincount(places.flatten(), minlength=size * self.bins).view(size, self.bins)
 
+    @override
     def exchange(self) -> Exchange:
-        """See the base class."""
         yield from super().exchange()
         self._widen((yield self.exponent, "max"))
         self.counts = yield self.counts, "sum"
@@ -207,9 +215,9 @@ class Percentile(Histogram):
     """The range that holds a percentage of the values, as many left out at either end; found in a histogram.
 
     Args:
-        buckets: See the base class.
-        sets: Likewise.
-        bins: Likewise.
+        buckets: As for :class:`Observer`.
+        sets: As for :class:`Observer`.
+        bins: Of each histogram; even.
         percentile: More than 0 and at most 100, which is the full range.
     """
 
@@ -217,8 +225,8 @@ class Percentile(Histogram):
         super().__init__(buckets, sets, bins)
         self.percentile = percentile
 
+    @override
     def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """See the base class."""
         left_out = (self.counts.sum(dim=2).double() * ((100 - self.percentile) / 200)).floor().long()[..., None]
         first = (self.counts.cumsum(dim=2) > left_out).int().argmax(dim=2)
         last = (self.counts.flip(2).cumsum(dim=2) > left_out).int().argmax(dim=2)
@@ -233,9 +241,9 @@ class Lp(Histogram):
     Values count as the middles of their bins. Scale and zero point come from the same share.
 
     Args:
-        buckets: See the base class.
-        sets: Likewise.
-        bins: Likewise.
+        buckets: As for :class:`Observer`.
+        sets: As for :class:`Observer`.
+        bins: Of each histogram; even.
         p: 2.4 as in Q-Diffusion's reference code; 2 is the mean squared error.
     """
 
@@ -243,8 +251,8 @@ class Lp(Histogram):
         super().__init__(buckets, sets, bins)
         self.p = p
 
+    @override
     def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """See the base class."""
         rows = [self._best_share(bucket, spec) for bucket in range(self.shape[0])]
         share = torch.stack(rows).float()
         return self.low * share, self.high * share

@@ -24,7 +24,7 @@ class QuantizedWeight:
     Args:
         codes: Floats holding whole numbers, ``[out, in / groups, *kernel]``.
         scale: Broadcasts against the codes.
-        zero_point: Likewise; None when symmetric.
+        zero_point: Broadcasts against the codes; None when symmetric.
         num_scales: How many scales are stored.
     """
 

@@ -1,1 +1,1 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent: atomic writes, content hashes, locks, the cache, folders of tensors."""

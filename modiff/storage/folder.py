@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import struct
-import uuid
 from importlib import metadata
 from io import BufferedReader
 from pathlib import Path
@@ -20,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modiff.errors import CheckpointError
+from modiff.storage.atomic import write_folder
+from modiff.storage.hashing import hash_json, hash_tensor, raw_bytes
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "modiff checkpoint"
@@ -55,7 +55,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def write(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], overwrite: bool = False) -> None:
-    """Write a checkpoint into a temporary neighbour of ``path``, then rename it: readers see all of it or nothing.
+    """Write a checkpoint atomically: readers see all of it or nothing.
 
     Args:
         path: The directory; its parents are made.
@@ -67,33 +67,27 @@ def write(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], over
         CheckpointError: The target is refused (:func:`check_target`) or cannot be written; it is then unchanged.
     """
     check_target(path, overwrite)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-        with open(temporary / TENSORS, "rb") as file:
-            header = _header_bytes(file)
-            os.fsync(file.fileno())
-        complete = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "requires": f"modiff>={REQUIRES}",
-            "versions": _versions(),
-            **manifest,
-            "header_sha256": hashlib.sha256(header).hexdigest(),
-            "tensors": {name: _entry(tensor) for name, tensor in tensors.items()},
-        }
-        complete["sha256"] = _digest(complete)
-        with open(temporary / CONFIG, "w", encoding="utf-8") as file:
-            json.dump(complete, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(temporary, path)
+        write_folder(path, lambda temporary: _write_into(temporary, manifest, tensors))
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         raise CheckpointError(f"{path} cannot be written: {error}. Check the path, its rights and the disk.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_into(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    with open(folder / TENSORS, "rb") as file:
+        header = _header_bytes(file)
+    complete = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "requires": f"modiff>={REQUIRES}",
+        "versions": _versions(),
+        **manifest,
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+        "tensors": {name: _entry(tensor) for name, tensor in tensors.items()},
+    }
+    complete["sha256"] = hash_json(complete)
+    (folder / CONFIG).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{' and '.join(map(str, READABLE))}. It needs "
             f"{manifest.get('requires')} (written by {_written_by(manifest)}): install that release."
         )
-    if manifest.pop("sha256", None) != _digest(manifest):
+    if manifest.pop("sha256", None) != hash_json(manifest):
         raise CheckpointError(f"{file} is damaged or was edited: its hash differs. Copy or save the checkpoint again.")
     return manifest
 
@@ -160,7 +154,7 @@ def read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
             for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
                 file.seek(start + header[name]["data_offsets"][0])
                 tensors[name] = _read_tensor(file, entries[name])
-                if _hash(tensors[name]) != entries[name]["sha256"]:
+                if hash_tensor(tensors[name]) != entries[name]["sha256"]:
                     raise CheckpointError(f"{source}: tensor {name!r} is damaged: its hash differs. {again}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source} is truncated or damaged: {error}. {again}") from error
@@ -169,12 +163,12 @@ def read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 def _read_tensor(file: BufferedReader, entry: dict[str, Any]) -> Tensor:
     tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-    file.readinto(_bytes(tensor))
+    file.readinto(raw_bytes(tensor))
     return tensor
 
 
 def _header_bytes(file: BufferedReader) -> bytes:
-    """The JSON header of a safetensors file: its length in 8 bytes, then the text."""
+    """Read the JSON header of a safetensors file: its length in 8 bytes, then the text."""
     prefix = file.read(8)
     size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
     if not 0 <= size <= os.fstat(file.fileno()).st_size - 8:
@@ -182,47 +176,17 @@ def _header_bytes(file: BufferedReader) -> bytes:
     return file.read(size)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; none is copied."""
-    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    offset = tensor.storage_offset() * tensor.element_size()
-    return flat[offset : offset + tensor.numel() * tensor.element_size()].numpy().data
-
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
-
-
 def _entry(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "sha256": _hash(tensor)}
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "sha256": hash_tensor(tensor)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype, as in ``torch.<name>``.
+    """Return the name of a dtype, as in ``torch.<name>``.
 
     >>> dtype_name(torch.float16)
     'float16'
     """
     return str(dtype).removeprefix("torch.")
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``; what lay there is deleted last, and comes back if the rename fails."""
-    if not path.exists() or not any(path.iterdir()):
-        os.replace(temporary, path)
-        return
-    old = temporary.with_name(f"{temporary.name}.old")
-    os.replace(path, old)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old)
 
 
 def _format_of(path: Path) -> Any:

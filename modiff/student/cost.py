@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.reuse import reuse_of
 from modiff.student.tensors import slots
 from modiff.trajectory.session import ATTRIBUTE, Trajectory, state_of, trajectory
 
@@ -33,7 +34,7 @@ class OperatorCost:
         state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
-        constant: Its input was fixed throughout the last trajectory before: its product is counted once per context.
+        constant: Its input was constant throughout the last trajectory before: its product is counted once per context.
     """
 
     name: str
@@ -84,8 +85,8 @@ class Cost:
 def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | None = None, **kwargs: Any) -> Cost:
     """Measure a student, or a full-precision teacher, by running one evaluation.
 
-    Operators whose input was fixed throughout the student's last trajectory (keys and values of a prompt) are counted
-    once per context; before any trajectory none is known.
+    Operators whose input was constant throughout the student's last trajectory (keys and values of a prompt) are
+    counted once per context; before any trajectory none is known.
 
     Args:
         model: Student or teacher.
@@ -93,7 +94,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         evaluations: Denoiser calls per trajectory, in all contexts.
         contexts: Contexts that share these calls evenly, such as 2 for guidance in two calls per step: each warms up,
             refreshes and holds a state of its own. None: as many as the student's last trajectory had, else 1.
-        **kwargs: Likewise.
+        **kwargs: As for the denoiser's forward.
 
     Raises:
         ConfigError: ``evaluations`` is below 1, ``contexts`` is not from 1 to ``evaluations``, or no argument is a
@@ -114,46 +115,65 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if contexts is None else contexts
     if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
         raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
-    counter, state = _count_one(model, found, args, kwargs)
+    counter, state, branches = _count_one(model, found, args, kwargs)
     weights = stored_bytes(model)
+    skipped = _skipped(model, evaluations, contexts)
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
         weight_bits, activation_bits, bops = _bit_operations(
-            module, macs, bits, (evaluations, contexts), name in constant
+            module, macs, bits, (evaluations, contexts), name in constant, skipped.get(counter.block_of.get(name, ""), 0)
         )
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
         rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
-    other_bops = counter.other.bops / images
+    shares = {block: 1 - count / evaluations for block, count in skipped.items()}
+    other_bops = sum(part.bops * shares.get(block, 1.0) for block, part in counter.other.items()) / images
+    state_bytes = sum(r.state_bytes for r in rows) + contexts * branches / images
     return Cost(
         operators=tuple(rows),
-        other_macs=counter.other.macs / images,
+        other_macs=sum(part.macs * shares.get(block, 1.0) for block, part in counter.other.items()) / images,
         other_bops=other_bops,
         other_weight_bytes=sum(weights.values()),
         evaluations=evaluations,
         contexts=contexts,
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
-        state_mib_per_image=sum(r.state_bytes for r in rows) / 2**20,
+        state_mib_per_image=state_bytes / 2**20,
     )
 
 
 def _count_one(
     model: nn.Module, found: dict[str, tuple[nn.Module, OperatorAdapter]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[_Counter, dict[str, int]]:
-    """Run one evaluation: its products, and the bytes of the state by operator."""
+) -> tuple[_Counter, dict[str, int], int]:
+    """Run one evaluation: its products, the bytes of the state by operator, and those of kept branches."""
     counter = _Counter()
+    reuse = reuse_of(state_of(model)) if hasattr(model, ATTRIBUTE) else None
     student = state_of(model) if hasattr(model, ATTRIBUTE) else None
     last = None if student is None else student.last
     with ExitStack() as stack:
         run = None if student is None else stack.enter_context(trajectory(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(counter.watch(found))
+        stack.enter_context(counter.watch(found, {} if reuse is None else reuse.blocks))
         model(*args, **kwargs)
         state = {} if run is None else _state_bytes(run)
+        branches = 0 if run is None else run.branch_bytes
+    if reuse is not None and reuse.schedule.mode == "extrapolate":
+        branches *= 2  # from the second evaluation on, two are kept
     if student is not None:
         student.last = last  # measuring is no trajectory of the user's
-    return counter, state
+    return counter, state, branches
+
+
+def _skipped(model: nn.Module, evaluations: int, contexts: int) -> dict[str, int]:
+    """Evaluations of a trajectory, in all contexts, in which a static schedule skips a block, by block."""
+    reuse = reuse_of(state_of(model)) if hasattr(model, ATTRIBUTE) else None
+    if reuse is None:
+        return {}
+    lengths = [evaluations // contexts + (i < evaluations % contexts) for i in range(contexts)]
+    return {
+        name: sum(sum(reuse.schedule.skips(name, t) for t in range(length)) for length in lengths)
+        for name in reuse.blocks
+    }
 
 
 def weight_bytes(model: nn.Module) -> float:
@@ -226,7 +246,7 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: 
 
 
 def _bit_operations(
-    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
+    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool, skipped: int = 0
 ) -> tuple[int, int, float]:
     """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
 
@@ -235,18 +255,20 @@ def _bit_operations(
         macs: Its multiply-accumulates in one product.
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
         length: Evaluations of the trajectory, and its contexts.
-        constant: Its input is fixed.
+        constant: Its input is constant.
+        skipped: Evaluations in which a reuse schedule skips it; a refresh among them counts as an ordinary one.
     """
     evaluations, contexts = length
     if not isinstance(module, QuantizedOperator):
         bits = 8 * module.weight.element_size() if bits is None else bits
-        return bits, bits, macs * bits * bits
+        return bits, bits, macs * bits * bits * (1 - skipped / evaluations)
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
     activation_bits = module.activation_spec.bits if module.activation_spec else full
     modulation = module.modulation if isinstance(module, ModulatedOperator) else None
-    # A fixed input is computed in the (full) warm-up, and neither advanced nor refreshed.
+    # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
+    at_low = max(at_low - skipped, 0)
     bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
     return weight_bits, activation_bits, bops
 
@@ -285,7 +307,9 @@ class _Counter:
         self._depth = 0
         self.macs: dict[str, int] = {}
         self.bits: dict[str, int] = {}
-        self.other = _Sum()
+        self.other: dict[str, _Sum] = {}
+        self.block_of: dict[str, str] = {}
+        self._block = ""
 
     def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
         """A formula that also sees the tensors: outside of operators, their dtype makes the bit operations."""
@@ -294,17 +318,22 @@ class _Counter:
             flops = int(formula(*args, **kwargs))
             if not self._depth:
                 size = next((a.element_size() for a in args if isinstance(a, Tensor)), 4)
-                self.other.macs += flops / 2  # PyTorch counts two operations for each multiply-accumulate
-                self.other.bops += flops / 2 * (8 * size) ** 2
+                part = self.other.setdefault(self._block, _Sum())
+                part.macs += flops / 2  # PyTorch counts two operations for each multiply-accumulate
+                part.bops += flops / 2 * (8 * size) ** 2
             return flops
 
         raw._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then hands over tensors, not shapes
         return raw
 
     @contextmanager
-    def watch(self, found: dict[str, tuple[nn.Module, OperatorAdapter]]) -> Iterator[None]:
-        """Count what runs inside; fused attention layers, which hide their products, are off."""
+    def watch(
+        self, found: dict[str, tuple[nn.Module, OperatorAdapter]], blocks: Mapping[str, nn.Module]
+    ) -> Iterator[None]:
+        """Count what runs inside, by block; fused attention layers, which hide their products, are off."""
         handles = [handle for name, (module, adapter) in found.items() for handle in self._hook(name, module, adapter)]
+        # After the operators' own hooks, which then see a shortcut outside of its block.
+        handles += [handle for name, block in blocks.items() for handle in self._hook_block(name, block)]
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -315,6 +344,21 @@ class _Counter:
             for handle in handles:
                 handle.remove()
 
+    def _hook_block(self, name: str, block: nn.Module) -> list[Any]:
+        shortcut = getattr(block, "conv_shortcut", None)
+
+        def enter(_: nn.Module, __: Any) -> None:
+            self._block = name
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            self._block = ""
+
+        handles = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+        if isinstance(shortcut, nn.Module):  # it runs in every evaluation
+            handles.append(shortcut.register_forward_pre_hook(lambda *_: leave(block, None, None), prepend=True))
+            handles.append(shortcut.register_forward_hook(lambda *_: enter(block, None)))
+        return handles
+
     def _hook(self, name: str, module: nn.Module, adapter: OperatorAdapter) -> list[Any]:
         original = module.module if isinstance(module, QuantizedOperator) else module
 
@@ -323,6 +367,7 @@ class _Counter:
 
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
             self._depth -= 1
+            self.block_of[name] = self._block
             self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
             self.bits[name] = 8 * output.element_size()
 

@@ -16,11 +16,11 @@ class Row:
         name: Qualified name; of a module registered under several names, the first.
         type: Class of the original.
         weight: Its weight spec, None for full precision.
-        activation: Likewise.
+        activation: Its activation spec, None for full precision.
         modulation: None: plain quantization.
         rule: Pattern of the rule that matched last, None where the config's own fields apply.
         skipped: Why it was left untouched; None where it was quantized.
-        constant: Its input was fixed throughout the last trajectory, so it was computed once in each context.
+        constant: Its input was constant throughout the last trajectory, so it was computed once in each context.
         backend: Its execution and, where that is not in integers, why.
     """
 
@@ -37,9 +37,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """One row for every linear operator of a student; prints as a table."""
+    """One row for every linear operator of a student; prints as a table.
+
+    Args:
+        rows: By operator.
+        schedule: Which blocks a reuse schedule skips, and when; empty where there is none.
+    """
 
     rows: tuple[Row, ...]
+    schedule: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -55,7 +61,9 @@ class Description:
                 row.type,
                 "" if row.skipped else _spec_text(row.weight),
                 "" if row.skipped else _spec_text(row.activation),
-                "" if row.skipped else _modulation_text(row.modulation) + row.constant * ", fixed input: computed once",
+                ""
+                if row.skipped
+                else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",
                 row.backend,
                 row.rule or "",
                 row.skipped or "",
@@ -63,7 +71,8 @@ class Description:
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return "\n".join([*lines, *([self.schedule] if self.schedule else [])])
 
 
 def _spec_text(spec: QuantSpec | None) -> str:

@@ -271,7 +271,7 @@ def _trajectories(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _named_by_pipeline(student: Any, run: Trajectory) -> Iterator[None]:
-    """Have diffusers' ``cache_context`` (on models with ``CacheMixin``) choose the trajectory's context too."""
+    """Let diffusers' ``cache_context`` (on models with ``CacheMixin``) choose the trajectory's context too."""
     original = getattr(student, "cache_context", None)
     if original is None:
         yield
@@ -292,7 +292,7 @@ def _named_by_pipeline(student: Any, run: Trajectory) -> Iterator[None]:
 
 @contextmanager
 def _marking_steps(scheduler: Any, runs: list[Trajectory]) -> Iterator[None]:
-    """Have each step of a scheduler mark the end of a step of the trajectories.
+    """Let each step of a scheduler mark the end of a step of the trajectories.
 
     By a subclass for the time of the call: a method put on the instance would be lost, or act on the wrong scheduler,
     where a pipeline copies its scheduler.

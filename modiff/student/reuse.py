@@ -48,6 +48,19 @@ class BlockReuse(Listener):
     reused: bool = False
     copied = True
 
+    def __str__(self) -> str:
+        plan, names = self.schedule, list(self.blocks)
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        between = "extrapolated" if plan.mode == "extrapolate" else "reused"
+        if plan.every is not None:
+            how = f"computed in every {_ordinal(plan.every)} evaluation and {between} between"
+        elif plan.threshold is not None:
+            how = f"{between} while their input changes by less than {plan.threshold:g} (depends on the batch)"
+        else:
+            pairs = sum(len(times) for _, times in plan.skipped or ())
+            how = f"{between} in {pairs} calibrated pairs of block and evaluation"
+        return f"{len(names)} blocks are {how}: {listed}"
+
     def install(self, state: ModulationState) -> list[torch.utils.hooks.RemovableHandle]:
         """Stand before the blocks' forwards.
 
@@ -217,3 +230,7 @@ def _scale(block: nn.Module) -> float:
             return float(value)
     return 1.0
 
+
+
+def _ordinal(number: int) -> str:
+    return {2: "2nd", 3: "3rd"}.get(number, f"{number}th")

@@ -22,7 +22,7 @@ from modiff.quantizers.packing import PackedWeight
 from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
 from modiff.student.match import Plan, plan, plans
-from modiff.student.reuse import install_schedule
+from modiff.student.reuse import install_schedule, reuse_of
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, state_of
 
@@ -84,8 +84,8 @@ def convert(
 
     Args:
         model: As for :func:`quantize`.
-        config: Likewise.
-        keep_teacher: Likewise.
+        config: What to quantize, and how.
+        keep_teacher: As for :func:`quantize`.
         weights: Quantized weight by operator; None: the model's are rounded to nearest.
         ranges: Calibrated ranges of activations by operator, as many as there are.
         divisors: Of the input channels of each smoothed operator.
@@ -127,7 +127,9 @@ def _require_quantizable(model: nn.Module, config: QuantConfig) -> None:
         ConfigError: One of them.
     """
     if not isinstance(config, QuantConfig):
-        raise ConfigError(f"config is {config!r}; give a QuantConfig, for example QuantConfig.preset('w8a4-modiff').")
+        raise ConfigError(
+            f"config is {config!r}; give a QuantConfig or the name of a preset, for example 'w8a4-modiff'."
+        )
     if hasattr(model, ATTRIBUTE) or any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student) before quantizing it again.")
     if find_adapter(model) is not None:
@@ -255,7 +257,11 @@ def describe(student: nn.Module) -> Description:
     rows = getattr(student, RECORD).description.rows
     constant = state.last.constant if state.last else frozenset()
     found = operators(student)
-    return Description(tuple(replace(row, constant=row.name in constant, backend=_backend(found, row)) for row in rows))
+    reuse = reuse_of(state)
+    return Description(
+        tuple(replace(row, constant=row.name in constant, backend=_backend(found, row)) for row in rows),
+        "" if reuse is None else str(reuse),
+    )
 
 
 def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:

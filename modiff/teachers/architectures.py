@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def random_denoiser(title: str, config: dict[str, Any] | None) -> nn.Module:
-    """A denoiser with random weights, the same at every call; the global random numbers stay untouched.
+    """Make a denoiser with random weights, the same at every call; the global random numbers stay untouched.
 
     Args:
         title: Of the teacher, for the message.

@@ -41,11 +41,11 @@ class Family:
     schedule: tuple[tuple[str, Any], ...] = ()
 
     def channels(self, config: Any) -> int:
-        """Channels of x_t."""
+        """Return the channels of x_t."""
         return int(self.latent_channels(config) if self.latent_channels else config.in_channels)
 
     def output(self, output: Any, x: Tensor) -> Tensor:
-        """The prediction in the shape of ``x`` ``[B, C, H, W]``: unpacked, a learned variance left out."""
+        """Return the prediction in the shape of ``x`` ``[B, C, H, W]``: unpacked, without a learned variance."""
         tensor = first_tensor(output)
         if tensor.ndim == 3:
             tensor = unpack(tensor, x.shape[2], x.shape[3])
@@ -53,14 +53,14 @@ class Family:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor in a denoiser's answer: itself, ``.sample``, or the first of a tuple."""
+    """Return the tensor in a denoiser's answer: itself, ``.sample``, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
     return output.sample if hasattr(output, "sample") else output[0]
 
 
 def pack(x: Tensor) -> Tensor:
-    """Patches of 2x2 as tokens.
+    """Turn patches of 2x2 into tokens.
 
     >>> pack(torch.zeros(1, 16, 8, 4)).shape
     torch.Size([1, 8, 64])
@@ -70,7 +70,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`pack`.
+    """Undo :func:`pack`.
 
     >>> x = torch.rand(1, 16, 8, 4)
     >>> torch.equal(unpack(pack(x), 8, 4), x)

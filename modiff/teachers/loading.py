@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,21 +12,22 @@ import torch
 from torch import nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.storage.hashing import hash_files, hash_text
 from modiff.teachers.architectures import ARCHITECTURES, random_denoiser
+from modiff.teachers.catalog import ZOO, TeacherSpec
 from modiff.teachers.convert.dit import OriginalDiTTransformer2DModel
 from modiff.teachers.convert.ldm import FixedHeadsUNet2DModel
 from modiff.teachers.families import FAMILIES, Family
 from modiff.teachers.teacher import Teacher, decoder_factor
 from modiff.teachers.text import make_encoder
 from modiff.teachers.tiny import tiny_model
-from modiff.teachers.zoo import ZOO, TeacherSpec
 
 _OWN = {cls.__name__: cls for cls in (FixedHeadsUNet2DModel, OriginalDiTTransformer2DModel)}
 _DECODERS = ("AutoencoderKL", "AutoencoderDC", "VQModel")
 
 
 def load(spec: TeacherSpec) -> Teacher:
-    """A teacher from its folder; the arguments and errors are those of :func:`modiff.teachers.zoo.load_teacher`."""
+    """Load a teacher from its folder; arguments and errors are those of :func:`modiff.teachers.zoo.load_teacher`."""
     folder = spec.locate()
     part, config = _denoiser_config(spec, folder)
     scheduler = _first(folder, "scheduler/scheduler_config.json", "scheduler_config.json")
@@ -51,14 +51,14 @@ def load(spec: TeacherSpec) -> Teacher:
         ) from error
     files = [*_weights(part), part / "config.json", scheduler]
     files += [*_weights(folder / decoder_part), folder / decoder_part / "config.json"] if decoder is not None else []
-    teacher = _assemble(spec, family, denoiser, decoder, scheduler_config, fingerprint(*files))
+    teacher = _assemble(spec, family, denoiser, decoder, scheduler_config, hash_files(files, trust_names=True)[:16])
     if family.condition == "text":
         teacher.encode = make_encoder(folder, family, lambda: next(denoiser.parameters()).device)
     return teacher
 
 
 def load_tiny(spec: TeacherSpec) -> Teacher:
-    """A tiny random teacher of the class that the zoo names."""
+    """Make a tiny random teacher of the class that the zoo names."""
     entry = spec.entry
     family = FAMILIES[entry.family.split("-")[0]]
     denoiser, decoder = tiny_model(entry.family, channels=1 if spec.name == "mnist" else 3)
@@ -66,7 +66,7 @@ def load_tiny(spec: TeacherSpec) -> Teacher:
 
 
 def load_random(spec: TeacherSpec) -> Teacher:
-    """The architecture at full size with random weights; of a folder only the configuration is read."""
+    """Make the architecture at full size with random weights; of a folder only the configuration is read."""
     folder = spec.entry.folder or ZOO[spec.name].folder
     kind = spec.entry.family
     family = FAMILIES[kind.split("-")[0]]
@@ -77,12 +77,12 @@ def load_random(spec: TeacherSpec) -> Teacher:
     denoiser = random_denoiser(spec.title, config or ARCHITECTURES.get(spec.name))
     decoder = tiny_model(kind)[1] if family.latent else None
     content = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
-    content = f"random-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    content = f"random-{hash_text(content)[:16]}"
     return _assemble(spec, family, denoiser, decoder, dict(family.schedule), content)
 
 
 def find_family(config: dict[str, Any], has_decoder: bool) -> Family:
-    """The family of a denoiser, from its ``config.json``.
+    """Find the family of a denoiser from its ``config.json``.
 
     Raises:
         ConfigError: There is none for its class.
@@ -105,7 +105,7 @@ def find_family(config: dict[str, Any], has_decoder: bool) -> Family:
 
 
 def _denoiser_config(spec: TeacherSpec, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The denoiser's folder and config; the oldest repositories of the hub hold it at the top."""
+    """Find the denoiser's folder and config; the oldest repositories of the hub hold it at the top."""
     file = _first(folder, "unet/config.json", "transformer/config.json", "config.json")
     if file is None:
         raise CheckpointError(
@@ -126,7 +126,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _weights(part: Path) -> list[Path]:
-    """Weight files of a part, safetensors before pickles; those of other precisions left out."""
+    """List the weight files of a part, safetensors before pickles, without those of other precisions."""
     for pattern in (
         r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors",
         r"diffusion_pytorch_model(-\d+-of-\d+)?\.bin",
@@ -188,7 +188,7 @@ def _assemble(
 
 
 def _size(spec: TeacherSpec, denoiser: nn.Module, decoder: nn.Module | None) -> tuple[int, int]:
-    """Height and width of x_t.
+    """Return height and width of x_t.
 
     Raises:
         ConfigError: The image size is no multiple of what the model halves.
@@ -212,17 +212,3 @@ def _size(spec: TeacherSpec, denoiser: nn.Module, decoder: nn.Module | None) -> 
 
 def _first(folder: Path, *names: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def fingerprint(*paths: Path) -> str:
-    """Content hash of files; of large ones in the hub's cache their name there, which is one already."""
-    digest = hashlib.sha256()
-    for path in paths:
-        blob = path.resolve().name
-        if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
-            digest.update(blob.encode())
-            continue
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]

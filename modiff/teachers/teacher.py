@@ -63,7 +63,7 @@ class Teacher:
     def conditioning(
         self, indices: Sequence[int], conditions: Sequence[int] | Sequence[str] | None, guidance: float
     ) -> dict[str, Tensor]:
-        """What the denoiser is told about samples ``indices``.
+        """Return what the denoiser is told about samples ``indices``.
 
         Args:
             indices: Of the samples.
@@ -126,7 +126,7 @@ class Teacher:
     def inputs(
         self, x: Tensor, t: Tensor | int, conditioning: dict[str, Tensor], guidance: float
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the denoiser's forward for ``x`` ``[B, C, H, W]``, guidance's second rows included."""
+        """Make the arguments of the denoiser's forward for ``x`` ``[B, C, H, W]``, with guidance's second rows."""
         if self.family.condition is None:
             return (x, t), {}
         x = torch.cat([x, x]) if self.doubled(guidance) else x
@@ -137,7 +137,7 @@ class Teacher:
     def bind(
         self, denoiser: Callable[..., Any], conditioning: dict[str, Tensor], guidance: float
     ) -> Callable[[Tensor, Any], Any]:
-        """``denoiser(x, t)`` for a sampler: conditioned, and guided in one batch of 2B (Ho & Salimans 2022, eq. 6).
+        """Make ``denoiser(x, t)`` for a sampler: conditioned, and guided in one batch (Ho & Salimans 2022, eq. 6).
 
         Args:
             denoiser: The teacher's or a student of it.
@@ -159,7 +159,7 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1], float32 ``[B, C, H, W]``, of latents; models of pixels give their x_0 back."""
+        """Decode latents to images in [-1, 1], float32 ``[B, C, H, W]``; models of pixels give their x_0 back."""
         if self.decoder is None:
             return latents
         config = self.decoder.config
@@ -171,7 +171,7 @@ class Teacher:
 
 
 def decoder_factor(decoder: nn.Module) -> int:
-    """Pixels of an image along one side for each latent."""
+    """Return the pixels of an image along one side for each latent."""
     config = decoder.config
     widths = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
     return int(2 ** (len(widths) - 1))

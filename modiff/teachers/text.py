@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from modiff.teachers.families import Family
 
 
 def make_encoder(folder: Path, family: Family, device: Callable[[], torch.device]) -> Callable[..., dict[str, Tensor]]:
-    """``encode(prompts, guided)`` of the pipeline in ``folder``; its text encoders are loaded at the first call.
+    """Make ``encode(prompts, guided)`` of the pipeline in ``folder``; its text encoders are loaded at the first call.
 
     Args:
         folder: A diffusers pipeline folder.
@@ -61,16 +62,14 @@ def _load(folder: Path) -> Any:
 
 
 def absent_parts(folder: Path) -> list[str]:
-    """Parts of a pipeline that encoding text does not need, of those it has."""
-    import json
-
+    """List the parts of a pipeline that encoding text does not need, of those it has."""
     index = json.loads((folder / "model_index.json").read_text())
     parts = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
     return [part for part in parts if part in index]
 
 
 def call_encode_prompt(pipeline: Any, prompts: list[str], guided: bool) -> tuple[Any, ...]:
-    """``pipeline.encode_prompt`` with the defaults of the pipeline's own call (length, cleaning, instruction)."""
+    """Call ``pipeline.encode_prompt`` with the defaults of the pipeline's own call (length, cleaning, instruction)."""
     allowed = inspect.signature(pipeline.encode_prompt).parameters
     own = inspect.signature(type(pipeline).__call__).parameters
     arguments: dict[str, Any] = {
@@ -91,7 +90,7 @@ def call_encode_prompt(pipeline: Any, prompts: list[str], guided: bool) -> tuple
 
 
 def name_encodings(encodings: tuple[Any, ...], family: Family, guided: bool) -> dict[str, Tensor]:
-    """What ``encode_prompt`` returned, by the denoiser's arguments; the empty prompt's rows last."""
+    """Name what ``encode_prompt`` returned by the denoiser's arguments; the empty prompt's rows come last."""
     found = dict(zip(family.encodings, encodings, strict=True))
     named = {name: value for name, value in found.items() if name and not name.startswith("-")}
     if not guided:

@@ -165,7 +165,7 @@ _BUILDERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | No
 
 
 def tiny_model(kind: str, channels: int = 3) -> tuple[nn.Module, nn.Module | None]:
-    """A random denoiser and decoder of a family, the same at every call; the global random numbers stay untouched.
+    """Make a random denoiser and decoder of a family, the same at every call, without global random numbers.
 
     Args:
         kind: A family, or one of its variants ``latent-kl`` (AutoencoderKL), ``flux-guidance`` (guidance as an input).

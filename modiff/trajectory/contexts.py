@@ -26,7 +26,7 @@ class Context:
         calls: Calls of each operator in the first evaluation.
         unchanged: Calls of each operator that were not computed, because the input was the last one's.
         shapes: Shape and dtype of each tensor among the denoiser's arguments in the first evaluation.
-        outputs: What modules between a fixed input and operators returned for it, by module.
+        outputs: What modules between a constant input and operators returned for it, by module.
         reused: Calls in which any block was skipped by a reuse schedule.
         branches: What such a schedule keeps, by block, one for each call site.
     """
@@ -106,7 +106,7 @@ class Trajectory:
 
     @property
     def constant(self) -> frozenset[str]:
-        """Operators that were computed in the first evaluation of each context only, because their input was fixed."""
+        """Operators that were computed in the first evaluation of each context only, as their input was constant."""
         longer = [context for context in self.contexts.values() if context.total > 1 and context.calls]
         found = [
             {n for n, skipped in c.unchanged.items() if skipped == (c.calls or {}).get(n, 0) * (c.total - 1)}

@@ -385,7 +385,7 @@ def trajectory(
 
 @contextmanager
 def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
-    """Have ``run`` be the student's trajectory inside; see :func:`trajectory`."""
+    """Make ``run`` the student's trajectory inside; see :func:`trajectory`."""
     state, probes = state_of(student), run.probes
     state.open(run)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modiff.lit.cli.calibration import CalibrationConfig
+from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.modules.student import LitStudent
 from modiff.teachers.zoo import TeacherSpec
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modiff.lit.cli.main import main
+from modiff.lit.modules.student import LitStudent
 
 RECIPE = """
 seed: 0
@@ -83,3 +84,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "modiff-cache"
     monkeypatch.setenv("MODIFF_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[tuple[str, int]]:
+    """Who drew which batch, in order."""
+    calls: list[tuple[str, int]] = []
+    draw = LitStudent.draw
+
+    def counted(self, who, indices):
+        calls.append((who, int(indices[0])))
+        return draw(self, who, indices)
+
+    monkeypatch.setattr(LitStudent, "draw", counted)
+    return calls
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, recipe_text) -> tuple[Path, Path]:
+    """A recipe of 10 images in batches of 4, and its finished run."""
+    from modiff.lit.cli.main import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(recipe_text.replace("num_images: 8", "num_images: 10"))
+    assert main(["evaluate", "--config", str(recipe), "--save_images", "true", "--output", str(folder / "out")]) == 0
+    return recipe, folder / "out"

@@ -13,11 +13,11 @@ from torch import nn
 import modiff as library
 from modiff.config.quant import QuantSpec
 from modiff.errors import ConfigError
-from modiff.kernels.select import IntegerProduct
-from modiff.lit.bench import timing
+from modiff.kernels.backend import BACKENDS
+from modiff.lit.bench import clocks as timing
 from modiff.lit.bench.arms import COMPILED, EAGER, TEACHER, Arm, Warm, staged, summary
-from modiff.lit.bench.report import sentence
-from modiff.lit.bench.timing import Inputs, Stages, interleave, peak_memory, stages
+from modiff.lit.bench.clocks import Inputs, Stages, interleave, peak_memory, stages
+from modiff.lit.bench.results import sentence
 from modiff.lit.commands import bench
 from modiff.quantizers.calibrated import CalibratedRange
 from tests.small_models import config, denoiser, noise
@@ -276,7 +276,7 @@ def test_clocks_tell_products_from_what_is_around_them(monkeypatch, backend) -> 
 
     monkeypatch.setattr(timing.time, "perf_counter", tick)
     model = library.quantize(denoiser(), dataclasses.replace(config("w8a4-modiff"), backend=backend))
-    owner, method = (type(model.conv_in), "product") if backend == "simulate" else (IntegerProduct, "__call__")
+    owner, method = type(BACKENDS[backend]), "multiply"
     plain = getattr(owner, method)
     spent = lambda self, *a, **k: (now.__setitem__(0, now[0] + 100), plain(self, *a, **k))[1]  # noqa: E731
     monkeypatch.setattr(owner, method, spent)
@@ -288,7 +288,7 @@ def test_clocks_tell_products_from_what_is_around_them(monkeypatch, backend) -> 
     assert [times.forward for times in found.operators.values()] == [103, 103, 103]
     assert (found.products, found.modulation, found.rest) == (303, 6, found.whole - 309)
     assert "product" not in vars(model.conv_in)
-    assert backend == "simulate" or type(model.conv_in.integer) is IntegerProduct
+    assert model.conv_in.wrapper is None
     assert not model.conv_in._forward_hooks
     full = stages({"norm": model.norm}, lambda: model.norm(torch.randn(1, 8, 2, 2)), CPU)
     assert (full.products, full.modulation, full.whole) == (1, 0, 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import typing
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,16 @@ import yaml
 from calibrations import RANGES, module_of
 from safetensors.torch import load_file, save_file
 
-from modiff.calibration.settings import METHODS, CalibrationSettings
+from modiff.calibration.settings import CalibrationSettings
+from modiff.calibration.weights import weight_methods
 from modiff.errors import CalibrationError
 from modiff.lit.callbacks import calibration as callback_module
 from modiff.lit.callbacks.calibration import calibration_parts
-from modiff.lit.cli.calibration import CalibrationConfig, calibration_key
 from modiff.lit.cli.main import main
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands import quantize as quantize_module
+from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.runs.cache import calibration_key
 
 FAST = ("--timing_rounds", "0", "--error_images", "0")
 
@@ -52,7 +53,7 @@ def samples(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_methods_of_the_recipe_are_those_of_the_library() -> None:
-    assert typing.get_args(typing.get_type_hints(CalibrationConfig)["method"]) == METHODS
+    assert [CalibrationConfig(method=name).method for name in weight_methods()] == list(weight_methods())
 
 
 def test_settings_are_the_librarys_fields_and_defaults() -> None:
@@ -116,7 +117,7 @@ def test_help_lists_every_field(capsys) -> None:
     ("options", "message"),
     [
         (["--model.calibration.metod", "gptq"], "model.calibration: there is no field 'metod'; allowed are"),
-        (["--model.calibration.method", "best"], "model.calibration: method is 'best'; allowed are nearest, lp"),
+        (["--model.calibration.method", "best"], "model.calibration: method is 'best'; allowed are adaround, brecq"),
         (["--model.calibration.num_images", "0"], "model.calibration: num_images is 0; allowed are whole numbers of"),
         (["--model.calibration.images_per_batch", "0.5"], "model.calibration: images_per_batch is 0.5"),
         (["--model.calibration.seed", "-1"], "model.calibration: seed is -1"),
@@ -214,12 +215,15 @@ def test_content_hash_is_of_all_that_the_result_depends_on(tiny_teacher, tmp_pat
     assert len({base, *keys}) == len(keys) + 1
 
 
-def test_content_hash_is_of_the_code_too(tiny_teacher, monkeypatch) -> None:
+def test_content_hash_is_of_the_algorithm_and_of_pytorch_too(tiny_teacher, monkeypatch) -> None:
     parts = calibration_parts(module_of(tiny_teacher))
-    before = calibration_key(parts)
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: real(self) + (b"#" if self.name == "gptq.py" else b""))
-    assert calibration_key(parts) != before
+    keys = [calibration_key(parts)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.11.0")
+        keys.append(calibration_key(parts))
+    monkeypatch.setattr("modiff.lit.runs.cache.ALGORITHM_VERSION", 0)
+    keys.append(calibration_key(parts))
+    assert len(set(keys)) == 3
 
 
 def test_noise_is_not_that_of_the_images_of_the_same_seed(tiny_teacher, monkeypatch) -> None:

@@ -12,9 +12,10 @@ import modiff
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.lit.callbacks import activation_cache
 from modiff.lit.callbacks.activation_cache import ActivationCache, free_mib
-from modiff.lit.callbacks.costs import Cost
-from modiff.lit.callbacks.trajectory_errors import measure, relative_error
+from modiff.lit.callbacks.cost import Cost
+from modiff.lit.callbacks.trajectory_errors import measure
 from modiff.lit.modules.student import LitStudent
+from modiff.metrics.pairwise import mean_relative_l2
 from modiff.teachers.zoo import TeacherSpec
 from modiff.trajectory.session import state_of
 
@@ -41,7 +42,7 @@ def student(tiny_teacher):
 
 def run_batch(cache: ActivationCache, module: LitStudent) -> dict:
     cache.on_test_batch_start(TRAINER, module, BATCH)
-    images = module.trace(module.student, BATCH["index"])
+    images = module.denoise(module.student, BATCH["index"])
     outputs = {"student": images, **BATCH, "facts": {}}
     cache.on_test_batch_end(TRAINER, module, outputs)
     return outputs
@@ -77,7 +78,7 @@ def test_invariant_2_counts_of_a_batch(student, preset, quantized) -> None:
     module, cache = student(preset), ActivationCache()
     outputs = run_batch(cache, module)
     assert outputs["facts"] == {"evaluations": 3, "quantized": quantized}
-    assert module.results["evaluations"] == {"total": 3, "quantized": quantized}
+    assert module.result.evaluations == {"total": 3, "quantized": quantized}
 
 
 def test_invariant_2_second_batch_does_not_see_the_first(student) -> None:
@@ -170,19 +171,19 @@ def test_shared_operators_are_compared_call_by_call(student) -> None:
     assert max(measure(module, 2)["operator_error"][0]) == 0
 
 
-def test_relative_error_of_silence() -> None:
+def test_relative_l2_of_silence() -> None:
     zeros = torch.zeros(2, 3)
-    assert relative_error(zeros, zeros) == 0
-    assert relative_error(torch.full((2, 3), 2.0), torch.ones(2, 3)) == pytest.approx(1)
+    assert mean_relative_l2(zeros, zeros) == 0
+    assert mean_relative_l2(torch.full((2, 3), 2.0), torch.ones(2, 3)) == pytest.approx(1)
 
 
 def test_costs_are_those_of_modiff_cost(student) -> None:
     module = student()
-    module.results["evaluations"] = {"total": 3, "quantized": 2}
+    module.result.evaluations = {"total": 3, "quantized": 2}
     Cost(rounds=1, evaluations=1).on_test_epoch_end(TRAINER, module)
     x = torch.zeros(1, 1, 8, 8)
     expected, teacher = modiff.cost(module.student, x, 0, evaluations=3), modiff.cost(module.teacher, x, 0)
-    assert module.results["cost"] == {
+    assert module.result.cost == {
         "gbops_per_evaluation": expected.gbops_per_evaluation,
         "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation,
         "other_gbops_per_evaluation": expected.other_bops / 1e9,
@@ -192,12 +193,12 @@ def test_costs_are_those_of_modiff_cost(student) -> None:
         "state_mib_per_image": expected.state_mib_per_image,
     }
     assert expected.gbops_per_evaluation < teacher.gbops_per_evaluation
-    timing = module.results["timing"]
+    timing = module.result.timing
     seconds = timing["seconds_per_image_evaluation"]
     assert timing["time_ratio"] == seconds["student"] / seconds["teacher"]
-    assert [row["name"] for row in module.results["cost_rows"]] == [row.name for row in expected.operators]
-    assert sum(row["state_mib"] for row in module.results["cost_rows"]) == pytest.approx(expected.state_mib_per_image)
-    held, costs = module.results["cost_rows"], module.results["cost"]
+    assert [row["name"] for row in module.result.operators] == [row.name for row in expected.operators]
+    assert sum(row["state_mib"] for row in module.result.operators) == pytest.approx(expected.state_mib_per_image)
+    held, costs = module.result.operators, module.result.cost
     assert sum(row["weight_mib"] for row in held) + costs["other_weight_mib"] == pytest.approx(expected.weight_mib)
     total = sum(row["gbops"] for row in held) + costs["other_gbops_per_evaluation"]
     assert total == pytest.approx(costs["gbops_per_evaluation"])

@@ -195,7 +195,7 @@ def test_too_few_images_for_a_batch_are_refused() -> None:
 
 
 def test_statistics_are_those_of_the_features_themselves(data, rgb_features, reference) -> None:
-    from modiff.lit.data.modules import ImageDataModule
+    from modiff.lit.data.images import ImageDataModule
     from modiff.metrics.features import load_feature_network
     from modiff.metrics.statistics import FeatureStatistics
 
@@ -278,7 +278,7 @@ def test_wrong_training_options_write_nothing(modiff, recipe, tmp_path, options,
 
 
 def test_too_few_images_for_a_distance_are_refused(rgb_features, reference) -> None:
-    from modiff.lit.callbacks.training import TrainingDistance
+    from modiff.lit.callbacks.training_samples import TrainingDistance
 
     with pytest.raises(ConfigError, match="distance_images is 7, but 4 features need 8"):
         TrainingDistance(rgb_features, reference, count=7)

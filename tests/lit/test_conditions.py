@@ -87,9 +87,7 @@ def test_data_set_that_is_not_here_fails_fast(monkeypatch) -> None:
 
 def draw(name: str, labels: list[int] | None, guidance: float | None = None) -> torch.Tensor:
     module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff", steps=2, guidance=guidance)
-    module.tell = lambda step, who: None  # type: ignore[method-assign]
-    module.conditions = SampleDataModule(labels=labels).conditions
-    module.configure_model()
+    module.prepare(conditions=SampleDataModule(labels=labels).conditions)
     with modiff.trajectory(module.student):
         return module.draw("student", torch.arange(2))[0]
 
@@ -153,9 +151,7 @@ def test_recipes_of_other_conditions_are_not_compared(recipe_of_classes, tmp_pat
 def test_text_teacher_takes_its_prompts_by_index() -> None:
     asked: list[tuple[list[str], bool]] = []
     module = LitStudent(TeacherSpec("sd-v1-4", tiny=True), steps=2)
-    module.tell = lambda step, who: None  # type: ignore[method-assign]
-    module.conditions = lambda indices: [PROMPTS[i] for i in indices]
-    module.configure_model()
+    module.prepare(conditions=lambda indices: [PROMPTS[i] for i in indices])
 
     def encode(texts: list[str], guided: bool) -> dict[str, torch.Tensor]:
         asked.append((texts, guided))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from modiff.config.quant import QuantConfig
-from modiff.lit.data.modules import NoiseDataModule
+from modiff.lit.data.noise import NoiseDataModule
 from modiff.lit.modules.student import LitStudent
 from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.zoo import TeacherSpec
@@ -27,8 +27,7 @@ def images(
 ) -> torch.Tensor:
     """The student's images 0 .. num_images - 1, as the ranks of a run draw them."""
     module = LitStudent(TeacherSpec(path=str(teacher)), preset="w8a4-modiff", steps=3, **options)
-    module.seed = 7
-    module.configure_model()
+    module.prepare(seed=7)
     module.student.to(dtype)
     noise = module.noise
     module.noise = lambda *args, **kwargs: noise(*args, **kwargs).to(dtype)
@@ -36,7 +35,7 @@ def images(
     for rank in range(world_size):
         for batch in NoiseDataModule(batch_size, num_images).batches(world_size, rank):
             with trajectory(module.student):
-                drawn = module.trace(module.student, batch["index"])
+                drawn = module.denoise(module.student, batch["index"])
             for i, image, keep in zip(batch["index"].tolist(), drawn, batch["valid"].tolist(), strict=True):
                 if keep:
                     assert i not in found

@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 
 from modiff.errors import ConfigError
-from modiff.lit.report.pictures import image_grid, labelled_rows
+from modiff.lit.report.image_grids import image_grid, labelled_rows
 from modiff.lit.report.plots import compare_plot, cost_plot, trajectory_errors_plot
+from modiff.lit.report.result import Result
 
 
 def make_errors(operators=6, steps=5, scale=0.01):
@@ -22,11 +23,15 @@ def make_rows(*psnr, distance=2.0):
     return [
         (
             f"recipe_{i}",
-            {
-                "teacher": {"fid": 1.5},
-                "student": {"psnr_db": p, "fid_to_teacher": distance, "fid": None, "relative_l2": 0.1},
-                "features": {"network": "net $x$", "num_features": 32},
-            },
+            Result.from_json(
+                {
+                    "teacher": {"fid": 1.5},
+                    "student": {"psnr_db": p, "fid_to_teacher": distance, "fid": None, "relative_l2": 0.1},
+                    "features": {"network": "net $x$", "num_features": 32},
+                    "num_images": 64,
+                    "seed": 0,
+                }
+            ),
         )
         for i, p in enumerate(psnr)
     ]
@@ -107,9 +112,9 @@ def test_compare_plot_shows_each_value_and_writes_missing_ones_out(tmp_path):
 
 def test_compare_plot_takes_distances_over_decades_and_zero(tmp_path):
     rows = make_rows(20.0, 30.0, -1.0)
-    for (_, metrics), distance in zip(rows, (0.0, 0.01, 400.0), strict=True):
-        metrics["student"]["fid_to_teacher"] = distance
-        metrics["student"]["fid"] = distance + 1
+    for (_, result), distance in zip(rows, (0.0, 0.01, 400.0), strict=True):
+        result.findings.values["student.fid_to_teacher"] = distance
+        result.findings.values["student.fid"] = distance + 1
     compare_plot(rows, tmp_path / "p.png")
     assert pixels(tmp_path / "p.png").std() > 0
 

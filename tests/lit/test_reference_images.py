@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modiff.errors import ConfigError
-from modiff.lit.data import reference as reference_module
-from modiff.lit.data.reference import ReferenceImages, network_identity
+from modiff.lit.data import real_images as reference_module
+from modiff.lit.data.real_images import ReferenceImages, network_identity
 from modiff.metrics.features import load_feature_network
 from modiff.metrics.precision_recall import precision_recall
 from modiff.metrics.statistics import FeatureStatistics
+from modiff.storage.cache import cache_folder
 
 SHAPE = (3, 8, 8)
 
@@ -139,7 +140,7 @@ def test_of_more_images_than_the_bound_a_fair_sample_is_kept(tmp_path, network, 
     assert len(positions.unique()) == 40
     quarters = [int(((positions >= low) & (positions < low + 50)).sum()) for low in range(0, 200, 50)]
     assert min(quarters) >= 4
-    for cached in reference_module.cache_folder().iterdir():
+    for cached in cache_folder("statistics").iterdir():
         cached.unlink()
     monkeypatch.setattr(reference_module, "BATCH", 64)
     torch.testing.assert_close(measure(path, network).features, found.features, atol=1e-7, rtol=0)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from modiff.errors import ConfigError
-from modiff.lit.data.modules import ImageDataModule
+from modiff.lit.data.images import ImageDataModule
 from modiff.lit.modules.teacher import LitTeacher
 from modiff.metrics.features import load_feature_network
 from modiff.metrics.statistics import FeatureStatistics

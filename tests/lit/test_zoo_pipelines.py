@@ -48,14 +48,13 @@ def save_parts(folder: Path, name: str) -> Path:
     return folder
 
 
-def module_of(name: str, folder: Path, **options: Any) -> LitStudent:
+def module_of(name: str, folder: Path, conditions: Any = None, **options: Any) -> LitStudent:
     """A student with weights and activations in full precision but modulated operators, and its teacher."""
     quiet = modiff.QuantConfig(modulation=modiff.Modulation())
     size = {"flux-schnell": 16, "flux-dev": 16, "sana": 32}.get(name)  # FLUX has none of its own, SanaPipeline a least
     spec = TeacherSpec(name, str(folder), image_size=size)
     module = LitStudent(spec, config=quiet, steps=STEPS, **options)
-    module.tell = lambda step, who: None  # type: ignore[method-assign]  # there is no trainer to tell
-    module.configure_model()
+    module.prepare(conditions=conditions)
     module.loaded.encode = None  # random embeddings in place of the text encoders, which a tiny pipeline lacks
     return module
 
@@ -138,9 +137,8 @@ def test_images_are_those_of_the_pipeline(name, guidance, tmp_path, monkeypatch)
     conditional = name.startswith("dit")
     if guidance > 1 and not conditional:
         pytest.skip("unconditional")
-    module = module_of(name, save_parts(tmp_path, name), scheduler="ddim", guidance=guidance)
-    if conditional:
-        module.conditions = lambda indices: [7 - i for i in indices]
+    labels = (lambda indices: [7 - i for i in indices]) if conditional else None
+    module = module_of(name, save_parts(tmp_path, name), labels, scheduler="ddim", guidance=guidance)
     images = to_unit_range(module.draw("teacher", INDICES)[0])
     noise = module.noise(INDICES)
     for where in (
@@ -219,7 +217,6 @@ def test_text_to_image_without_transformers_names_the_extra(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["sd-v1-4", "sdxl", "pixart-sigma", "sana"])
 def test_keys_and_values_of_the_prompt_are_constant_in_a_teacher_of_the_zoo(name) -> None:
     module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff", steps=STEPS)
-    module.tell = lambda step, who: None  # type: ignore[method-assign]
     module.configure_model()
     args, kwargs = module.inputs(module.noise(INDICES), INDICES)
     before = modiff.cost(module.student, *args, evaluations=STEPS, **kwargs)

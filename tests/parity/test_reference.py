@@ -1,4 +1,4 @@
-"""The fast operators against the recurrence of METHOD.md in float64, over 20 evaluations of a drifting input."""
+"""The fast operators against the recurrence of docs/method.md in float64, over 20 evaluations of a drifting input."""
 
 import copy
 import itertools

@@ -80,7 +80,7 @@ def test_a_teacher_recipe_builds_a_network_of_its_size(name: str, millions: floa
     from lightning.pytorch import LightningModule
 
     from modiff.lit.commands.train import TrainCLI
-    from modiff.lit.data.modules import ImageDataModule
+    from modiff.lit.data.images import ImageDataModule
 
     with torch.random.fork_rng(devices=[]):
         args = ["--config", str(FOLDER / f"{name}.yaml"), "--trainer.precision", "32-true"]

@@ -19,10 +19,10 @@ import modiff
 from modiff.calibration import calibrate
 from modiff.config.quant import QuantConfig
 from modiff.lit.callbacks.calibration import draw
-from modiff.lit.cli.calibration import CalibrationConfig
 from modiff.lit.cli.main import main
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.data.conditions import SampleDataModule
+from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.modules.student import LitStudent
 from modiff.student.swap import operators
 from modiff.teachers.sampling.schedulers import make_scheduler
@@ -144,7 +144,6 @@ def calibrated(module: LitStudent) -> torch.nn.Module:
 @pytest.mark.parametrize("path", ["ddpm-cifar10/w8a4_qdiffusion_modiff.yaml", "ldm-church/w8a4_qdiffusion.yaml"])
 def test_shortcuts_have_a_range_for_each_half_where_q_diffusion_splits_them(path, parsed) -> None:
     module = parsed(RECIPES / path)
-    module.tell = lambda step, who: None  # type: ignore[method-assign]
     module.configure_model()
     found = operators(calibrated(module))
     shortcuts = [name for name in operators(module.student) if re.match(r"up_blocks\..*conv_shortcut$", name)]
@@ -163,11 +162,10 @@ def test_shortcuts_have_a_range_for_each_half_where_q_diffusion_splits_them(path
 @pytest.mark.parametrize("path", DRAWN, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_every_recipe_draws_with_a_tiny_model(path, parsed) -> None:
     module = parsed(path)
-    module.tell = lambda step, who: None  # type: ignore[method-assign]  # there is no trainer to tell
     module.configure_model()
     indices = torch.arange(1)
     if module.calibration is not None:
-        module.use_calibrated(calibrated(module))
+        module.use_student(calibrated(module), calibrated=True)
     with modiff.trajectory(module.student) as run:
         images, _ = module.draw("student", indices)
     assert images.shape == (1, *module.image_shape)

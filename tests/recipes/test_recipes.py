@@ -68,6 +68,16 @@ def test_recipe_is_built_by_train(path) -> None:
     assert parameters <= limits["mnist" if path.parent.name == "mnist" else path.stem]
 
 
+@pytest.mark.parametrize("name", ["teacher", "classifier"])
+def test_recipe_with_the_class_paths_of_the_first_release_is_built(tmp_path, name) -> None:
+    from modiff.lit.commands.train import make_cli
+
+    path, old = FOLDER / "mnist" / f"{name}.yaml", tmp_path / "old.yaml"
+    old.write_text(path.read_text().replace("modiff.lit.modules.teacher.", "modiff.lit.teacher."))
+    assert old.read_text() != path.read_text()
+    assert type(make_cli(["--config", str(old)]).model) is type(make_cli(["--config", str(path)]).model)
+
+
 @pytest.mark.parametrize(
     "path", [p for p in DRAWN if p.parent.name == "mnist" and re.fullmatch("w.a._(ptq|modiff)", p.stem)], **IDS
 )

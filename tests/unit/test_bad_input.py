@@ -13,18 +13,18 @@ from torch import nn
 import modiff
 from modiff import QuantConfig, QuantSpec
 from modiff.calibration import calibrate
-from modiff.calibration.job import StageFolder
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.moments import Moments
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import shared_copy
-from modiff.calibration.weights.tuning import record_outputs
+from modiff.calibration.resume import StageFolder
+from modiff.calibration.tuning import record_outputs
 from modiff.config.quant import Split
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.kernels import onednn
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import round_nearest
 from modiff.storage.folder import TENSORS
+from modiff.student.copies import shared_copy
 
 # --- calibration ------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from modiff.errors import CalibrationError, CheckpointError, ConfigError, Trajec
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.reference import ReferenceOperator
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of
-from modiff.storage import folder as storage
 from modiff.storage.folder import CONFIG
+from modiff.storage.hashing import hash_json
 from modiff.student.swap import convert, operators
 
 LENGTH = 12
@@ -336,7 +336,7 @@ def test_a_checkpoint_of_before_calibrated_ranges_is_read(tmp_path):
     for side in ("weight", "activation"):
         del manifest["quant_config"][side]["timestep_buckets"]
     manifest["format_version"] = 1
-    manifest["sha256"] = storage._digest(manifest)
+    manifest["sha256"] = hash_json(manifest)
     (path / CONFIG).write_text(json.dumps(manifest))
     outputs, again = run(model, noise(4))[0], run(modiff.load(path, denoiser()), noise(4))[0]
     assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
@@ -346,7 +346,7 @@ def test_a_checkpoint_that_lost_a_range_is_refused(tmp_path):
     path = modiff.save(calibrated_student(calibrated()), tmp_path / "ckpt")
     manifest = json.loads((path / CONFIG).read_text())
     del manifest["sha256"], manifest["calibrated_evaluations"]["time"]
-    manifest["sha256"] = storage._digest(manifest)
+    manifest["sha256"] = hash_json(manifest)
     (path / CONFIG).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="the input of operator 'time' has a calibrated range in this model only"):
         modiff.load(path, denoiser())

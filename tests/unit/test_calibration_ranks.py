@@ -1,4 +1,4 @@
-"""Calibrations that two processes share: identical in both, and what one process finds, up to the rounding of sums."""
+"""Calibrations that several processes share find the bits that one process finds, in each of them."""
 
 import os
 import sys
@@ -14,11 +14,16 @@ from modiff.calibration import CalibrationSettings, calibrate
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.reduction import Reducer, TorchReducer
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import shared_copy
+from modiff.calibration.loop.sums import MomentSums
 from modiff.calibration.loop.tracing import Trace, merged
+from modiff.calibration.ranges.observe import Statistics
 from modiff.config.quant import QuantConfig, QuantSpec
 from modiff.errors import CalibrationError
+from modiff.quantizers.observers import MovingAverage
+from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
+
+pytestmark = pytest.mark.timeout(900)  # three processes import PyTorch
 
 FAST = CalibrationSettings(
     iterations=6, tuning_iterations=2, evaluations=2, positions=200, samples=10, batch_size=4, stage_size=2
@@ -89,7 +94,7 @@ def found_by(method, rank=0, world=1, reducer=None, folder=None, progress=None):
             folder=folder,
             progress=progress,
         )
-    elif method in ("minmax", "percentile", "lsq"):
+    elif method in RANGES:
         config, settings = ranges_config(method)
         student = calibrate(
             denoiser(), config, sampler(rank, world), "nearest", settings=settings, reducer=reducer, folder=folder
@@ -110,13 +115,13 @@ def found_by(method, rank=0, world=1, reducer=None, folder=None, progress=None):
     return found
 
 
-def moments_by(rank=0, world=1, reducer=None):
+def moments_by(folder, rank=0, world=1, reducer=None):
     teacher = denoiser()
     student = convert(shared_copy(teacher), QuantConfig.preset("w4a4-modiff"), True)
     loop = ClosedLoop(student, teacher, sampler(rank, world), reducer)
     trace = loop.trace()
     generator = torch.Generator().manual_seed(5)
-    moments = loop.moments(list(trace.order), trace, 2, 90, generator)
+    moments = loop.moments(list(trace.order), trace, 2, 90, generator, folder / f"moments-{rank}", 2**14)
     assert generator.initial_seed() == 5
     return trace, {n: (m.hessian, m.cross, m.power, torch.tensor(m.count)) for n, m in moments.items()}
 
@@ -157,43 +162,56 @@ def full_disk(rank, reducer):
     return messages
 
 
-def work(rank, world, folder):
-    """One of the processes."""
+def work(rank, folder):
+    """One of the processes: a member of the group of three, then of that of two."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    reducer = TorchReducer()
-    found = {method: found_by(method, rank, world, reducer) for method in METHODS}
+    for world in (3, 2)[: 2 - rank // 2]:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
+        reducer = TorchReducer()
+        found = {method: found_by(method, rank, world, reducer) for method in METHODS}
+        if world == 2:
+            look_closer(found, rank, world, reducer, folder)
+        torch.save(found, folder / f"{world}-{rank}.pt")
+        distributed.destroy_process_group()
+
+
+def look_closer(found, rank, world, reducer, folder):
+    """What is shared on the way to a calibration, and what goes wrong on it."""
     found["kept"] = found_by("gptq", rank, world, reducer, folder / "stages")
     found["read"] = found_by("gptq", rank, world, reducer, folder / "stages")
-    found["trace"], found["moments"] = moments_by(rank, world, reducer)
+    found["trace"], found["moments"] = moments_by(folder, rank, world, reducer)
     found["samples"] = samples_by(folder, rank, world, reducer)
     found["extremes"] = [reducer.all_reduce(torch.tensor([rank, -rank]), how) for how in ("min", "max", "sum")]
     found["failing"], found["full"] = failing(rank, world, reducer), full_disk(rank, reducer)
-    torch.save(found, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
-METHODS = ("gptq", "adaround", "brecq", "minmax", "percentile", "lsq")
+RANGES = ("minmax", "moving_average", "percentile", "lsq")
+METHODS = ("gptq", "adaround", "brecq", *RANGES)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What each of two processes found."""
+def shared(tmp_path_factory):
+    """What each of the processes found, by the size of their group."""
     folder = tmp_path_factory.mktemp("ranks")
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
     context = multiprocessing.get_context("spawn")
     previous = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path
     try:
-        processes = [context.Process(target=work, args=(rank, 2, folder)) for rank in range(2)]
+        processes = [context.Process(target=work, args=(rank, folder)) for rank in range(3)]
         for process in processes:
             process.start()
         for process in processes:
-            process.join(200)
+            process.join(800)
     finally:
         os.environ.pop("PYTHONPATH") if previous is None else os.environ.update(PYTHONPATH=previous)
-    assert [process.exitcode for process in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0] * 3
+    return {n: [torch.load(folder / f"{n}-{r}.pt", weights_only=False) for r in range(n)] for n in (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def two(shared):
+    return shared[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -210,28 +228,16 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_both_processes_end_with_the_same_bits(two, method):
-    assert two[0][method]
-    assert any(key.endswith(".shift") for key in two[0][method]) == (method in ("gptq", "adaround", "brecq"))
-    assert equal(two[0][method], two[1][method])
-
-
-@pytest.mark.parametrize("method", ["brecq", "minmax", "percentile", "lsq"])
-def test_two_processes_find_what_one_finds(two, method):
-    """Samples arrive in the order of trajectories, and these statistics merge exactly: nothing is left to rounding."""
+def test_any_number_of_processes_finds_what_one_finds(shared, method):
     one = found_by(method)
-    assert equal(one, two[0][method])
+    assert any(key.endswith(".shift") for key in one) == (method in ("gptq", "adaround", "brecq"))
+    assert any(key.endswith(".zero") for key in one) == (method in RANGES)
+    for found in (*shared[2], *shared[3]):
+        assert equal(one, found[method])
 
 
-def test_calibrations_from_sums_differ_by_their_rounding_only(two):
-    one = found_by("gptq")
-    keys = [key for key in one if key.endswith(".codes")]
-    differing = sum(int((one[key] != two[0]["gptq"][key]).sum()) for key in keys)
-    assert differing <= 0.01 * sum(one[key].numel() for key in keys)
-
-
-def test_merged_moments_are_those_of_one_process(two):
-    trace, moments = moments_by()
+def test_moments_of_several_processes_are_those_of_one_bit_for_bit(two, tmp_path):
+    trace, moments = moments_by(tmp_path)
     assert trace.lengths == [3, 3, 3]
     for rank, places in enumerate(([0, 2], [1])):
         other = two[rank]["trace"]
@@ -243,30 +249,65 @@ def test_merged_moments_are_those_of_one_process(two):
             trace.usable,
         )
         assert other.digest == trace.digest
-        for name, expected in moments.items():
-            hessian, cross, power, count = two[rank]["moments"][name]
-            assert torch.equal(count, expected[3])  # the very same vectors, in another order of summation
-            for found, sums in ((hessian, expected[0]), (cross, expected[1]), (power, expected[2])):
-                assert torch.allclose(found, sums, rtol=1e-5, atol=1e-5 * float(sums.abs().max()))
-            assert torch.equal(hessian, two[0]["moments"][name][0])
+        assert list(two[rank]["moments"]) == trace.order[rank::2]  # each process adds up those of its own operators
+        for name, sums in two[rank]["moments"].items():
+            assert all(torch.equal(found, expected) for found, expected in zip(sums, moments[name], strict=True))
 
 
-def test_sums_of_processes_are_taken_in_float64():
-    seen = []
+def test_sums_are_taken_in_the_order_of_trajectories_whoever_has_them(tmp_path):
+    """Terms whose float sum depends on its order: 2^24 + 1 + 1 is 2^24, and 1 + 1 + 2^24 is not."""
+    teacher = nn.Linear(1, 1, bias=False)
+    student = modiff.quantize(nn.Sequential(teacher), QuantConfig.preset("w4a4-ptq"))
+    operator = operators(student)
+    terms = {0: 2.0**12, 1: 1.0, 2: 1.0}
 
-    def all_reduce(tensor, how):
-        seen.append((tensor.dtype, how))
-        return tensor * 2
+    class Board(Reducer):
+        """Stands for the first of two processes; what the other one sent lies ready."""
 
-    teacher = denoiser()
-    student = convert(shared_copy(teacher), QuantConfig.preset("w4a4-modiff"), True)
-    loop = ClosedLoop(student, teacher, sampler())
-    moments = loop.moments(["time"], loop.trace(), 2, 90, torch.Generator())["time"]
-    hessian, count = moments.hessian.clone(), moments.count
-    moments.reduce(all_reduce)
-    assert torch.equal(moments.hessian, 2 * hessian)
-    assert moments.count == 2 * count
-    assert set(seen) == {(torch.float64, "sum"), (torch.int64, "sum")}
+        world_size, other = 2, None
+
+        def gather(self, value):
+            return [value, self.other]
+
+    def add(sums, trajectories):
+        for place in trajectories:
+            x = torch.full((1, 1, 1), terms[place])
+            sums.add("0", place, x, x)
+
+    alone = MomentSums(operator, Reducer(), tmp_path, 0)
+    add(alone, (0, 1, 2))
+    expected = alone.finish()["0"].hessian.item()
+    for mine in ((0, 2), (1, 2), (2,), ()):
+        theirs = [place for place in terms if place not in mine]
+        board = Board()
+        board.other = (
+            [(p, 1) for p in theirs],
+            {k: torch.tensor([terms[p] for p in theirs])[:, None, None] for k in "xy"},
+        )
+        sums = MomentSums(operator, board, tmp_path, 2**10)
+        add(sums, mine)
+        assert sums.finish()["0"].hessian.item() == expected == 2.0**24
+
+
+def test_moving_averages_are_merged_in_the_order_of_trajectories():
+    """2^60, 1 and -2^60 add up to 0 or to 1: only the order of trajectories decides."""
+    values = {0: 2.0**60, 1: 1.0, 2: -(2.0**60)}
+
+    class Board(Reducer):
+        other = {}
+
+        def gather(self, value):
+            return [value, self.other]
+
+    found = []
+    for mine in ((0, 1, 2), (0, 2), (1,), ()):
+        board = Board()
+        own, other = Statistics(MovingAverage(1, 1)), Statistics(MovingAverage(1, 1))
+        for place, value in values.items():
+            (own if place in mine else other).observer(place).update(0, 0, torch.full((1, 1, 1), value))
+        board.other = other._parts
+        found.append(own.merged(board).low_sum.item())
+    assert found == [0.0] * 4
 
 
 def test_samples_of_all_processes_come_in_the_order_of_one(two, tmp_path):

@@ -8,8 +8,9 @@ import torch
 
 from modiff.calibration.loop.moments import Moments
 from modiff.calibration.settings import CalibrationSettings
-from modiff.calibration.weights.adaround import adaround, penalty_beta
+from modiff.calibration.weights.adaround import adaround
 from modiff.calibration.weights.gptq import gptq
+from modiff.calibration.weights.learned_rounding import penalty_beta
 from modiff.config.quant import QuantSpec
 from modiff.errors import CalibrationError, ConfigError
 from modiff.quantizers.packing import PackedWeight

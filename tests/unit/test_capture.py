@@ -9,13 +9,16 @@ from torch import nn
 import modiff
 from modiff.calibration import CalibrationSettings
 from modiff.calibration.loop import samples as samples_module
+from modiff.calibration.loop.arguments import CallArguments
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.moments import input_vectors, output_vectors
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import Structure, find_blocks, shared_copy
 from modiff.calibration.loop.tracing import Trace
-from modiff.calibration.planning import plan_stages
+from modiff.calibration.stages import plan_stages
+from modiff.calibration.weights import weight_method
 from modiff.errors import CalibrationError
+from modiff.student.blocks import find_blocks
+from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
 
 
@@ -45,7 +48,7 @@ def test_evaluations_are_sampled_evenly(count, expected):
     assert trace.recorded(expected) == len(expected) + sum(i < 3 for i in expected)
 
 
-def test_moments_are_of_the_reconstruction_that_the_weight_is_applied_to():
+def test_moments_are_of_the_reconstruction_that_the_weight_is_applied_to(tmp_path):
     """Trap 7: the input of a modulated operator is â of the closed loop, so that A(â) + bias is its output."""
     closed = loop("w4a3-modiff")
     seen = []
@@ -59,7 +62,7 @@ def test_moments_are_of_the_reconstruction_that_the_weight_is_applied_to():
     handle = operator.register_forward_hook(hook)
     trace = closed.trace()
     seen.clear()
-    moments = closed.moments(["time"], trace, None, 1000, torch.Generator())["time"]
+    moments = closed.moments(["time"], trace, None, 1000, torch.Generator(), tmp_path, 0)["time"]
     handle.remove()
     given, a_hat = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert torch.allclose(moments.hessian[0], a_hat.T @ a_hat, rtol=1e-5, atol=1e-5)
@@ -69,9 +72,9 @@ def test_moments_are_of_the_reconstruction_that_the_weight_is_applied_to():
     assert moments.count == 8
 
 
-def test_targets_are_the_teachers_answers_to_the_students_images():
+def test_targets_are_the_teachers_answers_to_the_students_images(tmp_path):
     closed = loop("w2a32-ptq")
-    moments = closed.moments(["conv_out"], closed.trace(), 2, 10**6, torch.Generator())["conv_out"]
+    moments = closed.moments(["conv_out"], closed.trace(), 2, 10**6, torch.Generator(), tmp_path, 0)["conv_out"]
     teacher, power = denoiser(), 0.0
     for args in [noise(4)[0], noise(4)[3]]:
         power += teacher(*args).square().sum().item()
@@ -79,11 +82,11 @@ def test_targets_are_the_teachers_answers_to_the_students_images():
     assert moments.count == 2 * 2 * 64
 
 
-def test_the_student_is_left_without_hooks_and_the_teacher_as_it_was():
+def test_the_student_is_left_without_hooks_and_the_teacher_as_it_was(tmp_path):
     closed = loop()
     before = {name: t.clone() for name, t in closed.teacher.state_dict().items()}
     trace = closed.trace()
-    closed.moments(["conv_in"], trace, 2, 100, torch.Generator())
+    closed.moments(["conv_in"], trace, 2, 100, torch.Generator(), tmp_path, 0)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in closed.teacher.modules())
     assert not any(op._forward_hooks for op in operators(closed.student).values())
     assert all(torch.equal(before[name], t) for name, t in closed.teacher.state_dict().items())
@@ -190,16 +193,16 @@ def test_row_larger_than_the_limit_is_refused(tmp_path):
 # --- blocks and stages ------------------------------------------------------------------------------------------------
 
 
-def test_structure_rebuilds_arguments():
+def test_arguments_are_rebuilt():
     x, t = torch.ones(2, 3), torch.zeros(2)
-    structure, tensors = Structure.of((x, None, [t, 1.5]), {"d": {"k": (x,)}, "flag": True})
-    args, kwargs = structure.build(tensors)
+    arguments, tensors = CallArguments.of((x, None, [t, 1.5]), {"d": {"k": (x,)}, "flag": True})
+    args, kwargs = arguments.build(tensors)
     assert args[0] is x
     assert args[1:] == (None, [t, 1.5])
     assert kwargs["d"]["k"][0] is x
     assert kwargs["flag"] is True
-    assert Structure.of((x * 2, None, [t, 1.5]), {"d": {"k": (x,)}, "flag": True})[0] == structure
-    assert Structure.of((x, None, [t, 2.5]), {"d": {"k": (x,)}, "flag": True})[0] != structure
+    assert CallArguments.of((x * 2, None, [t, 1.5]), {"d": {"k": (x,)}, "flag": True})[0] == arguments
+    assert CallArguments.of((x, None, [t, 2.5]), {"d": {"k": (x,)}, "flag": True})[0] != arguments
 
 
 def test_blocks_of_a_diffusers_unet_are_its_resnets_attentions_and_embedding():
@@ -216,23 +219,23 @@ def test_blocks_of_a_diffusers_unet_are_its_resnets_attentions_and_embedding():
     assert types == {"ResnetBlock2D", "Attention", "TimestepEmbedding"}
     alone = set(trace.order) - {name for held in blocks.values() for name in held}
     assert {name.rpartition(".")[2] for name in alone} == {"conv_in", "conv_out", "conv"}
-    stages = plan_stages(unet, operators(closed.student), trace.order, trace, "brecq", FAST)
+    stages = plan_stages(unet, operators(closed.student), trace.order, trace, weight_method("brecq"), FAST)
     assert sorted(name for stage in stages for name in stage.operators) == sorted(trace.order)
 
 
 def test_stages_respect_size_and_memory():
     closed = loop("w4a32-ptq")
     trace, found = closed.trace(), operators(closed.student)
-    stages = plan_stages(closed.teacher, found, trace.order, trace, "gptq", FAST)
+    stages = plan_stages(closed.teacher, found, trace.order, trace, weight_method("gptq"), FAST)
     assert [stage.operators for stage in stages] == [("conv_in", "time"), ("conv_out",)]
     # Operators with the teacher's targets must not share a run: each would make up for the same earlier error.
-    stages = plan_stages(closed.teacher, found, trace.order, trace, "adaround", FAST)
+    stages = plan_stages(closed.teacher, found, trace.order, trace, weight_method("adaround"), FAST)
     assert [stage.operators for stage in stages] == [("conv_in",), ("time",), ("conv_out",)]
     wide = nn.Sequential(nn.Linear(600, 600))
     tight = CalibrationSettings(memory_mib=1)
     closed = ClosedLoop(convert(shared_copy(wide), config("w4a32-ptq"), True), wide, _linear_run)
     with pytest.raises(CalibrationError, match="moments of operator '0' take 3 MiB, but memory_mib is 1"):
-        plan_stages(wide, operators(closed.student), ["0"], closed.trace(), "gptq", tight)
+        plan_stages(wide, operators(closed.student), ["0"], closed.trace(), weight_method("gptq"), tight)
 
 
 def _linear_run(student):

@@ -300,7 +300,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, when, e
     else:
         replace = os.replace
         monkeypatch.setattr(
-            "modiff.storage.folder.os.replace",
+            "modiff.storage.atomic.os.replace",
             lambda a, b: fail() if os.path.basename(b) == "ckpt" and not str(a).endswith(".old") else replace(a, b),
         )
     with pytest.raises(CheckpointError, match="cannot be written: disk full"):

@@ -13,10 +13,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import modiff
-from modiff.compiling import modes as compiling
+from modiff.compiling import modes
 from modiff.config.quant import Split
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.operators import execution
+from modiff.kernels import compiled
+from modiff.student import blocks
 from modiff.student.swap import convert
 
 
@@ -25,13 +26,13 @@ def graphs(monkeypatch):
     """Graphs are captured, guarded and counted as ever, but run by PyTorch's eager kernels, which takes no time."""
     torch._dynamo.reset()
     counters.clear()
-    compiling.compiled_stages.cache_clear()
+    compiled.compiled_function.cache_clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(compiling, "_missing_compiler", lambda student: None)
-    monkeypatch.setattr(execution, "SMALL", 0)
+    monkeypatch.setattr(modes, "_missing_compiler", lambda student: None)
+    monkeypatch.setattr(compiled, "SMALL", 0)
     yield lambda: counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
-    compiling.compiled_stages.cache_clear()
+    compiled.compiled_function.cache_clear()
 
 
 def close(found, expected):
@@ -134,7 +135,7 @@ def test_rewritten_operators_compile_with_the_rest(graphs, mode, preset, backend
     run(student, tokens(12))
     assert graphs() == after > 0
     if mode == "blocks":  # and not the pairs of halves
-        assert [type(m) for m in compiling.repeated_blocks(student)] == [Block, Block]
+        assert [type(m) for m in blocks.repeated_blocks(student)] == [Block, Block]
     if mode == "whole":  # the first evaluation is eager: of plain quantization it runs a stage, of MoDiff none
         assert after == (1 if "modiff" in preset else 2)
     restored = modiff.restore(student)
@@ -263,7 +264,7 @@ def test_a_denoiser_that_is_no_single_graph_is_compiled_in_parts_and_says_so(gra
 
 
 def test_without_a_compiler_one_line_says_so_and_the_student_runs_eagerly(monkeypatch, caplog):
-    monkeypatch.setattr(compiling, "_missing_compiler", lambda student: "no C++ compiler is installed")
+    monkeypatch.setattr(modes, "_missing_compiler", lambda student: "no C++ compiler is installed")
     student = modiff.quantize(denoiser(), config("w8a7-modiff"))
     expected, _ = run(student, noise(3))
     with caplog.at_level(logging.WARNING, logger="modiff"):
@@ -281,7 +282,7 @@ def test_the_search_for_a_compiler_finds_none_where_there_is_none(monkeypatch):
     torch._inductor.cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
         torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear"
     ) else None
-    assert compiling._missing_compiler(denoiser()) == "no C++ compiler is installed"
+    assert modes._missing_compiler(denoiser()) == "no C++ compiler is installed"
 
 
 def test_wrong_modes_are_refused():
@@ -299,7 +300,7 @@ def test_wrong_modes_are_refused():
 def test_uncompile_puts_the_eager_student_back(graphs):
     student = modiff.quantize(Blocks(), config("w8a7-modiff"))
     expected, _ = run(student, tokens(3))
-    compiling.uncompile(modiff.compile(student, "whole"))
+    modes.uncompile(modiff.compile(student, "whole"))
     found, _ = run(student, tokens(3))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert graphs() == 0
@@ -308,9 +309,9 @@ def test_uncompile_puts_the_eager_student_back(graphs):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["stages", "blocks", "whole"])
 def test_the_real_compiler(mode, monkeypatch):
-    monkeypatch.setattr(execution, "SMALL", 0)
+    monkeypatch.setattr(compiled, "SMALL", 0)
     torch._dynamo.reset()
-    compiling.compiled_stages.cache_clear()
+    compiled.compiled_function.cache_clear()
     expected, _ = run(modiff.quantize(Blocks(), config("w8a7-modiff")), tokens(5))
     found, counts = run(modiff.compile(modiff.quantize(Blocks(), config("w8a7-modiff")), mode), tokens(5))
     close(found, expected)
@@ -318,7 +319,7 @@ def test_the_real_compiler(mode, monkeypatch):
 
 
 def test_small_tensors_go_through_eager_stages(graphs, monkeypatch):
-    monkeypatch.setattr(execution, "SMALL", 2 * 4 * 6 + 1)
+    monkeypatch.setattr(compiled, "SMALL", 2 * 4 * 6 + 1)
     expected, _ = run(modiff.quantize(Blocks(), config("w8a7-modiff")), tokens(3))
     found, _ = run(modiff.compile(modiff.quantize(Blocks(), config("w8a7-modiff"))), tokens(3))
     assert graphs() == 0

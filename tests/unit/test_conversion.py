@@ -170,10 +170,16 @@ def test_a_bare_operator_is_refused():
 
 
 def test_what_is_not_a_config_is_refused():
-    with pytest.raises(
-        ConfigError, match="config is 'w8a4-modiff'; give a QuantConfig, for example QuantConfig.preset"
-    ):
-        modiff.quantize(denoiser(), "w8a4-modiff")
+    with pytest.raises(ConfigError, match="config is 8; give a QuantConfig or the name of a preset, for example"):
+        modiff.quantize(denoiser(), 8)
+
+
+def test_a_preset_is_taken_by_its_name():
+    named, made = modiff.quantize(denoiser(), "w8a4-modiff"), modiff.quantize(denoiser(), config("w8a4-modiff"))
+    for found, wanted in zip(run(named, noise(3))[0], run(made, noise(3))[0], strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(ConfigError, match="unknown preset 'w9a9-modiff'"):
+        modiff.quantize(denoiser(), "w9a9-modiff")
 
 
 class Scaled(nn.Linear):

@@ -3,7 +3,16 @@ import importlib
 
 import pytest
 
-WITH_EXAMPLES = ["modiff.config", "modiff.cost", "modiff.quantizers.granularity"]
+WITH_EXAMPLES = [
+    "modiff.config.quant",
+    "modiff.config.rules",
+    "modiff.config.specs",
+    "modiff.kernels.accumulate",
+    "modiff.kernels.compiled",
+    "modiff.quantizers.granularity",
+    "modiff.quantizers.held",
+    "modiff.student.cost",
+]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -8,8 +8,8 @@ from torch import nn
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.errors import TrajectoryError
-from modiff.kernels.select import IntegerProduct
-from modiff.operators.adapters import LinearAdapter
+from modiff.kernels import float as float_backend
+from modiff.kernels.onednn import OneDNN
 
 
 class Prompted(nn.Module):
@@ -45,20 +45,18 @@ def outputs(model, prompts):
 def products(monkeypatch):
     """Number of products by the operator's number of inputs: to_k has 5, to_q 6, out 3."""
     counts = {3: 0, 5: 0, 6: 0}
-    apply = LinearAdapter.apply
+    floats, integers = float_backend.linear_map, OneDNN.multiply
 
-    def counting(self, module, x, weight, bias):
-        counts[module.in_features] += 1
-        return apply(self, module, x, weight, bias)
+    def counting(x, weight, bias, shape):
+        counts[shape.in_channels] += 1
+        return floats(x, weight, bias, shape)
 
-    call = IntegerProduct.__call__
+    def counting_integers(self, prepared, encoded):
+        counts[prepared.shape.in_channels] += 1
+        return integers(self, prepared, encoded)
 
-    def counting_integers(self, codes):
-        counts[self.module.in_features] += 1
-        return call(self, codes)
-
-    monkeypatch.setattr(LinearAdapter, "apply", counting)
-    monkeypatch.setattr(IntegerProduct, "__call__", counting_integers)
+    monkeypatch.setattr(float_backend, "linear_map", counting)
+    monkeypatch.setattr(OneDNN, "multiply", counting_integers)
     return counts
 
 
@@ -202,7 +200,7 @@ def test_describe_and_cost_show_it_after_a_run():
     outputs(model, [PROMPT] * 5)
     assert [row.name for row in modiff.describe(model) if row.constant] == ["to_k"]
     line = next(line for line in str(modiff.describe(model)).splitlines() if line.startswith("to_k"))
-    assert "fixed input: computed once" in line
+    assert "constant input: computed once" in line
     cost = modiff.cost(model, XS[0], PROMPT, evaluations=10)
     macs = 3 * 5 * 4
     rows = {row.name: row for row in cost.operators}

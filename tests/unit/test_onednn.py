@@ -12,8 +12,11 @@ from torch import nn
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.errors import ConfigError
-from modiff.kernels import accumulate, onednn
-from modiff.kernels.select import IntegerProduct, choose, code_span
+from modiff.kernels import accumulate, onednn, select
+from modiff.kernels.backend import BACKENDS, Encoded, Quantizer
+from modiff.operators.adapters import find_adapter
+from modiff.quantizers.affine import Limits
+from modiff.quantizers.granularity import Partition
 from modiff.quantizers.packing import PackedWeight
 from modiff.quantizers.rounding import round_nearest
 
@@ -36,15 +39,26 @@ OPERATORS = {
 }
 
 
-def product_of(module, weight, activation):
-    """An operator's integer product with scales of 1, and the codes of its weight."""
+def quantizer_of(spec, dtype=torch.float32):
+    return Quantizer(spec, Partition(), Limits.of(spec, torch.empty((), dtype=dtype)))
+
+
+def choose(module, weight, activation, device=CPU, dtype=torch.float32):
+    shape = find_adapter(module).shape(module, weight)
+    return select.choose("auto", shape, activation and quantizer_of(activation), device, dtype)
+
+
+def check_sums(module, weight, activation, codes):
+    """Products with scales of 1 are the exact sums."""
+    backend, quantizer = BACKENDS["onednn"], quantizer_of(activation)
     quantized = round_nearest(module.weight.detach(), weight)
     packed = PackedWeight.pack(quantized, weight)
     ones = PackedWeight(packed.codes, torch.ones_like(packed.scale), packed.zero_point, packed.shape, weight)
-    integer = IntegerProduct(module, ones, activation)
-    integer.prepare()
-    codes = quantized.codes if quantized.zero_point is None else quantized.codes - quantized.zero_point
-    return integer, codes
+    shape = find_adapter(module).shape(module, weight)
+    prepared, zero = backend.prepare(ones, shape), backend.zero(quantizer)
+    found = backend.multiply(prepared, Encoded((codes + zero).to(torch.uint8), zero, torch.ones(()), torch.zeros(())))
+    weight_codes = quantized.codes if quantized.zero_point is None else quantized.codes - quantized.zero_point
+    assert torch.equal(found, accumulate(codes, weight_codes, shape).float())
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -57,26 +71,18 @@ def test_invariant_4_sums_are_exact(name, weight, activation, extreme):
     module = make()
     if extreme:  # the largest sums that there are
         module.weight.data = torch.full_like(module.weight, 1.0)
-    integer, weight_codes = product_of(module, weight, activation)
-    span = code_span(activation)
-    codes = torch.randint(-span, span + 1, shape)
-    codes = torch.full(shape, span) if extreme else codes
-    found = integer((codes + integer.offset).to(torch.uint8))
-    assert torch.equal(found, accumulate(codes, weight_codes, module).float())
+    span = quantizer_of(activation).span
+    codes = torch.full(shape, span) if extreme else torch.randint(-span, span + 1, shape)
+    check_sums(module, weight, activation, codes)
 
 
 def test_products_of_8_bit_codes_are_exact_where_they_are_chosen():
-    module = nn.Linear(256, 8)
-    activation = QuantSpec(8, "sample")
-    chosen = choose(module, QuantSpec(8, "channel"), activation, CPU, torch.float32)
+    module, weight, activation = nn.Linear(256, 8), QuantSpec(8, "channel"), QuantSpec(8, "sample")
+    chosen = choose(module, weight, activation)
     if not onednn.exact_8bit():
-        assert chosen.backend == "simulate"
+        assert chosen.name == "simulate"
         return
-    integer, weight_codes = product_of(module, QuantSpec(8, "channel"), activation)
-    codes = torch.full((2, 256), 127)
-    assert torch.equal(
-        integer((codes + integer.offset).to(torch.uint8)), accumulate(codes, weight_codes, module).float()
-    )
+    check_sums(module, weight, activation, torch.full((2, 256), 127))
 
 
 WHY_NOT = [
@@ -94,25 +100,25 @@ WHY_NOT = [
 
 @pytest.mark.parametrize(("module", "weight", "activation", "reason"), WHY_NOT)
 def test_what_cannot_be_exact_is_simulated_and_says_why(module, weight, activation, reason):
-    chosen = choose(module, weight, activation, CPU, torch.float32)
-    assert chosen.backend == "simulate"
+    chosen = choose(module, weight, activation)
+    assert chosen.name == "simulate"
     assert reason in chosen.reason
     assert reason in str(chosen)
 
 
 def test_float64_and_other_devices_are_simulated():
     spec = QuantSpec(4)
-    assert "float64" in choose(nn.Linear(2, 2), spec, spec, CPU, torch.float64).reason
-    assert "not on cuda" in choose(nn.Linear(2, 2), spec, spec, torch.device("cuda"), torch.float32).reason
+    assert "float64" in choose(nn.Linear(2, 2), spec, spec, dtype=torch.float64).reason
+    assert "not on cuda" in choose(nn.Linear(2, 2), spec, spec, torch.device("cuda")).reason
 
 
 def test_without_vnni_8_bit_codes_are_refused_and_7_bit_ones_are_not(monkeypatch):
     monkeypatch.setattr(onednn, "exact_8bit", lambda: False)
     weight = QuantSpec(8, "channel")
     for activation in (QuantSpec(8), QuantSpec(7, symmetric=False)):
-        assert "saturate" in choose(nn.Linear(2, 2), weight, activation, CPU, torch.float32).reason
+        assert "saturate" in choose(nn.Linear(2, 2), weight, activation).reason
     for activation in (QuantSpec(7), QuantSpec(6, symmetric=False)):
-        assert choose(nn.Linear(2, 2), weight, activation, CPU, torch.float32).backend == "onednn"
+        assert choose(nn.Linear(2, 2), weight, activation).name == "onednn"
 
 
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run():
@@ -200,7 +206,8 @@ def test_copies_pack_their_own_weight_and_packed_ones_are_freed():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(onednn._PACKED) == before + 6
     for name, operator in modulated(twin).items():
-        assert operator.integer.handle.number != modulated(student)[name].integer.handle.number
-    del student, twin, operator
+        ours, theirs = (m.region.execution.prepared.weight for m in (operator, modulated(student)[name]))
+        assert ours.number != theirs.number
+    del student, twin, operator, ours, theirs
     gc.collect()
     assert len(onednn._PACKED) == before

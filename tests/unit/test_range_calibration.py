@@ -15,11 +15,11 @@ from modiff import Modulation, QuantConfig, QuantSpec, Rule
 from modiff.calibration import calibrate
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.reduction import Reducer
-from modiff.calibration.loop.structure import shared_copy
 from modiff.calibration.ranges.observe import RangeCalibration, by_set, with_dynamic_ranges
 from modiff.errors import CalibrationError
 from modiff.operators.modulated import ModulatedOperator
 from modiff.quantizers.calibrated import CalibratedRange, bucket_of
+from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
 
 KINDS = ("minmax", "moving_average", "percentile", "lp", "lsq")

@@ -275,3 +275,27 @@ def test_calls_outside_a_trajectory_and_longer_ones_are_refused():
         run(student, xs)
     with pytest.raises(ConfigError, match="made for trajectories of 4 evaluations, and the sampler makes 7"):
         ReuseSchedule(every=2, length=4).check_length(7)
+
+
+def test_cost_counts_skipped_products_as_zero_and_kept_branches():
+    args = torch.randn(2, 2, 8, 8), torch.tensor(5)
+    base = QuantConfig.preset("w8a8-modiff")
+    plain = modiff.cost(modiff.quantize(unet(), base), *args, evaluations=10)
+    schedule = ReuseSchedule.preset("extrapolate-2")
+    student = modiff.quantize(unet(), _with(base, schedule))
+    found = modiff.cost(student, *args, evaluations=10)
+    inside = {r.name: r for r in found.operators if ".resnets." in r.name or ".attentions." in r.name}
+    skipped = sum(schedule.skips("any", t) for t in range(10))
+    for row in plain.operators:
+        other = next(r for r in found.operators if r.name == row.name)
+        at_low = 0 if row.name not in inside or row.name.endswith("conv_shortcut") else skipped
+        assert row.bops - other.bops == pytest.approx(row.macs * 8 * 8 * at_low / 10)
+    assert found.other_bops < plain.other_bops, "attention products inside skipped blocks"
+    _, trajectory, branch_bytes = run(student, inputs((2, 2, 8, 8)))
+    extra = (found.state_mib_per_image - plain.state_mib_per_image) * 2**20 * 2
+    assert extra == pytest.approx(branch_bytes)
+
+
+def test_describe_names_the_schedule():
+    student = modiff.quantize(unet(), _with(QuantConfig.preset("w8a8-modiff"), ReuseSchedule.preset("extrapolate-3")))
+    assert "blocks are computed in every 3rd evaluation and extrapolated between" in str(modiff.describe(student))

@@ -11,8 +11,10 @@ from torch import nn
 import modiff
 from modiff import Modulation, QuantConfig
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.kernels import stages
+from modiff.kernels import elementwise
 from modiff.operators.modulated import ModulatedOperator
+from modiff.quantizers.affine import Limits
+from modiff.quantizers.held import INT16_GROWTH, Held, Int16Grid
 
 DIET = {"state_dtype": "float16", "reconstruction_dtype": "int16"}
 
@@ -88,14 +90,14 @@ def test_vectors_and_inputs_of_few_channels_stay_in_float32():
 def test_reconstructions_are_whole_steps_and_scales_whole_multiples(one_sided):
     torch.manual_seed(0)
     a = nn.functional.silu(6 * torch.randn(2, 64)) if one_sided else torch.randn(2, 64)
-    grid = stages.Int16Grid.like(a)
+    grid = Int16Grid.like(a)
     grid.fit(a)
-    a_hat = grid.encode(a)
+    a_hat = grid.nearest(a)
     assert (grid.decode(a_hat) - a).abs().max() <= 0.51 * grid.step
     assert (a.max() - a.min()).item() == pytest.approx(2**14 * grid.step.item(), rel=1e-3)  # a quarter of all numbers
     before = a_hat.clone()
-    limits = stages.Limits.of(modiff.QuantSpec(4, "sample"), a)
-    codes, scale, _ = stages.encode(a + 0.1 * torch.randn(2, 64), a_hat, grid, limits, None, offset=64)
+    limits = Limits.of(modiff.QuantSpec(4, "sample"), a)
+    codes, scale, _ = elementwise.encode(a + 0.1 * torch.randn(2, 64), Held(a_hat, grid), limits, None, zero=64)
     multiple = (scale / grid.step).round()
     torch.testing.assert_close(multiple * grid.step, scale, rtol=1e-6, atol=0)
     assert torch.equal(a_hat.float(), before.float() + (codes.float() - 64) * multiple)
@@ -103,12 +105,12 @@ def test_reconstructions_are_whole_steps_and_scales_whole_multiples(one_sided):
 
 def test_the_grid_holds_zero_and_what_inputs_may_grow_to():
     for a in (torch.tensor([-0.25, 8.0]), torch.tensor([3.0, 4.0]), torch.tensor([-5.0, -4.0]), torch.zeros(3)):
-        grid = stages.Int16Grid.like(a)
+        grid = Int16Grid.like(a)
         grid.fit(a)
-        assert torch.equal(grid.decode(grid.encode(torch.zeros(2))), torch.zeros(2))
-        grown = stages.INT16_GROWTH * 0.999 * a
+        assert torch.equal(grid.decode(grid.nearest(torch.zeros(2))), torch.zeros(2))
+        grown = INT16_GROWTH * 0.999 * a
         assert torch.equal(grid.clip(grown), grown)
-        assert (grid.decode(grid.encode(grown)) - grown).abs().max() <= 0.51 * grid.step
+        assert (grid.decode(grid.nearest(grown)) - grown).abs().max() <= 0.51 * grid.step
 
 
 def test_inputs_that_outgrow_int16_are_clipped_and_followed_back():
@@ -177,7 +179,7 @@ def test_operators_that_read_one_tensor_share_its_reconstruction(monkeypatch, mo
         assert (
             modiff.cost(modiff.quantize(SelfAttention(), base), inputs[0][0]).state_mib_per_image * 2**20 * 2 == shared
         )
-    monkeypatch.setattr(ModulatedOperator, "shares", False)
+    monkeypatch.setattr(ModulatedOperator, "sharing_key", lambda self, execution: None)
     alone = modiff.quantize(SelfAttention(), base)
     with modiff.trajectory(alone) as counts:
         expected = [alone(*args) for args in inputs]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 from modiff.errors import ModiffError, TrajectoryError
+from modiff.kernels import scratch
 from modiff.operators.reference import ReferenceOperator
 
 ARGS = noise(1)[0]
@@ -306,7 +307,7 @@ def test_state_is_freed_and_its_size_is_that_of_both_caches():
     assert counts.state_bytes == 0
     assert counts.caches == {}
     assert kept() is None
-    assert model.conv_in.state._scratch == {}
+    assert vars(scratch._LOCAL) == {}
 
 
 def test_state_is_not_in_the_state_dict():

@@ -1,4 +1,4 @@
-"""Traps of METHOD.md, section 3, that other implementations fell into.
+"""The traps of docs/method.md that other implementations fell into.
 
 Each trap has a check, which passes, and is then built in on purpose, upon which the same check must fail. (Trap 5 is in
 tests/property/test_quantizers.py, trap 8 is invariant 5.)
@@ -10,6 +10,8 @@ from small_models import noise, run, student
 
 import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
+from modiff.kernels.backend import BACKENDS
+from modiff.kernels.float import FloatBackend
 from modiff.operators.modulated import ModulatedOperator
 from modiff.quantizers.granularity import Partition
 from modiff.trajectory.contexts import Trajectory
@@ -175,8 +177,8 @@ def test_trap_12_bias_enters_in_the_first_evaluation_only():
 
 
 def test_trap_12_built_in_bias_added_at_every_step(monkeypatch):
-    product = ModulatedOperator.product
-    monkeypatch.setattr(ModulatedOperator, "product", lambda self, a, with_bias: product(self, a, with_bias=True))
+    multiply = BACKENDS["simulate"].multiply
+    monkeypatch.setattr(FloatBackend, "multiply", lambda self, prepared, encoded: 5 + multiply(prepared, encoded))
     with fails:
         check_bias_enters_once()
 

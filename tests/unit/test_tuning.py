@@ -11,10 +11,10 @@ import modiff
 from modiff.calibration import CalibrationSettings, calibrate
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import shared_copy
-from modiff.calibration.weights.tuning import first_tensor, record_outputs, tune
+from modiff.calibration.tuning import first_tensor, record_outputs, tune
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.quantizers.packing import PackedWeight
+from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
 
 SETTINGS = CalibrationSettings(evaluations=3, samples=24, batch_size=16, tuning_iterations=150, tuning_rate=0.01)

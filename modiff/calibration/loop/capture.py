@@ -1,21 +1,23 @@
-"""Closed-loop data: what the operators of a student really see along its own trajectories (trap 7 of METHOD.md)."""
+"""Closed-loop data: what the operators of a student really see along its own trajectories (trap 7)."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modiff.calibration.loop.arguments import CallArguments
 from modiff.calibration.loop.moments import Moments, no_data
 from modiff.calibration.loop.recorders import MomentRecorder, SampleRecorder
 from modiff.calibration.loop.reduction import Reducer
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import Structure
-from modiff.calibration.loop.tracing import Evaluation, ModuleCalls, Trace, merged, raw_bytes, removed
+from modiff.calibration.loop.sums import MomentSums
+from modiff.calibration.loop.tracing import Evaluation, ModuleCalls, Trace, merged, removed
 from modiff.errors import CalibrationError
+from modiff.storage.hashing import hash_bits
 from modiff.student.swap import operators
 from modiff.trajectory.session import state_of
 
@@ -45,7 +47,7 @@ class ClosedLoop:
         self.trajectory = 0
 
     def trace(self) -> Trace:
-        """Run once; look at every evaluation of all processes, keep none of it.
+        """Run once and look at every evaluation of all processes, without keeping any.
 
         Raises:
             CalibrationError: No trajectory was run, or an activation is NaN or Inf (the message says where).
@@ -59,10 +61,7 @@ class ClosedLoop:
             modules.begin()
             if index == 0:
                 trace.lengths.append(0)
-                digest = hashlib.sha256()
-                for tensor in Structure.of(args, kwargs)[1].values():
-                    digest.update(raw_bytes(tensor))
-                trace.digests.append(digest.hexdigest())
+                trace.digests.append(hash_bits(CallArguments.of(args, kwargs)[1].values()))
 
         def end(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             trace.lengths[-1] += 1
@@ -90,17 +89,25 @@ class ClosedLoop:
         self.mine = trace.mine
         if not trace.lengths:
             raise CalibrationError(
-                "No data captured: the run that was given evaluated the student not once. Let run(student) open "
+                "No data captured: the run that was given never called the student. Let run(student) open "
                 "modiff.trajectory(student) and sample in it."
             )
         return trace
 
     def moments(
-        self, names: Sequence[str], trace: Trace, evaluations: int | None, positions: int, generator: torch.Generator
+        self,
+        names: Sequence[str],
+        trace: Trace,
+        evaluations: int | None,
+        positions: int,
+        generator: torch.Generator,
+        scratch: Path,
+        memory: int,
     ) -> dict[str, Moments]:
-        """Run once; moments of some operators' inputs, and of the teacher's outputs at the same places.
+        """Run once and find moments of some operators' inputs, and of the teacher's outputs at the same places.
 
-        Several processes add up theirs.
+        Several processes deal the operators among them in turn: each gets the moments of its own, over the
+        trajectories of all, with the bits that a single process would find.
 
         Args:
             names: The operators. All their moments are held at once (:func:`.moments.moment_bytes`).
@@ -108,20 +115,23 @@ class ClosedLoop:
             evaluations: How many of a trajectory; None: all.
             positions: Input vectors of each operator, in all: drawn anew in each evaluation.
             generator: Draws them, on the CPU; see :meth:`drive`.
+            scratch: A folder for what several processes have to send and cannot hold in memory.
+            memory: Bytes of it that they hold.
 
         Raises:
             CalibrationError: An operator is never called, or its moments are not finite.
         """
         found = operators(self.student)
         chosen = {name: found[name] for name in names}
-        recorder = MomentRecorder(chosen, self.teacher, trace, evaluations, positions, generator)
+        sums = MomentSums(chosen, self.reducer, scratch, memory)
+
+        def add(name: str, x: Tensor, y: Tensor) -> None:
+            sums.add(name, self.trajectory, x, y)
+
+        recorder = MomentRecorder(chosen, self.teacher, trace, evaluations, positions, generator, add)
         with removed(recorder.student_hooks()):
             self.drive(recorder.begin, recorder.end, generator)
-        for name, moments in recorder.moments.items():
-            if self.reducer.world_size > 1:
-                moments.reduce(self.reducer.all_reduce)
-            moments.check(name)
-        return recorder.moments
+        return sums.finish()
 
     def samples(
         self,
@@ -131,8 +141,8 @@ class ClosedLoop:
         most: int,
         store: SampleStore,
         generator: torch.Generator,
-    ) -> Structure:
-        """Run once; put a block's inputs in the student, and the teacher's outputs of it, into a store.
+    ) -> CallArguments:
+        """Run once and put a block's inputs in the student, and its outputs in the teacher, into a store.
 
         Afterwards the store of the first process holds those of all, in the order of trajectories.
 
@@ -158,7 +168,7 @@ class ClosedLoop:
         with removed(recorder.student_hooks(self.student)):
             self.drive(begin, recorder.end, generator)
         store.collect(recorder.keys, self.reducer)
-        found = next((s for part in self.reducer.gather(recorder.structures[:1]) for s in part), None)
+        found = next((s for part in self.reducer.gather(recorder.arguments[:1]) for s in part), None)
         if found is None:
             raise no_data(block)
         return found
@@ -166,7 +176,7 @@ class ClosedLoop:
     def drive(
         self, begin: Callable[..., None], end: Callable[..., None], generator: torch.Generator | None = None
     ) -> None:
-        """Run the student; ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation.
+        """Run the student; call ``begin(index, args, kwargs)`` and ``end(args, kwargs, output)`` at each evaluation.
 
         Args:
             begin: Before it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ class Moments:
 
     @classmethod
     def empty(cls, operator: QuantizedOperator) -> Moments:
-        """Nothing seen yet."""
+        """Return the moments of no vectors at all."""
         groups, out, size = group_shape(operator)
         device = operator.module.weight.device
         hessian = torch.zeros(groups, size, size, device=device)
@@ -48,20 +47,13 @@ class Moments:
         self.power += y.square().sum()
         self.count += x.shape[1]
 
-    def reduce(self, all_reduce: Callable[[Tensor, str], Tensor]) -> None:
-        """Add up the moments of all processes; sums are taken in float64, so their order hardly matters."""
-        for tensor in (self.hessian, self.cross, self.power):
-            for part in tensor.view(-1).split(2**20):  # a few MiB beyond the moments themselves
-                part.copy_(all_reduce(part.double(), "sum"))
-        self.count = int(all_reduce(torch.tensor(self.count), "sum"))
-
     def damped(self, damping: float) -> Tensor:
-        """The Hessian with ``damping`` times its mean diagonal added to the diagonal, ``[groups, K, K]``."""
+        """Add ``damping`` times the mean diagonal to the diagonal of the Hessian, ``[groups, K, K]``."""
         mean = self.hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
         return self.hessian + torch.diag_embed((damping * mean)[:, None].expand(self.hessian.shape[:2]))
 
     def check(self, name: str) -> None:
-        """Refuse what no weight can be fitted to.
+        """Refuse moments to which no weight can be fitted.
 
         Raises:
             CalibrationError: Nothing was captured, or sums overflowed.
@@ -76,7 +68,7 @@ class Moments:
 
 
 def no_data(name: str) -> CalibrationError:
-    """The error for an operator that the calibration's run never reached."""
+    """Make the error for an operator that the calibration's run never called."""
     return CalibrationError(
         f"No data captured for operator {name!r}: the run that was given never calls it. Let run(student) sample "
         f"whole trajectories, or exclude the operator with Rule({name!r}, skip=True)."
@@ -84,20 +76,20 @@ def no_data(name: str) -> CalibrationError:
 
 
 def group_shape(operator: QuantizedOperator) -> tuple[int, int, int]:
-    """``(groups, output channels of a group, K)`` of an operator."""
+    """Return ``(groups, output channels of a group, K)`` of an operator."""
     groups = int(getattr(operator.module, "groups", 1))
     shape = operator.weight_shape
     return groups, shape[0] // groups, shape[1:].numel()
 
 
 def moment_bytes(operator: QuantizedOperator) -> int:
-    """Bytes of an operator's :class:`Moments`."""
+    """Return the bytes that an operator's :class:`Moments` take."""
     groups, out, size = group_shape(operator)
     return 4 * groups * size * (size + out)
 
 
 def input_vectors(module: Any, kind: str, x: Tensor, positions: Tensor) -> Tensor:
-    """Input vectors of a Linear or Conv at given places of its output.
+    """Gather the input vectors of a Linear or Conv at given places of its output.
 
     Args:
         module: The original operator; any stride, padding, padding mode, dilation and groups.
@@ -132,7 +124,7 @@ def input_vectors(module: Any, kind: str, x: Tensor, positions: Tensor) -> Tenso
 
 
 def output_vectors(module: Any, kind: str, y: Tensor, positions: Tensor) -> Tensor:
-    """The outputs at the same places, without the bias: ``[n, groups, out / groups]``."""
+    """Gather the outputs at the same places, without the bias: ``[n, groups, out / groups]``."""
     y = (y if kind == "linear" else y.movedim(1, -1)).reshape(-1, y.shape[-1 if kind == "linear" else 1])[positions]
     if module.bias is not None:
         y = y - module.bias.detach()
@@ -140,5 +132,16 @@ def output_vectors(module: Any, kind: str, y: Tensor, positions: Tensor) -> Tens
 
 
 def num_positions(kind: str, y: Tensor) -> int:
-    """How many input vectors an output ``y`` comes from."""
+    """Return how many input vectors an output ``y`` comes from."""
     return y.numel() // y.shape[-1 if kind == "linear" else 1]
+
+
+def batched(operator: QuantizedOperator, x: Tensor, ndim: int | None = None) -> Tensor:
+    """Give ``x`` a batch dim where the operator was called with a single sample.
+
+    Args:
+        operator: Of the student.
+        x: An input or output of the call.
+        ndim: Dims of the call's input; None: ``x`` is that input.
+    """
+    return x if operator.adapter.is_batched(operator.module, ndim or x.ndim) else x[None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modiff.calibration.loop.moments import Moments, input_vectors, num_positions, output_vectors
+from modiff.calibration.loop.arguments import CallArguments
+from modiff.calibration.loop.moments import batched, input_vectors, num_positions, output_vectors
 from modiff.calibration.loop.samples import SampleStore
-from modiff.calibration.loop.structure import Structure
 from modiff.calibration.loop.tracing import Evaluation, Trace, removed
 from modiff.errors import CalibrationError
 from modiff.operators.modulated import ModulatedOperator
@@ -21,7 +21,7 @@ from modiff.quantizers.affine import fake_quantize
 
 
 class MomentRecorder:
-    """Adds up :class:`.Moments` of operators' inputs, and of the teacher's outputs at the same places.
+    """Takes vectors of operators' inputs, and of the teacher's outputs at the same places, for :class:`.Moments`.
 
     In each recorded evaluation the student's hooks draw places and keep the inputs there; at its end the teacher
     answers to the same input, and its hooks pair its outputs with them, call by call.
@@ -33,6 +33,7 @@ class MomentRecorder:
         evaluations: How many of a trajectory; None: all.
         positions: Input vectors of each operator, in all.
         generator: Draws them, on the CPU.
+        add: ``add(name, x, y)`` gets the vectors of each call.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class MomentRecorder:
         evaluations: int | None,
         positions: int,
         generator: torch.Generator,
+        add: Callable[[str, Tensor, Tensor], None],
     ) -> None:
         self.operators = operators
         self.teacher = teacher
         self.generator = generator
-        self.moments = {name: Moments.empty(operator) for name, operator in operators.items()}
+        self.add = add
         self._chosen = trace.choose(evaluations)
         recorded = trace.recorded(self._chosen)
         # What one call gives, rounded up.
@@ -56,16 +58,16 @@ class MomentRecorder:
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def student_hooks(self) -> list[RemovableHandle]:
-        """Hooks on the student's operators; the caller removes them."""
+        """Register hooks on the student's operators; the caller removes them."""
         return [op.register_forward_hook(partial(self._draw, name)) for name, op in self.operators.items()]
 
     def begin(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An evaluation of the student begins."""
+        """Begin an evaluation of the student."""
         self._recording = index in self._chosen
         self._waiting.clear()
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """An evaluation of the student has ended; the teacher answers to the same input."""
+        """End an evaluation of the student, and have the teacher answer to the same input."""
         if self._recording:
             modules = {name: self.teacher.get_submodule(name) for name in self.operators}
             with removed([m.register_forward_hook(partial(self._pair, name)) for name, m in modules.items()]):
@@ -76,7 +78,7 @@ class MomentRecorder:
             return
         waiting = self._waiting.setdefault(name, [])
         x = effective_input(operator, args[0], len(waiting))
-        x, y = _batched(operator, x), _batched(operator, output, args[0].ndim)
+        x, y = batched(operator, x), batched(operator, output, args[0].ndim)
         kind = operator.adapter.kind
         places = torch.randperm(num_positions(kind, y), generator=self.generator)[: self._share[name]]
         places = places.sort().values.to(x.device)
@@ -85,8 +87,8 @@ class MomentRecorder:
     def _pair(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         operator = self.operators[name]
         places, x = self._waiting[name].pop(0)
-        y = _batched(operator, output, args[0].ndim)
-        self.moments[name].update(x, output_vectors(module, operator.adapter.kind, y, places))
+        y = batched(operator, output, args[0].ndim)
+        self.add(name, x, output_vectors(module, operator.adapter.kind, y, places))
 
 
 class SampleRecorder:
@@ -103,7 +105,7 @@ class SampleRecorder:
 
     Attributes:
         keys: For each row of the store, the place in the whole run of the evaluation that it is from.
-        structures: How the inputs made up the block's arguments, in each recorded evaluation.
+        arguments: How the inputs made up the block's arguments, in each recorded evaluation.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class SampleRecorder:
         self.store = store
         self.generator = generator
         self.keys: list[int] = []
-        self.structures: list[Structure] = []
+        self.arguments: list[CallArguments] = []
         self._trace, self._most = trace, most
         self._chosen = trace.choose(evaluations)
         self._trajectory = 0
@@ -129,17 +131,17 @@ class SampleRecorder:
         self._waiting: dict[str, Tensor] = {}
 
     def student_hooks(self, student: nn.Module) -> list[RemovableHandle]:
-        """Hooks on the student's block; the caller removes them."""
+        """Register a hook on the student's block; the caller removes it."""
         return [student.get_submodule(self.block).register_forward_pre_hook(self._draw, with_kwargs=True)]
 
     def begin(self, trajectory: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Evaluation ``index`` of a trajectory of the whole run begins."""
+        """Begin evaluation ``index`` of a trajectory of the whole run."""
         self._trajectory = trajectory
         self._evaluation.start(index, args, kwargs)
         self._waiting.clear()
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """An evaluation of the student has ended; the teacher answers to the same input."""
+        """End an evaluation of the student, and have the teacher answer to the same input."""
         if self._waiting:
             with removed([self.teacher.get_submodule(self.block).register_forward_hook(self._pair)]):
                 self.teacher(*args, **kwargs)
@@ -149,8 +151,8 @@ class SampleRecorder:
             return
         place = self._trace.ordinal(self._chosen, self._trajectory, self._evaluation.index)
         share = self._trace.share(self._chosen, place, self._most)
-        structure, tensors = Structure.of(args, kwargs)
-        self.structures.append(structure)
+        arguments, tensors = CallArguments.of(args, kwargs)
+        self.arguments.append(arguments)
         if share == 0:
             return
         batch = len(next(iter(tensors.values())))
@@ -169,7 +171,7 @@ class SampleRecorder:
 
 @torch.no_grad()
 def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor:
-    """The input to which an operator's weight was applied, in the call that just returned.
+    """Return the input to which an operator's weight was applied in the call that just returned.
 
     Args:
         operator: Of a student.
@@ -188,8 +190,3 @@ def effective_input(operator: QuantizedOperator, x: Tensor, call: int) -> Tensor
         return run.caches[operator.name][call].reconstruction() if operator.modulation.error_compensation else x
     from_float = x.to(torch.promote_types(x.dtype, torch.float32))
     return fake_quantize(from_float, operator.partition(x.ndim), operator.activation_spec)
-
-
-def _batched(operator: QuantizedOperator, x: Tensor, ndim: int | None = None) -> Tensor:
-    """``x`` with a batch dim, where the operator was called with a single sample."""
-    return x if operator.adapter.is_batched(operator.module, ndim or x.ndim) else x[None]

@@ -1,4 +1,4 @@
-"""How processes that share a calibration agree: one process by itself, or several by torch.distributed."""
+"""Agreement of the processes that share a calibration: one by itself, or several by torch.distributed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from typing_extensions import override
 
 from modiff.errors import CalibrationError, ModiffError
 
@@ -20,19 +21,19 @@ class Reducer:
     world_size = 1
 
     def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
-        """A tensor reduced over all processes by ``sum``, ``min`` or ``max``; the same bits in each."""
+        """Reduce a tensor over all processes by ``sum``, ``min`` or ``max``; all get the same bits."""
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by rank; in each of them."""
+        """Return the values of all processes, by rank, in each of them."""
         return [value]
 
     def each(self, function: Callable[[], Result]) -> Result:
-        """Call in every process; the error of one is raised in all, so that none waits for it."""
+        """Call a function in every process. The error of one is raised in all, so that none waits for it."""
         return function()
 
     def once(self, function: Callable[[], Result]) -> Result:
-        """Call in the first process only; its result, or its error, is that of all."""
+        """Call a function in the first process only; all get its result, or raise its error."""
         return function()
 
 
@@ -49,8 +50,8 @@ class TorchReducer(Reducer):
         self.rank = distributed.get_rank()
         self.world_size = distributed.get_world_size()
 
+    @override
     def all_reduce(self, tensor: Tensor, how: str) -> Tensor:
-        """See the base class."""
         ops = {"sum": distributed.ReduceOp.SUM, "min": distributed.ReduceOp.MIN, "max": distributed.ReduceOp.MAX}
         # NCCL takes tensors of the GPU only.
         device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
@@ -58,22 +59,23 @@ class TorchReducer(Reducer):
         distributed.all_reduce(shared, ops[how])
         return shared.to(tensor.device)
 
+    @override
     def gather(self, value: Any) -> list[Any]:
-        """See the base class; the values travel as pickles, tensors best on the CPU."""
+        # The values travel as pickles, tensors best on the CPU.
         found: list[Any] = [None] * self.world_size
         distributed.all_gather_object(found, value)
         return found
 
+    @override
     def each(self, function: Callable[[], Result]) -> Result:
-        """See the base class."""
         result, error = self._attempt(function)
         for rank, other in enumerate(self.gather(_portable(error))):
             if other is not None:
                 raise (error if error is not None and rank == self.rank else other)
         return result  # type: ignore[return-value]
 
+    @override
     def once(self, function: Callable[[], Result]) -> Result:
-        """See the base class."""
         result, error = self._attempt(function) if self.rank == 0 else (None, None)
         box = [(result, _portable(error))]
         distributed.broadcast_object_list(box, src=0)
@@ -89,7 +91,7 @@ class TorchReducer(Reducer):
 
 
 def _portable(error: Exception | None) -> ModiffError | None:
-    """An error that pickles: ours as they are, others by what they say."""
+    """Return an error that can be pickled: those of this library as they are, others by what they say."""
     if error is None or isinstance(error, ModiffError):
         return error
     return CalibrationError(f"Another process of this calibration failed: {type(error).__name__}: {error}")

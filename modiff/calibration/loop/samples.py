@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from modiff.calibration.loop.reduction import Reducer
 from modiff.errors import CalibrationError
+from modiff.storage.atomic import write_file
 
 
 class SampleStore:
@@ -54,7 +56,7 @@ class SampleStore:
 
     @property
     def num_shards(self) -> int:
-        """Shards on disk."""
+        """How many shards lie on the disk."""
         return len(self._shards)
 
     def append(self, tensors: dict[str, Tensor]) -> None:
@@ -84,7 +86,7 @@ class SampleStore:
             first += count
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
-        """The rows at ``indices`` (int64 ``[n]``), in that order."""
+        """Read the rows at ``indices`` (int64 ``[n]``), in that order."""
         found: list[dict[str, Tensor]] = [{}] * len(indices)
         order = (indices if self._order is None else self._order[indices]).tolist()
         start = 0
@@ -107,7 +109,7 @@ class SampleStore:
         return {key: torch.cat([row[key] for row in found]) for key in found[0]}
 
     def collect(self, keys: Sequence[int], reducer: Reducer, at_once: int = 16) -> None:
-        """Bring the rows of all processes into the store of the first; nothing to do where there is only one.
+        """Bring the rows of all processes into the store of the first; a single process does nothing.
 
         Args:
             keys: Of this process's rows: the first store is then read in the order of all keys.
@@ -144,15 +146,10 @@ class SampleStore:
     def _spill(self) -> None:
         # One shard for each part that was appended: joining them first would take the memory twice.
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             while self._held:
                 part = self._held[0]
                 path = self.folder / f"samples-{len(self._shards):05d}.safetensors"
-                temporary = path.with_suffix(".part")
-                save_file(part, temporary)
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
+                write_file(path, partial(save_file, part))
                 self._shards.append((path, _rows(part)))
                 self._held.pop(0)
         except (OSError, SafetensorError) as error:

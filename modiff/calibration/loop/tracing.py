@@ -1,18 +1,17 @@
-"""What a closed-loop run does: evaluations, calls in order, modules that can be run alone."""
+"""What a closed-loop run does: its evaluations, the order of calls, the modules that can run alone."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from modiff.calibration.loop.structure import Structure
+from modiff.calibration.loop.arguments import CallArguments
 from modiff.operators.quantized import QuantizedOperator
+from modiff.storage.hashing import hash_text
 
 
 @dataclass
@@ -40,11 +39,11 @@ class Trace:
 
     @property
     def digest(self) -> str:
-        """Hash of the run; the same however its trajectories are dealt to processes."""
-        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+        """Hash of the run; it does not depend on how trajectories are dealt to processes."""
+        return hash_text("".join(self.digests))
 
     def choose(self, count: int | None) -> list[int]:
-        """Which evaluations are recorded: ``count`` of the longest trajectory, evenly from its first to its last.
+        """Choose the evaluations that are recorded: ``count`` of the longest trajectory, evenly from first to last.
 
         >>> Trace(lengths=[20]).choose(4)
         [0, 6, 13, 19]
@@ -52,15 +51,15 @@ class Trace:
         return _evenly(count, max(self.lengths))
 
     def choose_steps(self, count: int | None) -> list[int]:
-        """The same for evaluations that are counted within a context."""
+        """Choose evaluations in the same way, where they are counted within a context."""
         return _evenly(count, self.steps)
 
     def recorded(self, chosen: Sequence[int]) -> int:
-        """How many evaluations of the whole run are among ``chosen``."""
+        """Count the evaluations of the whole run that are among ``chosen``."""
         return sum(i < length for length in self.lengths for i in chosen)
 
     def ordinal(self, chosen: Sequence[int], trajectory: int, index: int) -> int:
-        """How many recorded evaluations come before evaluation ``index`` of a trajectory.
+        """Count the recorded evaluations before evaluation ``index`` of a trajectory.
 
         >>> Trace(lengths=[20, 4]).ordinal([0, 6, 13], 1, 0)
         3
@@ -69,7 +68,7 @@ class Trace:
         return before + sum(i < index for i in chosen)
 
     def share(self, chosen: Sequence[int], place: int, most: int) -> int:
-        """How many of ``most`` samples a recorded evaluation gives, by its :meth:`ordinal`: all alike, to within 1.
+        """Return a recorded evaluation's share of ``most`` samples, by its :meth:`ordinal`; shares differ by 1 at most.
 
         >>> [Trace(lengths=[4]).share([0, 1, 2], place, 8) for place in range(3)]
         [2, 3, 3]
@@ -79,7 +78,7 @@ class Trace:
 
 
 def merged(traces: Sequence[Trace], rank: int = 0) -> Trace:
-    """One trace of the whole run, from those of the processes that share it.
+    """Merge the traces of the processes that share a run into one.
 
     Trajectories are counted in turn: the first of each process, then the second of each.
 
@@ -131,7 +130,7 @@ class ModuleCalls:
     """Watches every module of a student but its operators, to find those that can be run alone."""
 
     def __init__(self, student: nn.Module) -> None:
-        self.structures: dict[str, Structure] = {}
+        self.arguments: dict[str, CallArguments] = {}
         self.refused: set[str] = set()
         self.seen: dict[str, set[int]] = {}
         self.hooks = []
@@ -142,8 +141,8 @@ class ModuleCalls:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            structure, tensors = Structure.of(args, kwargs)
-            again = name in self.seen or self.structures.setdefault(name, structure) != structure
+            arguments, tensors = CallArguments.of(args, kwargs)
+            again = name in self.seen or self.arguments.setdefault(name, arguments) != arguments
             if again or not tensors or not isinstance(output, Tensor) or any(t.ndim == 0 for t in tensors.values()):
                 self.refused.add(name)
             else:
@@ -152,33 +151,19 @@ class ModuleCalls:
         return hook
 
     def begin(self) -> None:
-        """An evaluation begins."""
+        """Begin an evaluation."""
         self.seen = {}
 
     def end(self, output: Any) -> None:
         """Compare batches at the end of an evaluation, where the batch is known."""
-        first = output if isinstance(output, Tensor) else next(iter(Structure.of((output,), {})[1].values()), None)
+        first = output if isinstance(output, Tensor) else next(iter(CallArguments.of((output,), {})[1].values()), None)
         batch = None if first is None or first.ndim == 0 else len(first)
         self.refused |= {name for name, sizes in self.seen.items() if sizes != {batch}}
-        self.refused |= set(self.structures) - set(self.seen)
+        self.refused |= set(self.arguments) - set(self.seen)
 
     def usable(self) -> list[str]:
-        """Those found so far: see :class:`Trace`."""
-        return [name for name in self.structures if name not in self.refused]
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    """The bits of a tensor, in the order of its elements."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        """Return the modules that can be run alone, as far as was seen; see :class:`Trace`."""
+        return [name for name in self.arguments if name not in self.refused]
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What is done before weights are rounded: splits, divisors of channels."""
+"""What changes in a teacher before weights are rounded: splits, and divisors of channels."""

@@ -24,16 +24,16 @@ def learn_steps(
     settings: CalibrationSettings,
     generator: torch.Generator,
 ) -> CalibratedRange:
-    """Scales and zero points that lose least in an operator's output: ``sum ||A(Q(x)) - A(x)||^2``, by gradient steps.
+    """Learn scales and zero points that lose least in an operator's output: ``sum ||A(Q(x)) - A(x)||^2``.
 
     ``A`` is the operator with its quantized weight; for residuals, what is lost is the change of its output, since
     ``a - â = x - Q(x)`` (equation 18). Scale and zero point come from the same two ends of a range, so that neither is
-    ever left behind (trap 6 of METHOD.md).
+    ever left behind (trap 6).
 
     Args:
         operator: Of the student.
         spec: Its quantizer.
-        start: Where learning begins; of ranges that got no better in a whole, it is what is returned.
+        start: Where learning begins; it is returned where learning made the ranges no better.
         store: Rows ``x`` (inputs, or residuals) and ``bucket`` (int64).
         settings: Steps, learning rate, batch size.
         generator: Draws batches, on the CPU.
@@ -60,7 +60,7 @@ def learn_steps(
 
 
 def quantizer_of(factors: Tensor, start: CalibratedRange, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point ``[buckets, sets]`` of the starting range, its two ends multiplied by ``exp(factors)``.
+    """Compute scale and zero point ``[buckets, sets]`` of the starting range with its ends times ``exp(factors)``.
 
     Args:
         factors: ``[2, buckets, sets]``: of the lower and of the upper end; symmetric quantizers use the upper one.
@@ -80,7 +80,7 @@ def quantizer_of(factors: Tensor, start: CalibratedRange, spec: QuantSpec) -> tu
 
 
 def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """``Q(x)``, with a gradient for scale and zero point by the straight-through estimator.
+    """Compute ``Q(x)`` with a gradient for scale and zero point, by the straight-through estimator.
 
     With respect to the scale it is ``round(x/s) - x/s`` inside the range, and the last code beyond it (Esser et al.
     2020, equation 3).
@@ -98,14 +98,14 @@ def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: 
 
 
 def round_through(x: Tensor) -> Tensor:
-    """Rounded to nearest; the gradient passes as if it were not."""
+    """Round to nearest, and let the gradient pass as if nothing were rounded."""
     return x + (x.round() - x).detach()
 
 
 def _output_error(
     operator: QuantizedOperator, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None, rows: dict[str, Tensor]
 ) -> Tensor:
-    """Mean of ``||A(Q(x) - x)||^2`` over rows."""
+    """Compute the mean of ``||A(Q(x) - x)||^2`` over rows."""
     device = scale.device
     x, buckets = compute_input(rows["x"].to(device)), rows["bucket"].to(device)
     partition = operator.partition(x.ndim)
@@ -116,7 +116,7 @@ def _output_error(
 
 
 def _by_row(table: Tensor, buckets: Tensor, partition: Partition, x: Tensor) -> Tensor:
-    """Entries ``[buckets, sets]`` for each row, broadcasting against ``x``."""
+    """Pick the entries of ``[buckets, sets]`` for each row; they broadcast against ``x``."""
     shape: Any = partition.range_shape(x.shape)
     return partition.expand(table[buckets].reshape(len(x), *shape[1:]), x.shape)
 
@@ -129,7 +129,7 @@ def _loss(
     store: SampleStore,
     settings: CalibrationSettings,
 ) -> float:
-    """The error over all rows."""
+    """Compute the error over all rows."""
     total = 0.0
     for places in torch.arange(len(store)).split(settings.batch_size):
         rows = store.rows(places)

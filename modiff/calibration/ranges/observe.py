@@ -1,7 +1,8 @@
-"""Calibrated ranges of activations, from closed-loop trajectories of the student (trap 7 of METHOD.md)."""
+"""Calibrated ranges of activations, from closed-loop trajectories of the student (trap 7)."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from modiff.calibration.loop.capture import ClosedLoop
-from modiff.calibration.loop.moments import no_data
+from modiff.calibration.loop.moments import batched, no_data
+from modiff.calibration.loop.reduction import Reducer
 from modiff.calibration.loop.samples import SampleStore
 from modiff.calibration.loop.tracing import Evaluation, Trace, removed
 from modiff.calibration.ranges.lsq import learn_steps
@@ -31,7 +33,7 @@ Ranges = dict[str, CalibratedRange]
 
 
 def with_dynamic_ranges(config: QuantConfig) -> QuantConfig:
-    """The same configuration before its ranges are calibrated.
+    """Return the configuration as it is before its ranges are calibrated.
 
     >>> config = QuantConfig(activation=QuantSpec(4, range="calibrated", timestep_buckets=3))
     >>> with_dynamic_ranges(config).activation == QuantSpec(4)
@@ -82,7 +84,7 @@ class RangeCalibration:
                 )
 
     def run_pass(self, scratch: Path, generator: torch.Generator, last: bool) -> Ranges:
-        """One pass.
+        """Run one pass.
 
         Args:
             scratch: A folder for samples that do not fit in memory.
@@ -103,14 +105,14 @@ class RangeCalibration:
         return found
 
     def use(self, found: Mapping[str, CalibratedRange]) -> None:
-        """Have the student quantize with these ranges."""
+        """Make the student quantize with these ranges."""
         for name, each in found.items():
             operator = operators(self.loop.student)[name]
             operator.activation_spec = self.specs[name]
             operator.use_range(each)
 
     def _chunks(self) -> list[list[str]]:
-        """Operators whose statistics fit into the memory together."""
+        """Divide operators into chunks whose statistics fit into the memory together."""
         chunks: list[list[str]] = [[]]
         room = self.settings.memory
         for name, spec in self.specs.items():
@@ -129,40 +131,40 @@ class RangeCalibration:
         return chunks
 
     def _observe(self, names: Sequence[str]) -> Ranges:
-        """One closed-loop run; ranges of some operators."""
+        """Run once and find the ranges of some operators."""
         settings, found = self.settings, operators(self.loop.student)
-        main: dict[str, Observer] = {}
-        fallback: dict[str, Observer] = {}
+        main: dict[str, Statistics] = {}
+        fallback: dict[str, Statistics] = {}
         for name in names:
             spec, sets = self.specs[name], found[name].num_sets(self.specs[name])
-            main[name] = make_observer(
-                settings.observer,
-                spec.timestep_buckets,
-                sets,
-                bins=settings.bins,
-                percentile=settings.percentile,
-                p=settings.range_norm,
+            main[name] = Statistics(
+                make_observer(
+                    settings.observer,
+                    spec.timestep_buckets,
+                    sets,
+                    bins=settings.bins,
+                    percentile=settings.percentile,
+                    p=settings.range_norm,
+                )
             )
-            fallback[name] = MinMax(1, sets)
+            fallback[name] = Statistics(MinMax(1, sets))
 
         def watch(name: str, index: int, x: Tensor, quantized: bool) -> None:
             buckets = self.specs[name].timestep_buckets if quantized else 1
-            observer, bucket = (main if quantized else fallback)[name], bucket_of(index, buckets, self.trace.steps)
+            observer = (main if quantized else fallback)[name].observer(self.loop.trajectory)
             for first, values in by_set(found[name], self.specs[name], x):
-                observer.update(bucket, first, values)
+                observer.update(bucket_of(index, buckets, self.trace.steps), first, values)
 
         self._watch(names, watch)
         ranges = {}
         for name in names:
-            if self.loop.reducer.world_size > 1:
-                main[name].reduce(self.loop.reducer.all_reduce)
-                fallback[name].reduce(self.loop.reducer.all_reduce)
-            low, high = fill(*main[name].range(self.specs[name]), *fallback[name].range(self.specs[name]))
+            whole, other = (each[name].merged(self.loop.reducer) for each in (main, fallback))
+            low, high = fill(*whole.range(self.specs[name]), *other.range(self.specs[name]))
             ranges[name] = CalibratedRange.from_range(low, high, self.specs[name], self.trace.steps)
         return ranges
 
     def _learn(self, names: Sequence[str], scratch: Path, generator: torch.Generator) -> Ranges:
-        """One closed-loop run with the ranges found so far; learned ones of some operators."""
+        """Run once with the ranges found so far, and learn those of some operators."""
         settings, found = self.settings, operators(self.loop.student)
         start = {name: _range_of(found[name]) for name in names}
         chosen = self.trace.choose_steps(settings.range_evaluations)
@@ -238,18 +240,45 @@ class RangeCalibration:
             self.loop.drive(begin, end, generator)
 
 
+class Statistics:
+    """What an observer sees along the trajectories of all processes: the same bits for any number of them.
+
+    Args:
+        empty: An observer that has seen nothing.
+    """
+
+    def __init__(self, empty: Observer) -> None:
+        self._whole = empty
+        self._empty = None if empty.order_free else copy.deepcopy(empty)
+        self._parts: dict[int, Observer] = {}
+
+    def observer(self, trajectory: int) -> Observer:
+        """Return the observer of a trajectory of this process; it has its own where the order of merging matters."""
+        if self._empty is None:
+            return self._whole
+        if trajectory not in self._parts:
+            self._parts[trajectory] = copy.deepcopy(self._empty)
+        return self._parts[trajectory]
+
+    def merged(self, reducer: Reducer) -> Observer:
+        """Return the observer of all trajectories, merged in their order."""
+        if self._empty is None:
+            if reducer.world_size > 1:
+                self._whole.reduce(reducer.all_reduce)
+            return self._whole
+        parts = {place: part for found in reducer.gather(self._parts) for place, part in found.items()}
+        for place in sorted(parts):
+            self._whole.merge(parts[place])
+        return self._whole
+
+
 def _range_of(operator: QuantizedOperator) -> CalibratedRange:
     assert operator.calibrated is not None
     return operator.calibrated
 
 
-def batched(operator: QuantizedOperator, x: Tensor) -> Tensor:
-    """``x`` with a batch dim, where the operator was called with a single sample."""
-    return x if operator.adapter.is_batched(operator.module, x.ndim) else x[None]
-
-
 def by_set(operator: QuantizedOperator, spec: QuantSpec, x: Tensor) -> list[tuple[int, Tensor]]:
-    """Values of an operator's input by the sets that share a scale.
+    """Sort the values of an operator's input by the sets that share a scale.
 
     Returns:
         Pairs of the first set, and values ``[samples, sets, n]`` of it and those that follow it.
@@ -274,16 +303,16 @@ def by_set(operator: QuantizedOperator, spec: QuantSpec, x: Tensor) -> list[tupl
 
 
 def fill(low: Tensor, high: Tensor, other_low: Tensor, other_high: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranges of buckets in which nothing was quantized: those of the next bucket with data, else of the one before.
+    """Fill buckets in which nothing was quantized with the range of the next bucket with data, else of the one before.
 
     Such are the bucket of the first evaluation alone, and refreshes. An operator that never quantized anything, because
     its input was fixed, gets the range of that input: no residual of it can be more than twice as large.
 
     Args:
         low: ``[buckets, sets]``, infinite without data.
-        high: Likewise.
+        high: ``[buckets, sets]``, infinite without data.
         other_low: ``[1, sets]`` of the input itself.
-        other_high: Likewise.
+        other_high: ``[1, sets]`` of the input itself.
 
     >>> nothing = float("inf")
     >>> fill(torch.tensor([[nothing], [-2.0], [nothing]]), torch.tensor([[-nothing], [3.0], [-nothing]]),

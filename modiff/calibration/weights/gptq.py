@@ -8,6 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from modiff.calibration.loop.moments import Moments
+from modiff.calibration.settings import CalibrationSettings
+from modiff.calibration.weights.methods import WeightMethod, WeightProblem, register
 from modiff.config.quant import QuantSpec
 from modiff.errors import CalibrationError
 from modiff.quantizers.affine import dequantize, quantize
@@ -16,6 +19,22 @@ from modiff.quantizers.rounding import QuantizedWeight
 LOGGER = logging.getLogger(__name__)
 BLOCK = 128
 """Columns after which the errors are applied to the rest of the weight; it moves no result but by rounding."""
+
+
+@register("gptq")
+class Gptq(WeightMethod):
+    """Round a weight column by column; no targets are needed, so operators may share a run."""
+
+    uses_data = True
+
+    def operators_per_run(self, settings: CalibrationSettings) -> int:
+        """As many as ``stage_size`` says."""
+        return settings.stage_size
+
+    def solve(self, problem: WeightProblem, moments: Moments, settings: CalibrationSettings) -> QuantizedWeight:
+        """Quantize a weight from the moments of the operator's inputs."""
+        grid = problem.nearest()
+        return gptq(problem.weight, moments.hessian, grid, problem.spec, settings.damping, problem.name)
 
 
 @torch.no_grad()
@@ -70,7 +89,7 @@ def gptq(
 def _round_columns(
     w: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, block: int
 ) -> Tensor:
-    """Codes ``[out, K]``; ``upper`` is the Cholesky factor of the inverse Hessian, in the order of the columns."""
+    """Round columns to codes ``[out, K]``; ``upper`` is the Cholesky factor of the inverse Hessian, in their order."""
     w, codes = w.clone(), torch.empty_like(w)
     for first in range(0, w.shape[1], block):
         last = min(first + block, w.shape[1])
@@ -86,7 +105,7 @@ def _round_columns(
 
 
 def _factor(hessian: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
-    """The Hessian, damped as far as needed, and the upper Cholesky factor of its inverse."""
+    """Damp the Hessian as far as needed; return it with the upper Cholesky factor of its inverse."""
     if not torch.isfinite(hessian).all():
         raise CalibrationError(f"The Hessian of operator {name!r} holds NaN or Inf. Check the data it was made from.")
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff.compiling.modes import compile
+from modiff.compiling.modes import compile, has_regions
 from modiff.errors import ConfigError
-from modiff.lit.bench.timing import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
+from modiff.lit.bench.clocks import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
 from modiff.lit.modules.student import LitStudent
 from modiff.operators.adapters import find_adapter
 from modiff.student.cost import weight_bytes
 from modiff.student.swap import describe, operators
-from modiff.trajectory.session import state_of, trajectory
+from modiff.trajectory.session import trajectory
 
 TEACHER = "teacher"
 EAGER, COMPILED = "eager", "compiled"
@@ -50,19 +50,19 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Its name among all arms."""
+        """The name of the arm, unique among all arms of the bench."""
         return f"{self.mode}/{self.name}"
 
     @property
     def calls_operators(self) -> bool:
-        """Whether its operators are called one by one, also where their stages are compiled: clocks can stand there."""
+        """Whether the operators are called one by one, so that each can be timed, compiled stages or not."""
         if self.mode == EAGER:
             return True
-        return self.student is not None and state_of(self.student).regions is None
+        return self.student is not None and not has_regions(self.student)
 
     @property
     def limit(self) -> int | None:
-        """Evaluations of a trajectory at most: of those that its ranges were calibrated for; None: any."""
+        """Evaluations that the arm's ranges were calibrated for; None if a trajectory may have any length."""
         found = [] if self.student is None else operators(self.student).values()
         return min((o.calibrated.length for o in found if o.calibrated is not None), default=None)
 
@@ -71,7 +71,7 @@ class Arm:
         return self.owner.bind(self.module, indices)  # type: ignore[arg-type]
 
     def trajectory(self) -> Any:
-        """The context in which it runs: a new trajectory of a student, nothing for a teacher."""
+        """The context in which the arm runs: a new trajectory for a student, no context for a teacher."""
         return nullcontext() if self.student is None else trajectory(self.student)
 
 
@@ -105,7 +105,7 @@ class Warm:
         self.stack.close()
 
     def ready(self, evaluations: int) -> None:
-        """Have a trajectory with room for that many more."""
+        """Make sure that the open trajectory has room for ``evaluations`` more; open a new one if it has not."""
         if self.limit is not None and self.used + evaluations > self.limit:
             self.stack.close()
             self._open()
@@ -171,7 +171,7 @@ class Bench:
 
     @torch.no_grad()
     def measure(self, batch_size: int, rounds: int, evaluations: int) -> list[dict[str, Any]]:
-        """Everything about one batch size; one entry for each mode.
+        """Measure one batch size and return one entry for each mode.
 
         Args:
             batch_size: Images of an evaluation.
@@ -251,7 +251,7 @@ class Bench:
         }
 
     def time(self, indices: Tensor, inputs: Inputs, rounds: int, evaluations: int) -> dict[str, list[list[float]]]:
-        """Seconds of evaluations within open trajectories, the arms in turns."""
+        """Time evaluations inside of open trajectories, in seconds; the arms take turns."""
         calls = {arm.key: arm.bind(indices) for arm in self.timed}
         with ExitStack() as stack:
             runs = {a.key: stack.enter_context(Warm(a, calls[a.key], inputs, evaluations)) for a in self.timed}
@@ -259,7 +259,7 @@ class Bench:
             return interleave(calls, inputs, rounds, evaluations, self.device, WARM, ready)
 
     def stages(self, indices: Tensor, inputs: Inputs, rounds: int) -> dict[str, Stages]:
-        """Evaluations by stage of each arm that clocks can stand in, medians; the arms in turns."""
+        """Median times by stage for each arm whose operators can be timed one by one; the arms take turns."""
         clocked = [arm for arm in self.arms if arm.calls_operators]
         calls, modules = {a.key: a.bind(indices) for a in clocked}, {a.key: self.operators(a) for a in clocked}
         found: dict[str, list[Stages]] = {arm.key: [] for arm in clocked}
@@ -274,7 +274,7 @@ class Bench:
 
 
 def compile_student(student: nn.Module, mode: str) -> nn.Module:
-    """The compiled student."""
+    """Compile a student in place and return it."""
     return compile(student, mode)  # type: ignore[arg-type]
 
 

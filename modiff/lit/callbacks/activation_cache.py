@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.lit.modules.student import LitStudent
 from modiff.student.cost import cost
-from modiff.trajectory.session import Trajectory, trajectory
+from modiff.student.reuse import reuse_of
+from modiff.trajectory.session import Trajectory, state_of, trajectory
 
 
 class ActivationCache(Callback):
@@ -46,12 +47,12 @@ class ActivationCache(Callback):
         torch.backends.cudnn.allow_tf32 = False
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """As it was."""
+        """Restore the setting that :meth:`setup` found."""
         if self._tf32 is not None:
             torch.backends.cudnn.allow_tf32, self._tf32 = self._tf32, None
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
-        """Open."""
+        """Open the trajectory of a batch that has to be drawn, after checking that its state fits."""
         if pl_module.student is None or pl_module.stored(batch) is not None:
             return
         if self.check_memory and not self._checked:
@@ -61,11 +62,12 @@ class ActivationCache(Callback):
         self._run = self._stack.enter_context(trajectory(pl_module.student))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Close; NaN or Inf is reported here."""
+        """Close the trajectory, which reports NaN or Inf, and count its evaluations."""
         facts = outputs["facts"]
         if self._run is not None:
             self._stack.close()
             facts["evaluations"], facts["quantized"] = self._run.total, self._run.quantized
+            facts["reused"] = self._run.reused
             self._run = None
         if "evaluations" not in facts:
             return
@@ -75,7 +77,9 @@ class ActivationCache(Callback):
                 f"Batches differ in evaluations (total, quantized): {self.counts} and {counts}. They must be equal."
             )
         self.counts = counts
-        pl_module.results["evaluations"] = {"total": counts[0], "quantized": counts[1]}
+        pl_module.result.evaluations = {"total": counts[0], "quantized": counts[1]}
+        if reuse_of(state_of(pl_module.student)) is not None:
+            pl_module.result.evaluations["reused"] = int(facts.get("reused", 0))
 
     on_predict_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end
@@ -90,7 +94,7 @@ class ActivationCache(Callback):
 
 
 def state_of_one_image(module: LitStudent) -> float:
-    """MiB that the state of one image takes.
+    """Size of the state of one image in MiB.
 
     Args:
         module: With its student, or the configuration of one that is still to be calibrated.

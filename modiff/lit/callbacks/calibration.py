@@ -1,4 +1,4 @@
-"""The student's calibration, before anything is drawn: done once, kept by its content, gone on with after a stop."""
+"""The student's calibration, before anything is drawn: run once, cached by content hash, resumable."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from modiff.calibration.ranges.observe import with_dynamic_ranges
 from modiff.errors import CalibrationError, CheckpointError
 from modiff.lit.callbacks.activation_cache import refuse_overflow, state_of_one_image
 from modiff.lit.callbacks.progress import duration
-from modiff.lit.cli.calibration import NOISE_STREAM, CalibrationConfig, cache_folder, calibration_key, locked
+from modiff.lit.modules.calibration_config import NOISE_STREAM, CalibrationConfig
 from modiff.lit.modules.student import LitStudent
+from modiff.lit.runs.cache import calibration_key
 from modiff.lit.runs.running import rank_zero
+from modiff.storage.cache import cache_folder
+from modiff.storage.locks import locked
 from modiff.student.checkpoint import load, save
 from modiff.student.swap import quantize
 from modiff.teachers.sampling.noise import indexed_noise
@@ -33,8 +36,9 @@ class Calibration(Callback):
     """Calibrates the student where its recipe says so; a student that is calibrated already is left alone.
 
     Results are kept in ``<cache>/calibrations/<content hash>``: the hash is of the teacher's weights, the quantization,
-    the calibration's settings and seed, the sampler, and modiff's own source. What is there is used; what was
-    interrupted goes on from its last finished stage.
+    the calibration's settings and seed, the sampler, and the version of the algorithm. A finished calibration is used,
+    and an interrupted one is resumed from its last finished stage. A cache that cannot be written costs one line, and
+    the calibration is not kept.
 
     Args:
         cache: Folder of the cache; None: ``$MODIFF_CACHE``, else ``modiff`` in the user's cache directory.
@@ -53,12 +57,15 @@ class Calibration(Callback):
         if pl_module.calibrated or pl_module.student is None:
             return
         reducer = TorchReducer() if trainer.world_size > 1 else Reducer()
-        folder = (self.cache or cache_folder()) / "calibrations" / calibration_key(calibration_parts(pl_module))
+        key = calibration_key(calibration_parts(pl_module))
+        # The first rank decides where: another one may see another cache, or none.
+        cache = reducer.once(lambda: self.cache / "calibrations" if self.cache else cache_folder("calibrations"))
+        folder = cache / key
         finished = folder / "student"
         with ExitStack() as stack:
             reducer.once(lambda: _enter(stack, folder))
             if reducer.once(finished.exists):
-                pl_module.use_calibrated(reducer.each(lambda: read_student(finished, pl_module, reducer)))
+                pl_module.use_student(reducer.each(lambda: read_student(finished, pl_module, reducer)), calibrated=True)
                 rank_zero(print, f"Calibration read from {finished}.")
             else:
                 self._calibrate(trainer, pl_module, folder, reducer)
@@ -69,7 +76,7 @@ class Calibration(Callback):
         found, stages = module.calibration, folder / "stages"
         assert found is not None
         assert module.config is not None
-        module.student = quantize(module.shared_copy(), with_dynamic_ranges(module.config))
+        module.use_student(quantize(module.shared_copy(), with_dynamic_ranges(module.config)), calibrated=False)
         option = "--model.calibration.images_per_batch"
         refuse_overflow(state_of_one_image(module), found.images_per_batch, module.device, option)
         self._start, self._done_before = time.monotonic(), len(list(stages.glob("stage-*")))
@@ -92,17 +99,17 @@ class Calibration(Callback):
             reducer=reducer,
         )
         reducer.once(lambda: _keep(student, folder, module))
-        module.use_calibrated(student)
+        module.use_student(student, calibrated=True)
         rank_zero(print, f"Calibrated in {duration(time.monotonic() - self._start)}.")
 
     def _seconds_left(self, done: int, total: int) -> float | None:
-        """From the mean of the stages that this process has done; None while there is none."""
+        """Estimate from the stages that this process has finished; None before the first one."""
         own = done - self._done_before
         return (time.monotonic() - self._start) / own * (total - done) if own > 0 else None
 
 
 def tell(trainer: Trainer, done: int, total: int, what: str, seconds_left: float | None) -> None:
-    """Tell the callbacks how far the calibration is; of many operators the first is named."""
+    """Tell the callbacks how far the calibration is; if a stage holds many operators, name the first one."""
     first, *more = what.split(", ")
     what = f"{first} and {len(more)} more" if len(more) > 1 else what
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -134,8 +141,9 @@ def read_student(folder: Path, module: LitStudent, reducer: Reducer) -> nn.Modul
 
 
 def _enter(stack: ExitStack, folder: Path) -> None:
+    line = f"Another process is at this calibration ({folder}); waiting for it."
     try:
-        stack.enter_context(locked(folder))
+        stack.enter_context(locked(folder, lambda: print(line, flush=True)))
     except OSError as error:
         raise CalibrationError(
             f"The cache of calibrations {folder} cannot be written: {error.strerror}. Set MODIFF_CACHE to another "
@@ -164,11 +172,11 @@ def draw(module: LitStudent, found: CalibrationConfig, student: nn.Module, rank:
     for indices in torch.arange(found.num_images).split(found.images_per_batch)[rank::world_size]:
         with trajectory(student):
             bound = module.bind(student, indices)
-            module.trace(bound, indices, lambda i, *_: module.tell(i + 1, "calibration"), noise)
+            module.denoise(bound, indices, lambda i, *_: module.notify(i + 1, "calibration"), noise)
 
 
 def calibration_parts(module: LitStudent) -> dict[str, Any]:
-    """All that the result depends on, but the code."""
+    """Everything that the result of a calibration depends on, except for the code."""
     found = module.calibration
     assert found is not None
     assert module.config is not None

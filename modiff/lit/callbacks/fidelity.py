@@ -1,32 +1,25 @@
-"""How close the student's images are: to the teacher's from the same noise, to real ones, and to their prompts."""
+"""The metrics of an evaluation: every registered measure takes the images of every batch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torchmetrics import SumMetric
 
 from modiff.errors import ConfigError
-from modiff.lit.callbacks.similarity import Similarity
-from modiff.lit.data.reference import ReferenceImages, is_statistics, network_identity
+from modiff.lit.data.real_images import ReferenceImages, is_statistics, network_identity
 from modiff.lit.modules.student import LitStudent, to_unit_range
-from modiff.metrics.features import count_features, load_feature_network
-from modiff.metrics.fidelity import ImageFidelity
-from modiff.metrics.pairwise import psnr_db, relative_l2
+from modiff.metrics.feature_figures import FeatureFigures
+from modiff.metrics.figures import MEASURES, Findings, ImagePairs, Measure, Setting
 from modiff.metrics.statistics import FeatureStatistics
-
-DISTANCES = ("teacher.fid", "student.fid", "student.fid_to_teacher")
-NO_FEATURES = "the teacher has no feature network; give model.features"
 
 
 class Fidelity(Callback):
-    """Fréchet distances, PSNR, SSIM, LPIPS, CLIP scores and relative L2 error, over all ranks.
+    """Measures how close the student's images are to the teacher's, to real ones and to their prompts, over all ranks.
 
-    The network and the statistics are read at once, so that a wrong path is refused before anything is written.
+    Networks and statistics are read at once, so that a wrong path is refused before anything is written.
 
     Args:
         features: Path of the feature network (safetensors or TorchScript); None: no Fréchet distance, and the report
@@ -35,7 +28,7 @@ class Fidelity(Callback):
             are measured once; None: no distance to real images.
         image_shape: ``(C, H, W)`` of the images, on which the network is tried.
         prompted: Whether the teacher draws from prompts.
-        clip: CLIP model, as for :class:`modiff.lit.callbacks.similarity.Similarity`.
+        clip: CLIP model of the CLIP score; None: the usual one, where it is on this machine.
 
     Raises:
         ConfigError: ``reference`` without ``features``, or of another network; ``clip`` without its extra or prompts.
@@ -52,82 +45,55 @@ class Fidelity(Callback):
     ) -> None:
         if features is None and reference is not None:
             raise ConfigError("model.reference is given, but no feature network. Give model.features as well.")
-        self.images: ImageFidelity | None = None
         self.real: ReferenceImages | None = None
         self.features = features
-        if features is not None:
-            statistics = None
-            if reference is not None and is_statistics(reference):
-                statistics = FeatureStatistics.load(reference)
-            elif reference is not None:
-                self.real = ReferenceImages(reference, image_shape)
-            network = load_feature_network(features)
-            num_features = count_features(network, torch.zeros(2, *image_shape))
-            self.images = ImageFidelity(network, statistics, num_features)
-        self.similarity = Similarity(image_shape, prompted, clip)
-        # Float64, so that the order of batches and ranks does not show.
-        self.sums = {name: SumMetric().set_dtype(torch.float64) for name in ("psnr_db", "different", "l2", "images")}
+        statistics = None
+        if reference is not None and is_statistics(reference):
+            statistics = FeatureStatistics.load(reference)
+        elif reference is not None:
+            self.real = ReferenceImages(reference, image_shape)
+        setting = Setting(image_shape, features, statistics, prompted, clip)
+        self.measures: list[Measure] = [cls(setting) for cls in MEASURES.values()]
 
     @classmethod
     def of(cls, module: LitStudent) -> Fidelity:
-        """With the files of ``model.features`` and ``model.reference``, else the teacher's own."""
+        """Build the callback from ``model.features`` and ``model.reference``, or from the teacher's own files."""
         entry = module.spec.entry
         reference = module.reference or (None if module.features else entry.statistics)
-        assert module.loaded is not None
         prompted = module.loaded.family.condition == "text"
         return cls(module.features or entry.features, reference, module.image_shape, prompted, module.clip)
 
     def setup(self, trainer: Trainer, pl_module: LitStudent, stage: str) -> None:
         """Move to the device; measure real images there, on rank 0 first, which fills the cache for the others."""
-        for metric in (self.images, *self.sums.values()):
-            if metric is not None:
-                metric.to(pl_module.device)
-        self.similarity.to(pl_module.device)
-        if self.real is None or self.images is None:
+        for measure in self.measures:
+            measure.to(pl_module.device)
+        if self.real is None:
             return
         for turn in (trainer.is_global_zero, not trainer.is_global_zero):
             if turn:
-                assert self.features is not None
-                statistics = self.real.statistics(
-                    self.images.network, network_identity(self.features), pl_module.device
-                )
-                statistics.check(self.images.network_name, self.images.num_features, self.images.num_spatial)
-                self.images.reference = statistics
+                self._measure_real_images(pl_module)
             trainer.strategy.barrier("reference")
 
+    def _measure_real_images(self, module: LitStudent) -> None:
+        assert self.real is not None
+        assert self.features is not None
+        for measure in self.measures:
+            if isinstance(measure, FeatureFigures) and measure.images is not None:
+                identity = network_identity(self.features)
+                measure.use_statistics(self.real.statistics(measure.images.network, identity, module.device))
+
     def on_test_batch_end(self, trainer: Trainer, pl_module: LitStudent, outputs: dict[str, Any], *_: Any) -> None:
-        """Add the images of a batch, surplus ones excepted."""
+        """Give the images of a batch to every measure, except for surplus ones."""
         valid: Tensor = outputs["valid"]
-        teacher, student = outputs["teacher"][valid], outputs["student"][valid]
-        self.sums["images"].update(len(teacher))
-        self.sums["l2"].update(relative_l2(student, teacher).double().sum() if len(teacher) else 0.0)
-        teacher, student = to_unit_range(teacher), to_unit_range(student)
-        different = (teacher != student).flatten(1).any(dim=1)
-        some = bool(different.any())
-        self.sums["different"].update(different.sum())
-        self.sums["psnr_db"].update(psnr_db(student[different], teacher[different]).double().sum() if some else 0.0)
-        index = outputs["index"][valid]
-        self.similarity.update(student, teacher, pl_module.conditions(index.tolist()))
-        if not len(teacher):
-            return
-        if self.images is not None:
-            self.images.update(teacher, "teacher", index)
-            self.images.update(student, "student", index)
+        teacher, student, index = outputs["teacher"][valid], outputs["student"][valid], outputs["index"][valid]
+        conditions = pl_module.conditions(index.tolist())
+        pairs = ImagePairs(to_unit_range(teacher), to_unit_range(student), teacher, student, index, conditions)
+        for measure in self.measures:
+            measure.update(pairs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Reduce over ranks."""
-        results = self.images.compute() if self.images is not None else {}
-        sums = {name: float(metric.compute()) for name, metric in self.sums.items()}
-        student = {
-            **results.get("student", {"fid": None, "fid_to_teacher": None}),
-            "psnr_db": sums["psnr_db"] / sums["different"] if sums["different"] else None,
-            "relative_l2": sums["l2"] / sums["images"],
-        }
-        found = {
-            "teacher": results.get("teacher", {"fid": None}),
-            "student": student,
-            "features": results.get("features", {"network": None, "num_features": None, "num_images": None}),
-            "reasons": results.get("reasons", dict.fromkeys(DISTANCES, NO_FEATURES)),
-        }
-        more = self.similarity.compute()
-        pl_module.results["fidelity"] = {part: {**values, **more[part]} for part, values in found.items()}
+        """Compute every figure over all ranks."""
+        found = Findings()
+        for measure in self.measures:
+            found |= measure.compute()
+        pl_module.result.findings = found

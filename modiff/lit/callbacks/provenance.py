@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import modiff
-from modiff.lit.runs.directory import digest
+from modiff.storage.hashing import short_hash
 
 
 class Provenance(Callback):
@@ -31,10 +31,10 @@ class Provenance(Callback):
         self.seed = seed
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Collect."""
-        pl_module.results["provenance"] = {
+        """Collect the facts before anything is drawn."""
+        pl_module.result.provenance = {
             "recipe": self.recipe,
-            "recipe_hash": digest(self.config),
+            "recipe_hash": short_hash(self.config),
             "teacher_hash": pl_module.loaded.fingerprint,
             "seed": self.seed,
             "git_commit": git_commit(),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from modiff.errors import ModiffError
 from modiff.lit.modules.student import LitStudent, to_unit_range
-from modiff.lit.report.pictures import image_grid, save_picture, to_pixels
-from modiff.lit.runs.batches import BatchStore
-from modiff.lit.runs.directory import atomic_write
+from modiff.lit.report.image_grids import image_grid, save_picture, to_pixels
+from modiff.lit.runs.batch_store import BatchStore
+from modiff.storage.atomic import write_file
 
 
 class Samples(Callback):
@@ -53,7 +53,7 @@ class Samples(Callback):
         module_data: Any = trainer.datamodule  # type: ignore[attr-defined]
         count = min(self.count, module_data.num_images)
         rows = {k: to_unit_range(v) for k, v in first_images(pl_module.store, count, module_data.batch_size).items()}
-        atomic_write(self.folder / "samples.safetensors", lambda path: save_file(rows, str(path)))
+        write_file(self.folder / "samples.safetensors", lambda path: save_file(rows, str(path)))
         columns = min(12, count)
         pictures = []
         for start in range(0, count, columns):
@@ -71,7 +71,7 @@ class Samples(Callback):
 
 
 def first_images(store: BatchStore, count: int, batch_size: int) -> dict[str, Tensor]:
-    """Images 0 .. count - 1 of each kind from a store of finished batches, teacher first.
+    """Read images 0 to count - 1 of each kind from a store of finished batches; the teacher comes first.
 
     Raises:
         ModiffError: A batch is missing.

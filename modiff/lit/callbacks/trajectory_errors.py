@@ -1,4 +1,4 @@
-"""Errors along the trajectory: which time steps, which operators."""
+"""Errors along the trajectory, by time step and by operator."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from modiff.lit.modules.student import LitStudent
+from modiff.lit.report.result import TrajectoryErrorTable
+from modiff.metrics.pairwise import mean_relative_l2
 from modiff.student.swap import describe
 from modiff.teachers.families import first_tensor
 from modiff.trajectory.session import trajectory
@@ -30,12 +32,12 @@ class TrajectoryErrors(Callback):
         self.num_images = num_images
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Measure, on rank 0."""
+        """Measure on rank 0, after all images have been drawn."""
         if trainer.is_global_zero and self.num_images > 0:
-            pl_module.results["errors"] = measure(pl_module, self.num_images)
+            pl_module.result.errors = measure(pl_module, self.num_images)
 
 
-def measure(module: LitStudent, num_images: int) -> dict[str, Any]:
+def measure(module: LitStudent, num_images: int) -> TrajectoryErrorTable:
     """Per-evaluation errors of samples 0 .. num_images - 1, as plain lists (noisiest evaluation first)."""
     assert module.student is not None
     names = [row.name for row in describe(module.student) if row.skipped is None]
@@ -49,10 +51,10 @@ def measure(module: LitStudent, num_images: int) -> dict[str, Any]:
     def on_evaluation(_: int, timestep: Any, x: Tensor) -> None:
         timesteps.append(int(timestep))
         teacher, student = x.chunk(2)
-        samples.append(relative_error(student, teacher))
+        samples.append(mean_relative_l2(student, teacher))
 
     with trajectory(module.student), pair.recording():
-        module.trace(pair, indices.repeat(2), on_evaluation)
+        module.denoise(pair, indices.repeat(2), on_evaluation)
     return {
         "timesteps": timesteps,
         "operators": names,
@@ -79,7 +81,7 @@ class _Pair:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Hooks on the operators of both."""
+        """Hook the operators of both denoisers while the block runs."""
         handles = []
         for name in self.names:
             handles.append(self.teacher.get_submodule(name).register_forward_hook(self._keep(name)))
@@ -92,8 +94,8 @@ class _Pair:
             self._outputs = {}
 
     def errors(self) -> list[list[float | None]]:
-        """Per operator, per evaluation; None where an operator did not run."""
-        return [[None if e.get(n) is None else float(e[n]) for e in self._errors] for n in self.names]
+        """Errors by operator and evaluation; None where an operator did not run or its error is infinite."""
+        return [[_finite(e.get(name)) for e in self._errors] for name in self.names]
 
     def _keep(self, name: str) -> Any:
         return lambda _, __, output: self._outputs.setdefault(name, []).append(output)
@@ -101,12 +103,10 @@ class _Pair:
     def _compare(self, name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             if self._outputs.get(name):  # an operator used twice is compared call by call; its last call is shown
-                self._errors[-1][name] = relative_error(output, self._outputs[name].pop(0))
+                self._errors[-1][name] = mean_relative_l2(output, self._outputs[name].pop(0))
 
         return hook
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over dim 0 of ``||s - t|| / ||t||``; a scalar tensor. Where t is zero, so is the error if s is."""
-    difference = (student.float() - teacher.float()).flatten(1).norm(dim=1)
-    return (difference / teacher.float().flatten(1).norm(dim=1).clamp_min(1e-12)).mean()
+def _finite(error: Tensor | None) -> float | None:
+    return float(error) if error is not None and bool(error.isfinite()) else None

@@ -47,12 +47,12 @@ class ModiffCLI(LightningCLI):
             )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The shared options."""
+        """Add the options that every command shares."""
         parser.add_argument("--output", type=str | None, default=None, help="Directory; default runs/<recipe>.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace another run in --output.")
-        parser.add_argument("--num_images", type=int | None, default=None, help="Images to draw.")
+        parser.add_argument("--num_images", type=int | None, default=None, help="Number of images to draw.")
         parser.add_argument("--ckpt", type=str | None, default=None, help="Checkpoint to start from.")
-        parser.add_argument("--seed", type=int, default=0, help="Image i depends on the seed and on i only.")
+        parser.add_argument("--seed", type=int, default=0, help="Seed; image i depends on the seed and on i only.")
         parser.add_argument(
             "--wandb",
             type=Literal["auto", "online", "offline", "disabled"],
@@ -61,7 +61,7 @@ class ModiffCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; a wrong field is said once, plainly."""
+        """Parse the arguments; a wrong field is reported once, in one plain sentence."""
         try:
             super().parse_arguments(parser, args)
         except (ArgumentError, ValueError, TypeError) as error:
@@ -74,7 +74,7 @@ class ModiffCLI(LightningCLI):
         check_world_size(self.config.trainer)
 
     def instantiate_classes(self) -> None:
-        """Build; fields that only their class can check are refused here, as plainly."""
+        """Build the classes; fields that only their class can check are refused here, as plainly."""
         try:
             super().instantiate_classes()
         except (ArgumentError, ValueError, TypeError) as error:
@@ -91,11 +91,15 @@ class ModiffCLI(LightningCLI):
 
     def output_directory(self, identity: dict[str, Any]) -> RunDirectory:
         """The run's directory, refused when it holds another run."""
-        path = Path(self.config.output or Path("runs") / self.recipe)
-        return RunDirectory(path, {"command": self.command, **identity}, self.config.overwrite)
+        return RunDirectory(self.output_path, {"command": self.command, **identity}, self.config.overwrite)
+
+    @property
+    def output_path(self) -> Path:
+        """``--output``, or the directory named after the recipe."""
+        return Path(self.config.output or Path("runs") / self.recipe)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Built later by :meth:`make_trainer`, when the output directory is known."""
+        """Build nothing yet: :meth:`make_trainer` does, once the output directory is known."""
         return None  # type: ignore[return-value]
 
     def make_trainer(self, callbacks: list[Any], **kwargs: Any) -> Trainer:

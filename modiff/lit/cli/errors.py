@@ -1,4 +1,4 @@
-"""Errors of the parser in the words of this house: what was given, what is allowed, what to do."""
+"""Errors of the parser in plain words: what was given, what is allowed, and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNION = (
 
 
 def parse_plainly(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """Parse; a wrong option or value is said once, plainly.
+    """Parse the arguments; a wrong option or value is reported once, in one plain sentence.
 
     Raises:
         ConfigError: The parser refuses the arguments.
@@ -56,7 +56,7 @@ def plain_error(error: BaseException, parser: Any = None) -> str:
 
 
 def _reworded(field: str, message: str, parser: Any) -> str | None:
-    """The message in other words; None where it is not one of the parser's own that are known here."""
+    """Say a known message of the parser in plain words; None for an unknown one."""
     for pattern, words in _WORDS.items():
         found = re.fullmatch(pattern, message)
         if found:

@@ -1,4 +1,4 @@
-"""The ``modiff`` command: a light front door, so that ``modiff --help`` answers at once."""
+"""The ``modiff`` command. It imports a subcommand only when it runs it, so that ``modiff --help`` answers at once."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COMMANDS = {
         "modiff.lit.commands.bench",
         "teacher against students: time by stage, compilation, memory; eager and compiled",
     ),
+    "search": ("modiff.lit.commands.search", "the cheapest sampler, bits and reuse of blocks that keep a quality"),
     "quantize": ("modiff.lit.commands.quantize", "calibrate the student of a recipe and pack it into a folder"),
     "sample": (
         "modiff.lit.commands.evaluate",

@@ -12,11 +12,11 @@ import yaml
 
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
-from modiff.lit.cli.calibration import CalibrationConfig
+from modiff.lit.modules.calibration_config import CalibrationConfig
 
 
 class _Nested:
-    """What recipes and command line say together of one nested field of ``model``.
+    """One nested field of ``model``, put together from recipes and the command line.
 
     Args:
         name: The field.
@@ -30,7 +30,7 @@ class _Nested:
         self.overrides: list[tuple[list[str], Any]] = []
 
     def owns(self, key: str) -> bool:
-        """Whether an option is the field's, or of a field below it."""
+        """Whether an option sets the field, or a field below it."""
         return key == self.option or (key.startswith(f"{self.option}.") and key != f"{self.option}.help")
 
     def put(self, key: str, value: str) -> None:
@@ -41,7 +41,7 @@ class _Nested:
             self.overrides.append((key.removeprefix(f"{self.option}.").split("."), parsed(value)))
 
     def read(self, model: dict[str, Any], path: str) -> None:
-        """Take what a recipe's ``model`` says."""
+        """Take the value that a recipe's ``model`` gives."""
         if self.name in model:
             self.value, self.source = merged(self.value, model[self.name]), path
 
@@ -103,7 +103,7 @@ def resolve_quantization(args: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
 
 def checked(config: Any) -> dict[str, Any] | None:
-    """Every field filled in and valid; the message says where one is not."""
+    """Fill in and validate every field; an error says which field is wrong."""
     if config is None:
         return None
     try:
@@ -114,7 +114,7 @@ def checked(config: Any) -> dict[str, Any] | None:
 
 
 def checked_calibration(values: Any) -> dict[str, Any] | None:
-    """The same for a ``CalibrationConfig``."""
+    """Fill in and validate every field of a ``CalibrationConfig``."""
     if values is None:
         return None
     try:

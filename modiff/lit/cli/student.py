@@ -15,9 +15,9 @@ from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.cli.quantization import resolve_quantization
 from modiff.lit.data.conditions import SampleDataModule
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.directory import digest
 from modiff.storage.folder import read_manifest
-from modiff.teachers.zoo import ZOO
+from modiff.storage.hashing import short_hash
+from modiff.teachers.zoo import ZOO, Teacher
 
 
 class StudentCLI(ModiffCLI):
@@ -27,17 +27,21 @@ class StudentCLI(ModiffCLI):
         super().__init__(command, args, model_class=LitStudent, datamodule_class=SampleDataModule)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of drawing only."""
-        parser.add_argument("--save_images", type=bool, default=False, help="Write every image as a PNG file.")
-        parser.add_argument("--sample_count", type=int, default=24, help="Samples in samples.png.")
-        parser.add_argument("--error_images", type=int, default=4, help="Samples for the error curves; 0: none.")
-        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of the timing; 0: none.")
+        """Add the options of the commands that draw images."""
+        parser.add_argument("--save_images", type=bool, default=False, help="Write every image to a PNG file.")
+        parser.add_argument(
+            "--sample_count", type=int, default=24, help="Number of samples in samples.png and in the report."
+        )
+        parser.add_argument(
+            "--error_images", type=int, default=4, help="Number of samples for the error curves; 0 skips them."
+        )
+        parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of timing; 0 skips it.")
         if self.command == "quantize":
             parser.add_argument(
                 "--remainder_dtype",
                 type=Literal["float32", "float16", "bfloat16"] | None,
                 default=None,
-                help="Of what is not quantized, in the file; None: as it is. Narrower ones lose bits.",
+                help="Dtype of unquantized tensors in the file; None keeps it. A narrower one loses bits.",
             )
         parser.link_arguments("num_images", "data.num_images")
 
@@ -84,10 +88,13 @@ class StudentCLI(ModiffCLI):
             if entry is not None and model[key] is None:
                 model[key] = getattr(entry, key)
 
-    def instantiate_classes(self) -> None:
-        """Build; the student comes from ``--ckpt`` where that is given."""
-        super().instantiate_classes()
-        self.model.ckpt = self.config.ckpt
+    def prepare_model(self, loaded: Teacher | None = None) -> LitStudent:
+        """Load the teacher and make the student, from ``--ckpt`` where that is given.
+
+        Args:
+            loaded: A teacher that another recipe has loaded; None: load it.
+        """
+        return self.model.prepare(self.config.seed, self.datamodule.conditions, self.config.ckpt, loaded)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run: everything that the images and figures depend on."""
@@ -104,7 +111,7 @@ class StudentCLI(ModiffCLI):
 
     @property
     def num_images(self) -> int:
-        """Images to keep."""
+        """The number of images to keep."""
         return int(self.datamodule.num_images)
 
 
@@ -126,4 +133,4 @@ def checkpoint_digest(folder: Path) -> str:
     manifest = folder / "config.json"
     if not manifest.is_file():
         raise CheckpointError(f"--ckpt {folder} holds no config.json. Give a folder that `modiff quantize` wrote.")
-    return digest(manifest.read_text())
+    return short_hash(manifest.read_text())

@@ -17,23 +17,24 @@ from lightning.pytorch import Trainer
 
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.bench.arms import COMPILED, EAGER, Bench
-from modiff.lit.bench.report import backends, bench_plot, markdown, sentences, terminal_table
+from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.compare import split_forwarded, unique_names
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.modules.teacher import compiler_problem
-from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
+from modiff.storage.atomic import write_json, write_text
 from modiff.student.swap import describe
-from modiff.teachers.zoo import load_teacher
+from modiff.teachers.zoo import Teacher, load_teacher
 
 SHARED = ("teacher", "guidance")
 
 
 def make_parser() -> ArgumentParser:
-    """Parser of ``modiff bench``."""
+    """Make the parser of ``modiff bench``."""
     parser = ArgumentParser(
         prog="modiff bench",
         exit_on_error=False,
@@ -165,18 +166,15 @@ def check_shared(clis: dict[str, StudentCLI]) -> None:
 
 def build(clis: dict[str, StudentCLI], device: torch.device, channels_last: bool) -> dict[str, LitStudent]:
     """The recipes' modules, which share the teacher, on the device and in the layout."""
-    first: LitStudent | None = None
+    loaded: Teacher | None = None
     modules: dict[str, LitStudent] = {}
     for name, cli in clis.items():
-        module: LitStudent = cli.model
-        module.seed, module.conditions = cli.config.seed, cli.datamodule.conditions
-        if first is None:
-            first = module
-            module.loaded = load_teacher(module.spec)
-            layout = torch.channels_last if channels_last else torch.contiguous_format
-            module.loaded.denoiser.to(device=device, memory_format=layout)
-        module.loaded = first.loaded
-        module.configure_model()
+        if loaded is None:
+            loaded = load_teacher(cli.model.spec)
+            loaded.denoiser.to(
+                device=device, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
+        module = cli.prepare_model(loaded)
         if not module.calibrated:
             raise CalibrationError(
                 f"{name} is calibrated by its recipe, which modiff bench does not do. Pack it first: modiff quantize "
@@ -187,7 +185,7 @@ def build(clis: dict[str, StudentCLI], device: torch.device, channels_last: bool
 
 
 def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Trainer, options: Namespace) -> list[Any]:
-    """Every batch size, each with a compiler cache that starts empty."""
+    """Measure every batch size; the compiler cache starts empty."""
     device = trainer.strategy.root_device
     results: list[Any] = []
     with fresh_compiler_cache() if COMPILED in modes else nullcontext():
@@ -200,7 +198,7 @@ def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Tra
 
 
 def modes_of(choice: str, device: torch.device) -> tuple[tuple[str, ...], str | None]:
-    """Modes to time, and why compiled ones are not among them.
+    """The modes to time, and the reason if compiled ones are not among them.
 
     Raises:
         ConfigError: Compiled ones alone are asked for, and there is no compiler.
@@ -216,7 +214,7 @@ def modes_of(choice: str, device: torch.device) -> tuple[tuple[str, ...], str | 
 
 @contextmanager
 def fresh_compiler_cache() -> Iterator[None]:
-    """Nothing that an earlier run compiled is found: times to compile are those of a first use."""
+    """Start with an empty compiler cache, so that times to compile are those of a first use."""
     from torch._inductor.utils import fresh_inductor_cache
 
     torch._dynamo.reset()
@@ -226,7 +224,7 @@ def fresh_compiler_cache() -> Iterator[None]:
 
 
 def provenance(device: torch.device, clis: dict[str, StudentCLI]) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Collect where the figures come from: versions, machine and seed."""
     return {
         "git_commit": git_commit(),
         "python": platform.python_version(),
@@ -247,12 +245,12 @@ def has_vnni() -> bool | None:
 
 
 def finish(run: RunDirectory, content: dict[str, Any]) -> None:
-    """Write JSON, Markdown and the plot; say the result."""
+    """Write JSON, Markdown and the plot, then print the result."""
     from rich.console import Console
 
     folder = run.path
     bench_plot(content, folder / "bench.png")
-    atomic_write(folder / "bench.md", lambda path: path.write_text(markdown(content)))
+    write_text(folder / "bench.md", markdown(content))
     write_json(folder / "bench.json", content)
     run.mark("complete")
     Console(width=None).print(terminal_table(content))

@@ -18,17 +18,21 @@ from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.evaluate import evaluate_recipe
 from modiff.lit.report import plots
-from modiff.lit.report.pictures import labelled_rows, save_picture
-from modiff.lit.report.report import markdown_table, metrics_table, write_compare_report
-from modiff.lit.runs.directory import RunDirectory, atomic_write, digest, write_json
+from modiff.lit.report.image_grids import labelled_rows, save_picture
+from modiff.lit.report.pages import COMPARED_SAMPLES, SAMPLES, write_compare_report
+from modiff.lit.report.result import Result
+from modiff.lit.report.tables import FULL_PRECISION, markdown_table, metrics_table
+from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.running import rank_zero
+from modiff.storage.atomic import write_json, write_text
+from modiff.storage.hashing import short_hash
 
 TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
 
 
 def make_parser() -> ArgumentParser:
-    """Parser of ``modiff compare``."""
+    """Make the parser of ``modiff compare``."""
     parser = ArgumentParser(
         prog="modiff compare",
         exit_on_error=False,
@@ -60,12 +64,12 @@ def compare(args: Sequence[str]) -> int:
     run = RunDirectory(folder, identity, options.overwrite)
     rank_zero(run.claim, "compare")
     teacher_images = folder / "teacher"
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[tuple[str, Result]] = []
     try:
         for position, (name, cli) in enumerate(clis.items(), start=1):
             images = f"{cli.num_images} images, {cli.config.model.steps} steps"
             rank_zero(print, f"\n[{position}/{len(clis)}] {name}: {images}")
-            rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{digest(shared)}")))
+            rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{short_hash(shared)}")))
     except KeyboardInterrupt:
         rank_zero(run.mark, "interrupted")
         raise
@@ -74,7 +78,7 @@ def compare(args: Sequence[str]) -> int:
 
 
 def split_forwarded(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Own options, and those that go to every recipe.
+    """Split the command line into the command's own options and those that go to every recipe.
 
     >>> split_forwarded(["a.yaml", "--model.steps", "20", "--seed=1", "--data.batch_size=8"])
     (['a.yaml', '--seed=1'], ['--model.steps', '20', '--data.batch_size=8'])
@@ -92,7 +96,7 @@ def split_forwarded(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def unique_names(recipes: Sequence[str]) -> list[str]:
-    """Short names of recipes, one folder each.
+    """Short names of the recipes, which name their folders.
 
     Raises:
         ConfigError: Two recipes have the same name.
@@ -106,7 +110,7 @@ def unique_names(recipes: Sequence[str]) -> list[str]:
 
 
 def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
-    """What the teacher's images depend on; it must be the same for all recipes.
+    """Everything that the teacher's images depend on; all recipes must agree on it.
 
     Raises:
         ConfigError: Two recipes differ in it.
@@ -144,19 +148,20 @@ def _parse(name: str, path: str, options: Namespace, forwarded: list[str]) -> St
     return StudentCLI("evaluate", args)
 
 
-def _finish(run: RunDirectory, rows: list[tuple[str, dict[str, Any]]]) -> None:
+def _finish(run: RunDirectory, rows: list[tuple[str, Result]]) -> None:
     folder = run.path
-    pictures: list[tuple[str, Tensor]] = []
+    samples: dict[str, Tensor] = {}
     for name, _ in rows:
-        images = load_file(str(folder / name / "samples.safetensors"))
-        pictures = pictures or [("full precision", images["teacher"])]
-        pictures.append((name, images["student"]))
-    save_picture(labelled_rows([(n, images[:12]) for n, images in pictures]), folder / "samples.png")
+        images = load_file(str(folder / name / SAMPLES))
+        samples.setdefault(FULL_PRECISION, images["teacher"])
+        samples[name] = images["student"]
+    shown = [(name, images[:COMPARED_SAMPLES]) for name, images in samples.items()]
+    save_picture(labelled_rows(shown), folder / "samples.png")
     plots.compare_plot(rows, folder / "compare.png")
-    write_json(folder / "compare.json", dict(rows))
-    atomic_write(folder / "compare.md", lambda path: path.write_text(markdown_table(rows)))
+    write_json(folder / "compare.json", {name: result.as_json() for name, result in rows})
+    write_text(folder / "compare.md", markdown_table(rows))
     reports = {name: folder / name / "report.html" for name, _ in rows}
-    report = write_compare_report(folder, rows, folder / "samples.png", reports)
+    report = write_compare_report(folder, rows, samples, reports)
     run.mark("complete")
     shutil.rmtree(folder / "teacher", ignore_errors=True)
     Console(width=None).print(metrics_table(rows))

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.activation_cache import ActivationCache
 from modiff.lit.callbacks.calibration import Calibration
-from modiff.lit.callbacks.costs import Cost
+from modiff.lit.callbacks.cost import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.cli.student import StudentCLI
-from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.batches import BatchStore
-from modiff.lit.runs.directory import RunDirectory, atomic_write, write_json
+from modiff.lit.report.result import Result
+from modiff.lit.runs.batch_store import BatchStore
+from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.results import Writer, print_result, read_result
 from modiff.lit.runs.running import interruptible, rank_zero
 from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
-from modiff.lit.runs.writer import Writer
+from modiff.storage.atomic import write_json, write_text
 
 
 def evaluate(args: Sequence[str]) -> int:
-    """``modiff evaluate``."""
+    """Run ``modiff evaluate``: evaluate a recipe, then print its figures and where the report is."""
     cli = StudentCLI("evaluate", args)
-    evaluate_recipe(cli)
+    result = evaluate_recipe(cli)
+    rank_zero(print_result, cli.recipe, result, cli.output_path)
     return 0
 
 
-def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: str | None = None) -> dict[str, Any]:
-    """Evaluate one recipe into its directory; returns the content of ``metrics.json``.
+def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: str | None = None) -> Result:
+    """Evaluate one recipe into its directory.
 
     Args:
         cli: The parsed recipe.
@@ -51,14 +51,14 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
             "Nothing is quantized: give --model.preset, for example w8a4-modiff, --model.config or --ckpt. "
             "`modiff sample` draws with the teacher alone."
         )
-    cli.model.configure_model()
+    module = cli.prepare_model()  # before the directory is claimed: a wrong recipe leaves no trace
     run = cli.output_directory(cli.identity())
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
-        return json.loads((run.path / "metrics.json").read_text())
-    fidelity = Fidelity.of(cli.model)
-    module = prepare(cli, run)
-    module.teacher_store = BatchStore(teacher_images) if teacher_images else None
+        return read_result(run.path)
+    fidelity = Fidelity.of(module)
+    claim(cli, run)
+    module.keep_batches(BatchStore(run.path / "partial"), BatchStore(teacher_images) if teacher_images else None)
     logger = make_wandb_logger(cli.config.wandb, run.path, cli.recipe, cli.identity(), group)
     writer = Writer(cli, run, logger)
     config = cli.config
@@ -84,30 +84,25 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     finally:
         finish_wandb(logger)
     trainer.strategy.barrier("written")
-    return json.loads((run.path / "metrics.json").read_text())
+    return read_result(run.path)
 
 
-def prepare(cli: StudentCLI, run: RunDirectory) -> LitStudent:
-    """Build the student first, so that a wrong recipe leaves no trace; then claim the directory."""
-    module: LitStudent = cli.model
-    module.seed = cli.config.seed
-    module.conditions = cli.datamodule.conditions
-    module.configure_model()
+def claim(cli: StudentCLI, run: RunDirectory) -> None:
+    """Take the directory, and write the recipe into it."""
     rank_zero(run.claim, cli.recipe)
-    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
-    module.store = BatchStore(run.path / "partial")
-    return module
+    rank_zero(lambda: write_text(run.path / "config.yaml", cli.dump()))
 
 
 def sample(args: Sequence[str]) -> int:
-    """``modiff sample``: images only; with no quantization, the teacher's."""
+    """Run ``modiff sample``: draw images with the student, or with the teacher if nothing is quantized."""
     cli = StudentCLI("sample", args)
-    cli.model.configure_model()
+    module = cli.prepare_model()
     run = cli.output_directory(cli.identity())
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return 0
-    module = prepare(cli, run)
+    claim(cli, run)
+    module.keep_batches(BatchStore(run.path / "partial"))
     config = cli.config
     callbacks = [
         Calibration(),
@@ -118,7 +113,9 @@ def sample(args: Sequence[str]) -> int:
     trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
     interruptible(run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
     if trainer.is_global_zero:
-        facts = {"num_images": cli.num_images, "seed": config.seed, **module.results}
+        counted, made = module.result.evaluations, module.result.provenance
+        facts = {"num_images": cli.num_images, "seed": config.seed, "provenance": made, "evaluations": counted}
+        facts = {key: value for key, value in facts.items() if value is not None}
         write_json(run.path / "sample.json", facts)
         run.mark("complete")
         shutil.rmtree(run.path / "partial", ignore_errors=True)

@@ -25,9 +25,7 @@ def quantize(args: Sequence[str]) -> int:
         raise ConfigError("modiff quantize makes a checkpoint and takes none. Remove --ckpt.")
     if cli.model.config is None:
         raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
-    module: LitStudent = cli.model
-    module.conditions = cli.datamodule.conditions
-    module.configure_model()
+    module = cli.prepare_model()
     folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
     rank_zero(check_target, folder, cli.config.overwrite)  # before a calibration of minutes, not after
     pack = Pack(folder, cli.config.overwrite, cli.config.remainder_dtype)
@@ -40,7 +38,7 @@ def quantize(args: Sequence[str]) -> int:
 
 
 class Nothing(IterableDataset):
-    """No batch at all: the Trainer starts, which is when callbacks calibrate and pack, and draws nothing."""
+    """A data set without a batch: the Trainer starts, its callbacks calibrate and pack, and nothing is drawn."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -61,12 +59,12 @@ class Pack(Callback):
         self.dtype = dtype
 
     def on_predict_start(self, trainer: Trainer, pl_module: LitStudent) -> None:
-        """Write; it comes after ``Calibration`` in the Trainer's list."""
+        """Write the student, which the callback ``Calibration`` before this one has calibrated."""
         if trainer.is_global_zero:
             self.write(pl_module)
 
     def write(self, module: LitStudent) -> None:
-        """Save, and say how it is used."""
+        """Save the student and say how to use it."""
         assert module.student is not None
         facts = {"teacher": module.spec.title, "origin": module.origin()}
         save(module.student, self.folder, dtype=self.dtype, overwrite=self.overwrite, **facts)

@@ -13,14 +13,14 @@ from modiff.errors import ConfigError
 from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.data.batches import DeviceBatches, ImageDataset
-from modiff.lit.data.modules import ImageDataModule
+from modiff.lit.data.images import ImageDataModule
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
 
 
 def make_parser() -> ArgumentParser:
-    """Parser of ``modiff statistics``."""
+    """Make the parser of ``modiff statistics``."""
     parser = ArgumentParser(
         prog="modiff statistics",
         exit_on_error=False,
@@ -38,7 +38,7 @@ def make_parser() -> ArgumentParser:
 
 
 def statistics(args: Sequence[str]) -> int:
-    """``modiff statistics --features NETWORK --data.path FOLDER --output FILE``."""
+    """Run ``modiff statistics --features NETWORK --data.path FOLDER --output FILE``."""
     quiet()
     options = parse_plainly(make_parser(), args)
     data = ImageDataModule(**options.data.as_dict())
@@ -59,7 +59,7 @@ def statistics(args: Sequence[str]) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name.
+    """Find a device by its name.
 
     Raises:
         ConfigError: There is no such device.
@@ -75,7 +75,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def measure(network: torch.nn.Module, images: ImageDataset, device: torch.device, batch_size: int) -> FeatureStatistics:
-    """Statistics of a feature network's answers to a data set, in its order and without flips."""
+    """Measure the features of a data set, in its order and without flips."""
     # On the network's first device: a TorchScript network does not say how many features it has.
     num_features = count_features(network, images.images[:2].float() / 255)
     metric = ImageFidelity(network, num_features=num_features, max_kept=4).to(device)  # single features are not needed

@@ -14,11 +14,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.lit.callbacks.training import TrainingDistance, TrainingSamples
+from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
-from modiff.lit.data.modules import ImageDataModule
-from modiff.lit.runs.directory import atomic_write
+from modiff.lit.data.images import ImageDataModule
 from modiff.lit.runs.running import interruptible, rank_zero
+from modiff.storage.atomic import write_text
 
 
 class TrainCLI(ModiffCLI):
@@ -58,7 +58,7 @@ def train(args: Sequence[str]) -> int:
     distance = distance_callback(config)  # refuses wrong files before anything is written
     rank_zero(cli.datamodule.setup, "fit")  # and this wrong data
     rank_zero(run.claim, cli.recipe)
-    rank_zero(atomic_write, run.path / "config.yaml", lambda path: path.write_text(cli.dump()))
+    rank_zero(lambda: write_text(run.path / "config.yaml", cli.dump()))
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
         LearningRateMonitor("step"),

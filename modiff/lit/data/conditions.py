@@ -1,4 +1,4 @@
-"""What the samples to draw are about: classes or prompts, in turn by index."""
+"""Classes or prompts of the samples to draw, assigned in turn by sample index."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modiff.errors import ConfigError
-from modiff.lit.data.modules import NoiseDataModule
-from modiff.lit.runs.directory import digest
+from modiff.lit.data.noise import NoiseDataModule
+from modiff.storage.hashing import short_hash
 
 PROMPT_COLUMNS = ("prompt", "caption", "text", "captions", "sentences")
 LABEL_COLUMNS = ("label", "labels", "class")
@@ -59,7 +59,7 @@ class SampleDataModule(NoiseDataModule):
 
     def identity(self) -> dict[str, Any]:
         """Content of the conditions, for the identity of a run; empty where there are none."""
-        return {} if self.entries is None else {"conditions": digest(list(self.entries))}
+        return {} if self.entries is None else {"conditions": short_hash(list(self.entries))}
 
 
 class LabelDataModule(SampleDataModule):
@@ -187,7 +187,7 @@ def _hub(name: str, split: str) -> Any:
 
 
 def _prompt(value: Any) -> str:
-    """A prompt; of several captions of one image the first."""
+    """A prompt; if an image has several captions, the first one."""
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     if isinstance(value, dict):
         value = value.get("raw") or value.get("text")

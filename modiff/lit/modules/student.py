@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +13,16 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from modiff.calibration.loop.tracing import fingerprint
 from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
-from modiff.errors import CalibrationError, ConfigError
-from modiff.lit.cli.calibration import CalibrationConfig
-from modiff.lit.runs.batches import BatchStore
+from modiff.errors import CalibrationError, ConfigError, ModiffError
+from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.report.result import Result
+from modiff.lit.runs.batch_store import BatchStore
 from modiff.storage.folder import read_manifest
+from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
+from modiff.student.copies import shared_copy
 from modiff.student.swap import operators, quantize
 from modiff.student.tensors import slots
 from modiff.teachers.sampling.loop import sample, set_timesteps
@@ -101,33 +102,78 @@ class LitStudent(LightningModule):
         self.ckpt: str | None = None
         self.store: BatchStore | None = None
         self.teacher_store: BatchStore | None = None
-        self.loaded: Teacher | None = None
+        self.result = Result()
+        self._loaded: Teacher | None = None
         self._conditioning: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
         self.decoder: nn.Module | None = None
-        self.results: dict[str, Any] = {}
 
     def configure_model(self) -> None:
-        """Load the teacher, unless it is there; make the student, which shares every tensor it does not quantize."""
-        if self.teacher is not None:
-            return
-        if self.loaded is None:
-            self.loaded = load_teacher(self.spec)
-        set_timesteps(make_scheduler(self.scheduler_name, self.loaded.scheduler_config), self.steps)  # refuses early
-        self.teacher = self.loaded.denoiser
-        self.decoder = self.loaded.decoder
-        self._refuse_guidance()
-        if self.config is None and self.ckpt is None:
-            return
-        if self.ckpt is not None:
-            self._refuse_foreign(self.ckpt)
+        """Lightning's hook: prepare with the defaults, unless the command has prepared the module already."""
+        if self._loaded is None:
+            self.prepare()
+
+    def prepare(
+        self,
+        seed: int = 0,
+        conditions: Conditions | None = None,
+        ckpt: str | None = None,
+        loaded: Teacher | None = None,
+    ) -> LitStudent:
+        """Load the teacher and make the student, which shares every tensor that it does not quantize; once.
+
+        Args:
+            seed: Of the noise.
+            conditions: Gives the classes or prompts of sample indices; None: the samples have none.
+            ckpt: Packed student, in place of the recipe's quantization.
+            loaded: A teacher that is loaded already, to be shared; None: load the recipe's.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ConfigError: The module was prepared before, or the teacher does not fit the recipe.
+            CalibrationError: The checkpoint was made of another teacher, or there is nothing to calibrate.
+        """
+        if self._loaded is not None:
+            raise ConfigError("This LitStudent is prepared already. Make another one for another teacher or seed.")
+        self.seed, self.ckpt = seed, ckpt
+        self.conditions = conditions or self.conditions
+        loaded = load_teacher(self.spec) if loaded is None else loaded
+        set_timesteps(make_scheduler(self.scheduler_name, loaded.scheduler_config), self.steps)  # refuses early
+        self._refuse_guidance(loaded)
+        self._loaded, self.teacher, self.decoder = loaded, loaded.denoiser, loaded.decoder
+        if ckpt is not None:
+            self._refuse_foreign(ckpt)
             self.calibrated = True
-        self.student = self.make_student()
-        self._refuse_useless_calibration()
+        if self.config is not None or ckpt is not None:
+            self.student = self.make_student()
+            self._refuse_useless_calibration()
+        return self
+
+    def keep_batches(self, store: BatchStore, teacher_store: BatchStore | None = None) -> None:
+        """Store finished batches, and read those that are there in place of drawing them.
+
+        Args:
+            store: Batches of this run.
+            teacher_store: The teacher's images, which several recipes share; None: they are drawn for this run alone.
+        """
+        self.store, self.teacher_store = store, teacher_store
+
+    @property
+    def loaded(self) -> Teacher:
+        """The loaded teacher.
+
+        Raises:
+            ModiffError: The module has not been prepared.
+        """
+        if self._loaded is None:
+            raise ModiffError("The teacher is not loaded yet. Call LitStudent.prepare() first.")
+        return self._loaded
 
     def _refuse_useless_calibration(self) -> None:
-        """A calibration with nothing to find, and ranges that nothing finds."""
+        """Refuse a calibration that has nothing to find, and calibrated ranges without a calibration."""
         if self.ckpt is not None or self.student is None:
             return
         found = operators(self.student).values()
@@ -146,7 +192,7 @@ class LitStudent(LightningModule):
         _ = self.teacher_hash  # before the Trainer changes dtypes
 
     def make_student(self) -> nn.Module:
-        """Another student of the teacher, from the checkpoint or by the config; not calibrated by this."""
+        """Make another student of the teacher, from the checkpoint or the config, without calibrating it."""
         assert self.teacher is not None
         if self.ckpt is not None:
             return load(self.ckpt, self.shared_copy())  # puts other tensors in place of the teacher's, which stay
@@ -157,7 +203,7 @@ class LitStudent(LightningModule):
     def teacher_hash(self) -> str:
         """Content hash of the teacher's weights, as they were loaded."""
         assert self.teacher is not None
-        return fingerprint({slot.name: slot.tensor for slot in slots(self.teacher)})
+        return hash_tensors({slot.name: slot.tensor for slot in slots(self.teacher)})
 
     def origin(self) -> dict[str, Any]:
         """How the student was made, for its checkpoint."""
@@ -165,7 +211,7 @@ class LitStudent(LightningModule):
         return {"teacher_hash": self.teacher_hash, "calibration": calibration}
 
     def _refuse_foreign(self, ckpt: str) -> None:
-        """Compare hashes of the teacher, where the checkpoint says its own."""
+        """Refuse a checkpoint that says it was made from another teacher."""
         made_of = (read_manifest(Path(ckpt)).get("origin") or {}).get("teacher_hash")
         if made_of not in (None, self.teacher_hash):
             raise CalibrationError(
@@ -174,39 +220,35 @@ class LitStudent(LightningModule):
             )
 
     def shared_copy(self) -> nn.Module:
-        """The teacher again: modules of its own, the teacher's tensors."""
+        """Copy the teacher's modules but share its tensors."""
         assert self.teacher is not None
-        tensors = {id(tensor): tensor for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
-        return copy.deepcopy(self.teacher, tensors)
+        return shared_copy(self.teacher)
 
-    def use_calibrated(self, student: nn.Module) -> None:
-        """Take the student that a calibration found."""
+    def use_student(self, student: nn.Module, calibrated: bool) -> None:
+        """Take another student of the same teacher, such as the one that a calibration found."""
         self.student = student
-        self.calibrated = True
+        self.calibrated = calibrated
 
     def on_test_start(self) -> None:
-        """Compile, where asked for: after callbacks have calibrated, on the device, outside of trajectories."""
+        """Compile the student if asked to: on its device, after calibration, outside of trajectories."""
         if self.use_compile and self.student is not None:
             compile_student(self.student)
 
     on_predict_start = on_test_start
 
-    def _refuse_guidance(self) -> None:
-        assert self.loaded is not None
-        distilled = bool(getattr(self.loaded.denoiser.config, "guidance_embeds", False))
-        if self.guidance not in (1.0, self.spec.entry.guidance) and not self.loaded.family.guided and not distilled:
+    def _refuse_guidance(self, loaded: Teacher) -> None:
+        distilled = bool(getattr(loaded.denoiser.config, "guidance_embeds", False))
+        if self.guidance not in (1.0, self.spec.entry.guidance) and not loaded.family.guided and not distilled:
             raise ConfigError(f"guidance is {self.guidance}, but teacher {self.spec.title!r} takes none. Remove it.")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of x_t."""
-        assert self.loaded is not None
         return self.loaded.sample_shape
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of the images."""
-        assert self.loaded is not None
         return self.loaded.image_shape
 
     def noise(self, indices: Tensor, stream: int = 0) -> Tensor:
@@ -214,8 +256,7 @@ class LitStudent(LightningModule):
         return indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream).to(self.device)
 
     def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
-        """What the denoiser is told about samples ``indices`` ``[B]``; that of the last batch is kept."""
-        assert self.loaded is not None
+        """Conditioning inputs of the denoiser for samples ``indices`` ``[B]``; the last batch's are cached."""
         key = tuple(indices.tolist())
         if self._conditioning is None or self._conditioning[0] != key:
             found = self.loaded.conditioning(list(key), self.conditions(list(key)), self.guidance)
@@ -224,21 +265,18 @@ class LitStudent(LightningModule):
 
     def bind(self, denoiser: nn.Module, indices: Tensor) -> Callable[[Tensor, Any], Any]:
         """``denoiser(x, t)`` with the conditions and the guidance of samples ``indices`` ``[B]``."""
-        assert self.loaded is not None
         return self.loaded.bind(denoiser, self.conditioning(indices), self.guidance)
 
     def inputs(self, x: Tensor, indices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of one forward of the denoiser at time 0, for figures of cost."""
-        assert self.loaded is not None
         return self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance)
 
     @property
     def rows_per_image(self) -> int:
         """Rows of the denoiser's batch for one image: 2 under guidance."""
-        assert self.loaded is not None
         return 2 if self.loaded.doubled(self.guidance) else 1
 
-    def trace(
+    def denoise(
         self,
         denoiser: Callable[..., Any],
         indices: Tensor,
@@ -249,7 +287,6 @@ class LitStudent(LightningModule):
 
         ``noise(indices, stream)`` is that of :meth:`noise`, unless another is given.
         """
-        assert self.loaded is not None
         noise = noise or self.noise
         scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
         return sample(
@@ -263,7 +300,7 @@ class LitStudent(LightningModule):
         ).float()
 
     def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:
-        """Images of one batch and the seconds it took."""
+        """Draw the images of one batch, and time it in seconds."""
         denoiser = self.teacher if who == "teacher" else self.student
         assert denoiser is not None
         if who == "student" and not self.calibrated:
@@ -272,9 +309,8 @@ class LitStudent(LightningModule):
                 "modiff.lit.callbacks.calibration.Calibration, or set model.calibration to null."
             )
         start = time.perf_counter()
-        assert self.loaded is not None
         bound = self.bind(denoiser, indices)
-        images = self.loaded.decode(self.trace(bound, indices, lambda step, *_: self.tell(step + 1, who)))
+        images = self.loaded.decode(self.denoise(bound, indices, lambda step, *_: self.notify(step + 1, who)))
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         return images, time.perf_counter() - start
@@ -307,7 +343,7 @@ class LitStudent(LightningModule):
         return images, seconds
 
     def stored(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        """What an earlier, interrupted run left of this batch."""
+        """The images of this batch, if an earlier, interrupted run has drawn them."""
         if self.store is None:
             return None
         found = self.store.load(int(batch["index"][0]))
@@ -321,8 +357,10 @@ class LitStudent(LightningModule):
         images, seconds = self.draw("student" if self.student is not None else "teacher", batch["index"])
         return {"student": images, **batch, "facts": {"student_s": seconds}, "new": True}
 
-    def tell(self, step: int, who: str) -> None:
-        """Tell the callbacks that an evaluation ended; ``step`` counts from 1."""
+    def notify(self, step: int, who: str) -> None:
+        """Tell the callbacks, where there is a Trainer, that an evaluation ended; ``step`` counts from 1."""
+        if self._trainer is None:
+            return
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             hook = getattr(callback, "on_evaluation_end", None)
             if hook is not None:

@@ -19,8 +19,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modiff.errors import ConfigError
-from modiff.lit.report.summary import error_matrix, finite, mean, worst_operators
-from modiff.lit.runs.directory import atomic_write
+from modiff.lit.report.sentences import error_matrix, finite, mean, worst_operators
+from modiff.lit.report.tables import Rows
+from modiff.storage.atomic import write_file
 
 DPI = 150
 NONE = "not available"
@@ -50,7 +51,7 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+        write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
 def trajectory_errors_plot(errors: Mapping[str, Any], path: Path, title: str) -> None:
@@ -208,42 +209,42 @@ def _cost_bars(
         )
 
 
-def compare_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
+def compare_plot(rows: Rows, path: Path) -> None:
     """Draw several recipes side by side: PSNR to the teacher, Fréchet distance to its images and to real ones.
 
     Args:
-        rows: Recipe names and their metrics (``metrics.json``).
+        rows: Recipes' names and results.
         path: PNG to write.
 
     Raises:
         ConfigError: There is no row.
     """
     if not rows:
-        raise ConfigError("compare_plot got no recipes; give at least one (name, metrics).")
+        raise ConfigError("compare_plot got no recipes; give at least one (name, result).")
     names = [shorten(name, 34) for name, _ in rows]
-    metrics = [m for _, m in rows]
+    results = [result for _, result in rows]
     with figure_file(path, 11.5, 1.6 + 0.5 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.15])
-        identical = ["identical images" if m["student"]["relative_l2"] == 0 else NONE for m in metrics]
-        _bars(left, [[m["student"]["psnr_db"] for m in metrics]], [BLUE], log=False, missing=identical)
+        identical = ["identical images" if r.value("student.relative_l2") == 0 else NONE for r in results]
+        _bars(left, [[r.value("student.psnr_db") for r in results]], [BLUE], log=False, missing=identical)
         left.set_title("PSNR to the teacher's images (higher is better)")
         left.set_xlabel("dB")
-        near = [m["student"]["fid_to_teacher"] for m in metrics]
-        real = [m["student"]["fid"] for m in metrics]
+        near = [r.value("student.fid_to_teacher") for r in results]
+        real = [r.value("student.fid") for r in results]
         series, colors, handles = [near], [ORANGE], [Patch(color=ORANGE, label="to the teacher's images")]
         if any(v is not None for v in real):
             series, colors = [near, real], [ORANGE, GREEN]
             handles.append(Patch(color=GREEN, label="to real images"))
         drawn = [v for values in series for v in values if v is not None and 0 < v < math.inf]
-        _bars(right, series, colors, bool(drawn) and max(drawn) > 20 * min(drawn), [NONE] * len(metrics))
-        teacher = metrics[0]["teacher"]["fid"]
+        _bars(right, series, colors, bool(drawn) and max(drawn) > 20 * min(drawn), [NONE] * len(results))
+        teacher = results[0].value("teacher.fid")
         if len(series) == 2 and teacher is not None and teacher > 0:
             line = right.axvline(teacher, color=GREEN, ls="--", lw=1.2, label="teacher to real images")
             handles.append(line)
-        features = metrics[0]["features"]
+        features = results[0].findings.features
         right.set_title("Fréchet distance (lower is better)")
         scale = ", logarithmic" if right.get_xscale() == "log" else ""
-        right.set_xlabel(f"in the {features['num_features']} features of {features['network']}{scale}")
+        right.set_xlabel(f"in the {features.get('num_features')} features of {features.get('network')}{scale}")
         left.set_yticks(range(len(names)), names)
         left.set_ylim(len(names) - 0.5, -0.5)
         figure.legend(handles=handles, loc="outside lower right", ncols=len(handles))

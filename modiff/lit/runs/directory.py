@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from safetensors import SafetensorError
 
 from modiff.errors import ConfigError
+from modiff.storage.atomic import write_json
+from modiff.storage.hashing import short_hash
 
 MARKER = "run.json"
-
-
-def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` on a temporary neighbour of ``path``, then rename it: readers see the whole file or none.
-
-    Raises:
-        OSError: The file cannot be written (a full disk, no rights); what was at ``path`` is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # safetensors wraps the system's error in one of its own
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; nulls are kept."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    atomic_write(path, lambda temporary: temporary.write_text(text))
-
-
-def digest(value: Any) -> str:
-    """Short content hash of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class RunDirectory:
@@ -66,7 +31,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], overwrite: bool = False) -> None:
         self.path = Path(path)
-        self.hash = digest(identity)
+        self.hash = short_hash(identity)
         self.marker = self.path / MARKER
         self.resumed = False
         self.check(overwrite)

@@ -32,7 +32,7 @@ class Source:
     rows: Tensor | None = None
 
     def take(self, tensor: Tensor, ndim: int) -> Tensor:
-        """The part of the original tensor, with ``ndim`` dims."""
+        """Take the part of the original tensor, with ``ndim`` dims."""
         tensor = tensor if self.rows is None else tensor[self.rows]
         while tensor.ndim > ndim and tensor.shape[-1] == 1:
             tensor = tensor.squeeze(-1)
@@ -97,7 +97,7 @@ def _read(path: Path) -> Any:
 
 
 def strip(state: State, prefix: str) -> dict[str, Tensor]:
-    """The entries below a prefix, without it."""
+    """Return the entries below a prefix, without it."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -116,7 +116,7 @@ def require(state: State, keys: Iterable[str], what: str) -> None:
 
 
 def count(state: State, pattern: str) -> int:
-    r"""Number of entries of a module list, from the largest index that a pattern's group finds.
+    r"""Count the entries of a module list, from the largest index that a pattern's group finds.
 
     >>> count({"down.0.block.1.bias": 0, "down.2.x": 0}, r"down\.(\d+)\.")
     3

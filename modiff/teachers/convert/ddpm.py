@@ -31,7 +31,7 @@ _PARTS = {"resnets": "block", "attentions": "attn"}
 
 
 def ho_name(name: str, levels: int) -> str:
-    """The name that Ho et al. give a parameter which diffusers calls ``name``.
+    """Return the name that Ho et al. give a parameter which diffusers calls ``name``.
 
     Args:
         name: Such as ``up_blocks.0.attentions.1.to_q.weight``.
@@ -53,13 +53,13 @@ def ho_name(name: str, levels: int) -> str:
 
 
 def ddpm_sources(unet: nn.Module) -> dict[str, Source]:
-    """Where each tensor of a UNet comes from in the DDIM repository's state dict."""
+    """Say where each tensor of a UNet comes from in the DDIM repository's state dict."""
     levels = len(unet.down_blocks)
     return {name: Source(ho_name(name, levels)) for name in unet.state_dict()}
 
 
 def convert_ddpm(state: State, sample_size: int) -> UNet2DModel:
-    """A DDPM UNet (Ho et al. 2020) from the state dict of the DDIM repository.
+    """Convert a DDPM UNet (Ho et al. 2020) from the state dict of the DDIM repository.
 
     Channels, levels, blocks and the levels with attention are read off the state dict.
 

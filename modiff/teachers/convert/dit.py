@@ -54,7 +54,7 @@ class OriginalDiTTransformer2DModel(DiTTransformer2DModel):
 
 
 def convert_dit(state: State, num_heads: int | None = None) -> OriginalDiTTransformer2DModel:
-    """A class-conditional DiT from the original's state dict; the last class is the empty one of the guidance.
+    """Convert a class-conditional DiT from the original's state dict; the last class is the empty one of the guidance.
 
     Args:
         state: Of :func:`modiff.teachers.convert.checkpoints.read_checkpoint`.
@@ -118,7 +118,7 @@ _EMBEDDERS = {
 
 
 def dit_sources(model: DiTTransformer2DModel) -> dict[str, Source]:
-    """Where each tensor of a DiT comes from; the embedders, one copy per block in diffusers, all from the same."""
+    """Say where each tensor of a DiT comes from; diffusers has one copy of the embedders per block."""
     width = model.inner_dim
     sources = {}
     for key in model.state_dict():

@@ -11,7 +11,7 @@ from modiff.teachers.convert.ddpm import ho_name
 
 
 def convert_first_stage(state: State, sample_size: int, scaling_factor: float = 1.0) -> VQModel | AutoencoderKL:
-    """The autoencoder of a latent diffusion model: a VQModel where there is a codebook, else an AutoencoderKL.
+    """Convert the autoencoder of a latent diffusion model: a VQModel where there is a codebook, else an AutoencoderKL.
 
     Args:
         state: Without the prefix ``first_stage_model.``; the discriminator (``loss.*``) is left out.

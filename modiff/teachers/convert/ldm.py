@@ -85,7 +85,7 @@ def convert_ldm(
     ema: bool = True,
     scaling_factor: float = 1.0,
 ) -> LatentModel:
-    """An unconditional latent diffusion model (Rombach et al. 2022) from CompVis' ``model.ckpt``.
+    """Convert an unconditional latent diffusion model (Rombach et al. 2022) from CompVis' ``model.ckpt``.
 
     Everything but the attention heads is read off the state dict. Heads are those of the ``unet_config``: LSUN-Churches
     ``num_heads=8``, LSUN-Bedrooms ``num_head_channels=32``; the legacy order of q, k and v is assumed, as in all their
@@ -120,7 +120,7 @@ def convert_ldm(
 
 
 def averaged_weights(state: State) -> dict[str, Tensor]:
-    """The moving average of the UNet's weights; CompVis stores it under the names without their dots.
+    """Return the moving average of the UNet's weights; CompVis stores it under the names without their dots.
 
     Raises:
         CheckpointError: The file holds no average, or not of every weight.
@@ -143,7 +143,7 @@ def averaged_weights(state: State) -> dict[str, Tensor]:
 def convert_ldm_unet(
     state: State, sample_size: int, num_heads: int | None = None, num_head_channels: int | None = None
 ) -> UNet2DModel:
-    """The UNet alone; arguments as for :func:`convert_ldm`, ``state`` without the prefix ``model.diffusion_model.``."""
+    """Convert the UNet alone; arguments as for :func:`convert_ldm`, ``state`` without ``model.diffusion_model.``."""
     what = "an unconditional CompVis UNet"
     require(state, ["time_embed.0.weight", "input_blocks.1.0.in_layers.2.weight", "out.2.weight"], what)
     extra = [key for key in state if "transformer_blocks" in key or key.startswith("label_emb")]
@@ -183,7 +183,7 @@ def convert_ldm_unet(
 
 
 def _layout(state: State) -> dict[str, Any]:
-    """Levels, widths, blocks and attention, read off the numbers of ``input_blocks``."""
+    """Read levels, widths, blocks and attention off the numbers of ``input_blocks``."""
     blocks = count(state, r"input_blocks\.(\d+)\.")
 
     layers = next((i - 1 for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in state), None)
@@ -215,7 +215,7 @@ def _layout(state: State) -> dict[str, Any]:
 
 
 def _upsamples(state: State, i: int) -> bool:
-    """Whether an output block ends with an upsampler, behind its residual block and its attention."""
+    """Tell whether an output block ends with an upsampler, behind its residual block and its attention."""
     ends = [f"output_blocks.{i}.{place}.{leaf}" for place in (1, 2) for leaf in ("conv.weight", "in_layers.0.weight")]
     return any(key in state for key in ends)
 
@@ -238,7 +238,7 @@ _ENDS = {
 
 
 def ldm_sources(unet: UNet2DModel) -> dict[str, Source]:
-    """Where each tensor of a UNet comes from in CompVis' state dict (without the prefix)."""
+    """Say where each tensor of a UNet comes from in CompVis' state dict (without the prefix)."""
     attentions = {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
     return {key: _ldm_source(key, unet.config.layers_per_block, attentions) for key in unet.state_dict()}
 

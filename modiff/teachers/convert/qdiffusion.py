@@ -51,7 +51,7 @@ class QDiffusionModel:
         return QuantSpec(self.bits, "channel", symmetric=False)
 
     def packed(self) -> dict[str, PackedWeight]:
-        """The codes of every operator as a student holds them, 2 to 8 bits each.
+        """Return the codes of every operator as a student holds them, 2 to 8 bits each.
 
         Those of a split shortcut are two operators, named ``<name>.first`` and ``<name>.second``.
         """
@@ -88,7 +88,7 @@ class QDiffusionModel:
         return convert(self.denoiser, self._with_own_weights(config), keep_teacher, self.packed())
 
     def _with_own_weights(self, config: QuantConfig) -> QuantConfig:
-        """The config with the file's quantizers as its weight specs, and the file's splits."""
+        """Return the config with the file's quantizers as its weight specs, and the file's splits."""
         for where, given in (("config", config.weight), *((f"rule {r.pattern!r}", r.weight) for r in config.rules)):
             if (given is None and where == "config") or (isinstance(given, QuantSpec) and given.bits != self.bits):
                 said = "leaves weights in full precision" if given is None else f"asks for weights of {given.bits} bits"
@@ -133,7 +133,7 @@ def convert_qdiffusion(
         bits: Of the weights, 2 to 8; the file does not hold them (its name does: ``w4``).
         sample_size: As for :func:`modiff.teachers.convert.ddpm.convert_ddpm`.
         num_heads: For a CompVis UNet, as for :func:`modiff.teachers.convert.ldm.convert_ldm`.
-        num_head_channels: Likewise.
+        num_head_channels: For a CompVis UNet, as for :func:`modiff.teachers.convert.ldm.convert_ldm`.
 
     Raises:
         CheckpointError: The state dict is of another kind, an operator has no or another quantizer, the bits do not fit
@@ -174,7 +174,7 @@ def convert_qdiffusion(
 
 
 def _weight(state: State, source: Source, ndim: int, bits: int) -> tuple[QuantizedWeight, int | None]:
-    """Codes of one operator, its split halves joined, in the shape it has in diffusers; and where it is split."""
+    """Return the codes of one operator in the shape it has in diffusers, split halves joined, and where it is split."""
     operator = source.key.removesuffix(".weight")
     weight = state[source.key].float()
     first = state.get(f"{operator}.{QUANTIZERS[0]}.alpha")
@@ -195,7 +195,7 @@ def _weight(state: State, source: Source, ndim: int, bits: int) -> tuple[Quantiz
 
 
 def _round(state: State, quantizer: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and zero point of one quantizer; scale and zero point as wide as the input for a split half."""
+    """Return codes, scale and zero point of one quantizer; the latter two as wide as the input for a split half."""
     missing = [key for key in (f"{quantizer}.delta", f"{quantizer}.zero_point") if key not in state]
     if missing:
         raise CheckpointError(

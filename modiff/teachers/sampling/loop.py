@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from modiff.errors import ConfigError
+from modiff.teachers.families import first_tensor
 
 
 @torch.no_grad()
@@ -31,7 +32,8 @@ def sample(
 
     Args:
         denoiser: ``denoiser(x, t)``; returns a tensor, a tuple that starts with one, or an object with ``.sample``.
-        scheduler: Of :func:`~modiff.teachers.sampling.schedulers.make_scheduler`, or any with ``set_timesteps``, ``step``.
+        scheduler: Of :func:`~modiff.teachers.sampling.schedulers.make_scheduler`, or any that has ``set_timesteps`` and
+            ``step``.
         noise: ``[B, C, *spatial]``, standard normal; sets device and dtype.
         steps: Sampler steps.
         eta: Share of noise of a DDIM step, 0 to 1.
@@ -56,7 +58,7 @@ def sample(
         if on_evaluation is not None:
             on_evaluation(i, t, x)
         scale = getattr(scheduler, "scale_model_input", None)
-        output = _tensor(denoiser(x if scale is None else scale(x, t), on_device[i]))
+        output = first_tensor(denoiser(x if scale is None else scale(x, t), on_device[i]))
         if output.shape != x.shape:
             raise ConfigError(
                 f"The denoiser returned {list(output.shape)} for an input {list(x.shape)}. Where it predicts a "
@@ -176,12 +178,6 @@ def _step_arguments(scheduler: Any, eta: float) -> dict[str, Any]:
             f"eta is {eta}, but {type(scheduler).__name__} has no eta. Set eta to 0, or use a DDIM sampler."
         )
     return {}
-
-
-def _tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output.sample if hasattr(output, "sample") else output[0]
 
 
 def _range_text(values: Tensor) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def indexed_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], stream: int = 0) -> Tensor:
-    """Standard normal noise, float32 ``[len(indices), *shape]`` on the CPU.
+    """Draw standard normal noise, float32 ``[len(indices), *shape]`` on the CPU.
 
     A counter-based generator with the key (seed, index): PyTorch's CPU generator keeps only 32 bits of its seed, so
     there seeds and indices would collide.

@@ -67,7 +67,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One DDIM update (equations 12 and 16 of the paper) to the next entry of the list; after the last, to alpha 1.
+        """Make one DDIM update (equations 12 and 16 of the paper) to the next entry of the list, at last to alpha 1.
 
         Args:
             model_output: The denoiser's answer, ``[B, C, *spatial]``.
@@ -108,7 +108,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=clean)
 
     def _advance(self, timestep: int) -> tuple[int, int]:
-        """Check whose turn it is; the time step and the one that follows, -1 after the last."""
+        """Check whose turn it is; return the time step and the one that follows, -1 after the last."""
         if self.num_inference_steps is None:
             raise ConfigError("The scheduler has no time steps yet. Call scheduler.set_timesteps(steps) first.")
         expected = self._times[self._place] if self._place < len(self._times) else None
@@ -122,7 +122,7 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         return timestep, self._times[self._place] if self._place < len(self._times) else -1
 
     def _predictions(self, output: Tensor, sample: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and noise that the denoiser's answer stands for."""
+        """Return the image and the noise that the denoiser's answer stands for."""
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         if self.config.prediction_type == "epsilon":
             return (sample - sigma * output) / signal, output
@@ -169,7 +169,7 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def make_scheduler(name_or_class_path: str, config: Mapping[str, Any] | Any = None, **overrides: Any) -> Any:
-    """A scheduler by name or class path, in the noise schedule of a teacher.
+    """Make a scheduler by name or class path, in the noise schedule of a teacher.
 
     Args:
         name_or_class_path: A key of :data:`SAMPLERS`, or ``package.module.Class`` with ``set_timesteps`` and ``step``.
@@ -237,7 +237,7 @@ def _resolve(name: str) -> tuple[type, dict[str, Any]]:
 
 
 def _refuse_other_process(cls: type, source: str, saved: Mapping[str, Any], arguments: dict[str, Any]) -> None:
-    """A flow-matching model predicts a velocity on a straight path: no diffusion solver may read it as noise."""
+    """Refuse to read a velocity as noise: flow-matching models predict it on a straight path."""
     by_sigmas = bool(saved.get("use_flow_sigmas", False))  # solvers that do both say so by this argument
     from_flow = by_sigmas or source.startswith("FlowMatch") or ("shift" in saved and "beta_start" not in saved)
     to_flow = cls.__name__.startswith("FlowMatch") or bool(arguments.get("use_flow_sigmas", by_sigmas))
