@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,23 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.metrics.feature_outputs import FeatureOutputs
 
 INCEPTION = "inception"
-
-
-@dataclass(frozen=True)
-class FeatureOutputs:
-    """What one pass of a feature network gives for images ``[N, C, H, W]``.
-
-    Args:
-        features: Pooled features ``[N, D]`` for FID and precision/recall.
-        spatial: Features that keep positions ``[N, S]`` for the sFID, or None.
-        logits: Class scores ``[N, K]`` for the inception score, or None.
-    """
-
-    features: Tensor
-    spatial: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class RichFeatureNetwork(Protocol):

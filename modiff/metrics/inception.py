@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.metrics.features import FeatureOutputs
+from modiff.metrics.feature_outputs import FeatureOutputs
 
 SPATIAL_CHANNELS = 7
 SPATIAL_SIZE = 17
