@@ -79,7 +79,9 @@ def unit(images: Tensor) -> Tensor:
     return ((images + 1) / 2).clamp(0, 1)
 
 
-def measure(drawer: Drawer, arm: str, schedule_name: str, seeds: list[int], count: int, targets: dict[int, Tensor]) -> Any:
+def measure(
+    drawer: Drawer, arm: str, schedule_name: str, seeds: list[int], count: int, targets: dict[int, Tensor]
+) -> Any:
     """One row: PSNR for each seed, bit operations of a trajectory, time against the teacher in turns."""
     preset = ARMS[arm]
     if schedule_name == "none":
@@ -150,7 +152,10 @@ def main() -> None:
 def save(rows: dict[str, Any], output: Path) -> None:
     """Write JSON and Markdown."""
     output.write_text(json.dumps(rows, indent=1) + "\n")
-    lines = ["| teacher | arm | schedule or sampler | PSNR, dB (mean, spread) | TBOPs per image | speed over eager teacher |"]
+    head = (
+        "| teacher | arm | schedule or sampler | PSNR, dB (mean, spread) | TBOPs per image | speed over eager teacher |"
+    )
+    lines = [head]
     lines.append("|---|---|---|---|---|---|")
     for key, row in rows.items():
         teacher, arm, name, steps = key.split(" | ")

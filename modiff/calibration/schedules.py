@@ -64,9 +64,8 @@ def calibrate_schedule(
     errors, length = record_errors(teacher, config, run, mode, longest)
     skipped = choose_skips(errors, length, share, longest, warmup, cooldown)
     blocks = config.schedule or ReuseSchedule(every=2, mode=mode)
-    return ReuseSchedule(
-        mode=mode, part=blocks.part, warmup=warmup, length=length, skipped=tuple((n, tuple(t)) for n, t in skipped.items())
-    )
+    table = tuple((name, tuple(times)) for name, times in skipped.items())
+    return ReuseSchedule(mode=mode, part=blocks.part, warmup=warmup, length=length, skipped=table)
 
 
 def record_errors(
@@ -147,8 +146,8 @@ def choose_skips(
                 count += 1
     if count < wanted:
         raise ConfigError(
-            f"share is {share}, but at most {count / (length * len(errors)):.2f} of the pairs of block and evaluation can "
-            f"be skipped with longest={longest}, warmup={warmup} and cooldown={cooldown}. Lower the share, or allow "
+            f"share is {share}, but at most {count / (length * len(errors)):.2f} of the pairs of block and evaluation "
+            f"can be skipped with longest={longest}, warmup={warmup} and cooldown={cooldown}. Lower the share, or allow "
             "longer runs."
         )
     return {name: sorted(times) for name, times in taken.items()}

@@ -121,8 +121,9 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
+        times = skipped.get(counter.block_of.get(name, ""), 0)
         weight_bits, activation_bits, bops = _bit_operations(
-            module, macs, bits, (evaluations, contexts), name in constant, skipped.get(counter.block_of.get(name, ""), 0)
+            module, macs, bits, (evaluations, contexts), name in constant, times
         )
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
         rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))

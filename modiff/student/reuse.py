@@ -167,7 +167,11 @@ class BlockReuse(Listener):
         cache.sources = tuple(source for source, _ in bases)
         scale = _scale(block)
         branches = tuple(
-            leaf if not isinstance(leaf, Tensor) else leaf.clone() if base is None else (leaf if scale == 1 else leaf * scale) - base
+            leaf
+            if not isinstance(leaf, Tensor)
+            else leaf.clone()
+            if base is None
+            else (leaf if scale == 1 else leaf * scale) - base
             for leaf, (_, base) in zip(leaves, bases, strict=True)
         )
         cache.keep(branches, self.time, self.state.evaluation, both=self.schedule.mode == "extrapolate")
@@ -229,7 +233,6 @@ def _scale(block: nn.Module) -> float:
         if isinstance(value, (int, float)):
             return float(value)
     return 1.0
-
 
 
 def _ordinal(number: int) -> str:

@@ -155,7 +155,7 @@ def test_files_hold_every_point_and_recipes_are_ready(tmp_path):
     [
         (lambda: Quality.parse("psnr_db > 30"), "write a measure and a bound"),
         (lambda: Quality.parse("fid <= 3"), "names 'fid', which does not exist; allowed are psnr_db, relative_l2"),
-        (lambda: Quality.parse("psnr_db <= 30"), 'bounded by >=: write "psnr_db >= 30"'),
+        (lambda: Quality.parse("psnr_db <= 30"), 'bounded by >=: "psnr_db >= 30"'),
         (lambda: parse_cost("money"), "cost is 'money'; allowed are time, gbops, memory"),
         (lambda: parse_budget("soon"), "write a duration such as 20m"),
         (lambda: parse_budget("0s"), "longer than nothing"),

@@ -112,7 +112,10 @@ def test_skipped_operators_keep_their_state_and_catch_up():
     model = net()
     spec = QuantSpec(6, "sample")
     config = QuantConfig(
-        weight=QuantSpec(8, "channel"), activation=spec, modulation=Modulation(), schedule=ReuseSchedule(every=2, mode="reuse")
+        weight=QuantSpec(8, "channel"),
+        activation=spec,
+        modulation=Modulation(),
+        schedule=ReuseSchedule(every=2, mode="reuse"),
     )
     xs = inputs((3, 6), torch.float64)
     found, trajectory, _ = run(modiff.quantize(copy.deepcopy(model), config), xs)
@@ -187,7 +190,9 @@ def test_the_last_half_goes_on_where_guidance_ends():
 def test_copies_saved_and_restored_students(tmp_path):
     xs = inputs((2, 2, 8, 8))
     teacher = unet()
-    student = modiff.quantize(copy.deepcopy(teacher), _with(QuantConfig.preset("w8a8-modiff"), ReuseSchedule.preset("reuse-2")))
+    student = modiff.quantize(
+        copy.deepcopy(teacher), _with(QuantConfig.preset("w8a8-modiff"), ReuseSchedule.preset("reuse-2"))
+    )
     expected, _, _ = run(student, xs)
     copied = copy.deepcopy(student)
     found, trajectory, _ = run(copied, xs)

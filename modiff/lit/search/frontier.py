@@ -99,8 +99,8 @@ def write_frontier(
         "about": about,
         "best": None if best is None else best.to_dict(),
         "frontier": [
-            {**point.to_dict(), "recipe": str(named[point.setting].relative_to(folder)), "command": command(named[point.setting])}
-            for point in front
+            {**point.to_dict(), "recipe": str(path.relative_to(folder)), "command": command(path)}
+            for point, path in ((point, named[point.setting]) for point in front)
         ],
         "points": [point.to_dict() for point in points],
         "sentences": sentences(points, quality, cost),

@@ -53,7 +53,7 @@ class Quality:
             raise ConfigError(f"quality names {name!r}, which does not exist; allowed are {', '.join(QUALITIES)}.")
         wanted = QUALITIES[name][1]
         if comparison != wanted:
-            raise ConfigError(f'quality is {text!r}, but {name} is bounded by {wanted}: write "{name} {wanted} {bound}".')
+            raise ConfigError(f'quality is {text!r}, but {name} is bounded by {wanted}: "{name} {wanted} {bound}".')
         try:
             return cls(name, float(bound))
         except ValueError:

@@ -144,9 +144,9 @@ class SearchSpace:
 
     def corners(self) -> list[Setting]:
         """Settings that every search measures first: those between which the others lie."""
-        most = max(self.steps)
+        most, weight, granularity = max(self.steps), max(self.weight_bits), self.granularities[0]
         found = [
-            Setting(sampler, most, max(self.weight_bits), bits, self.methods[0], self.granularities[0], "none", compiled)
+            Setting(sampler, most, weight, bits, self.methods[0], granularity, "none", compiled)
             for sampler in self.samplers
             for bits in dict.fromkeys((max(self.activation_bits), min(self.activation_bits)))
             for compiled in self.compile

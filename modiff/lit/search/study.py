@@ -277,9 +277,10 @@ class Search:
         trial.set_user_attr("point", json.dumps(point.to_dict()))
         study.tell(trial, [point.quality[self.quality.name], point.cost[self.cost]])
         kept = "keeps" if self.quality.missing(point.quality[self.quality.name]) <= 0 else "misses"
+        found = f"{self.quality.name} {point.quality[self.quality.name]:.4g} ({kept} it)"
         self.say(
-            f"[{time.monotonic() - start:5.0f} of {budget:.0f} s] {setting}: {point.images} images, {self.quality.name} "
-            f"{point.quality[self.quality.name]:.4g} ({kept} it), {point.cost[self.cost]:.4g} {COSTS[self.cost][1]}"
+            f"[{time.monotonic() - start:5.0f} of {budget:.0f} s] {setting}: {point.images} images, {found}, "
+            f"{point.cost[self.cost]:.4g} {COSTS[self.cost][1]}"
         )
 
     def _measure(self, study: optuna.Study, setting: Setting, count: int) -> Point:
