@@ -45,3 +45,12 @@ def tiny_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("features") / "tiny.safetensors"
     FeatureClassifier(width=4, num_features=4, name="tiny-features").save(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A test that leaves gradients off would break whichever test the process runs next."""
+    yield
+    left_off = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not left_off, "the test left gradients turned off"

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 def weight_problem(name: str, operator: QuantizedOperator) -> WeightProblem:
     """State the weight of an operator as a method gets it."""
     assert operator.weight_spec is not None
-    weight: Tensor = operator.module.weight
+    weight: Tensor = operator.original_weight
     return WeightProblem(name, weight.detach(), operator.weight_spec)
 
 

@@ -147,8 +147,8 @@ def choose_skips(
     if count < wanted:
         raise ConfigError(
             f"share is {share}, but at most {count / (length * len(errors)):.2f} of the pairs of block and evaluation "
-            f"can be skipped with longest={longest}, warmup={warmup} and cooldown={cooldown}. Lower the share, or allow "
-            "longer runs."
+            f"can be skipped with longest={longest}, warmup={warmup} and cooldown={cooldown}. Lower the share, or "
+            "allow longer runs."
         )
     return {name: sorted(times) for name, times in taken.items()}
 

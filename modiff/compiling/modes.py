@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from modiff.compiling.graphs import use_graphs
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
@@ -23,7 +24,9 @@ Mode = Literal["auto", "stages", "blocks", "whole"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001 (modiff.compile)
+def compile(  # noqa: A001 (modiff.compile)
+    student: nn.Module, mode: Mode = "auto", cuda_graph: bool = False
+) -> nn.Module:
     """Compile a student, in place; it is compiled when it is first called.
 
     ``stages``: only the element-wise stages around each product (difference, range, codes, reconstruction; scale and
@@ -37,12 +40,15 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
     Args:
         student: What :func:`modiff.quantize` or :func:`modiff.load` returned.
         mode: See above. Another mode replaces an earlier one.
+        cuda_graph: Record whole evaluations as CUDA graphs, and replay them (:mod:`modiff.compiling.graphs`); with mode
+            ``whole`` what is recorded is the compiled graph.
 
     Returns:
         The same student.
 
     Raises:
-        ConfigError: The mode is unknown, the denoiser has no repeated blocks, or its offloading would be lost.
+        ConfigError: The mode is unknown, the denoiser has no repeated blocks, its offloading would be lost, or a CUDA
+            graph is asked for on another device.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     if mode not in MODES:
@@ -68,7 +74,9 @@ def compile(student: nn.Module, mode: Mode = "auto") -> nn.Module:  # noqa: A001
     # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
     for operator in operators(student).values():
         operator.wrap_backend(compiled_backend)
-    if modules:
+    if cuda_graph:
+        use_graphs(student, inner=_Graph if mode == "whole" else None)
+    if modules and not (cuda_graph and mode == "whole"):
         regions = Regions(modules, operators(student))
         state.listeners.append(regions)
         for module in modules:

@@ -47,7 +47,7 @@ class Regions(Listener):
             here = Context("")
         else:
             here = run.current
-            if here.total == 0:
+            if here.age == 0:
                 here.shapes = shapes
                 return
             self.ready = shapes == here.shapes and all(self._has_state(op, here) for op in self.operators.values())
@@ -68,6 +68,7 @@ class Regions(Listener):
                 skipped = sum(region.reuses)
                 if skipped:
                     run.current.unchanged[name] = run.current.unchanged.get(name, 0) + skipped
+            state.called.add(name)
             if operator.activation_spec is not None:
                 state.quantized[0] += 1
                 state.quantized[1] += 1

@@ -35,23 +35,38 @@ def side(name: str, value: object, kind: type, allow_inherit: bool = False) -> N
     if value is None or isinstance(value, kind) or (allow_inherit and isinstance(value, str) and value == "inherit"):
         return
     inherit = ", 'inherit'" if allow_inherit else ""
-    raise ConfigError(f"{name} is {value!r}; allowed are a {kind.__name__}{inherit} or None.")
+    raise ConfigError(f"{name} is {shown(value)}; allowed are a {kind.__name__}{inherit} or None.")
+
+
+def shown(value: object) -> str:
+    """A value in a message: long ones are cut, for numbers of thousands of digits cannot even be printed.
+
+    >>> shown(5), shown("x" * 300)[-3:], shown(10**5000)
+    ('5', '...', 'a number of more than 300 digits')
+    """
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return "a number of more than 300 digits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def member(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse what is none of a few words."""
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        raise ConfigError(f"{name} is {shown(value)}; allowed are {', '.join(allowed)}.")
 
 
 def boolean(name: str, value: object) -> None:
     """Refuse what is neither true nor false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; allowed are true and false.")
+        raise ConfigError(f"{name} is {shown(value)}; allowed are true and false.")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
     """Refuse what is no whole number from ``low`` to ``high``; the message ends with ``hint``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"
-        raise ConfigError(f"{name} is {value!r}; allowed are whole numbers, {allowed}{hint}.")
+        raise ConfigError(f"{name} is {shown(value)}; allowed are whole numbers, {allowed}{hint}.")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from modiff.config.checks import build, member, side
+from modiff.config.checks import build, member, shown, side
 from modiff.config.rules import Rule, Split
 from modiff.config.schedule import ReuseSchedule
 from modiff.config.specs import Modulation, QuantSpec, check_weight
@@ -14,7 +14,7 @@ from modiff.errors import ConfigError
 
 __all__ = ["BACKENDS", "Modulation", "QuantConfig", "QuantSpec", "Rule", "Split"]
 
-BACKENDS = ["auto", "simulate", "onednn"]
+BACKENDS = ["auto", "simulate", "onednn", "triton"]
 """Names that ``backend`` allows; a backend that registers itself adds its own."""
 
 
@@ -31,8 +31,9 @@ class QuantConfig:
         smoothed: Linears whose input channels are divided by calibrated factors (SmoothQuant); a calibration with
             ``smoothing`` fills it in. Their parts are named ``<name>.inner``.
         backend: ``simulate``: floating point on quantized values, the definition. ``onednn``: integer products on the
-            CPU, refused where an operator's could not be exact. ``auto``: integers where they are exact, else
-            ``simulate``; :func:`modiff.describe` says which, and why.
+            CPU, refused where an operator's could not be exact. ``triton``: integer products on NVIDIA GPUs, likewise
+            (``docs/kernels.md``). ``auto``: integers where they are exact, else ``simulate``; :func:`modiff.describe`
+            says which, and why.
         schedule: Blocks that are skipped in some evaluations; None: everything is computed in each.
 
     Raises:
@@ -56,12 +57,16 @@ class QuantConfig:
         if isinstance(self.rules, list):
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
-            raise ConfigError(f"rules is {self.rules!r}; give a list of Rule.")
+            raise ConfigError(f"rules is {shown(self.rules)}; give a list of Rule.")
         for name, kind in (("splits", Split), ("smoothed", str)):
             given = getattr(self, name)
             if not isinstance(given, (list, tuple)) or not all(isinstance(member, kind) for member in given):
-                raise ConfigError(f"{name} is {given!r}; give a list of {kind.__name__}.")
+                raise ConfigError(f"{name} is {shown(given)}; give a list of {kind.__name__}.")
             object.__setattr__(self, name, tuple(given))
+        for name, names in (("splits", [split.name for split in self.splits]), ("smoothed", list(self.smoothed))):
+            twice = next((n for n in names if names.count(n) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"{name} names operator {twice!r} twice; each may be named once.")
         member("backend", self.backend, BACKENDS)
         if self.weight is not None:
             check_weight(self.weight)
@@ -83,7 +88,7 @@ class QuantConfig:
         match = re.fullmatch("w([2-8]|32)a([2-8]|32)-(modiff|ptq)", name) if isinstance(name, str) else None
         if not match:
             raise ConfigError(
-                f"unknown preset {name!r}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq "
+                f"unknown preset {shown(name)}; allowed are w{{bits}}a{{bits}}-modiff and w{{bits}}a{{bits}}-ptq "
                 "with bits 2 to 8 or 32, for example 'w8a4-modiff'."
             )
         weight, activation = int(match[1]), int(match[2])
@@ -104,7 +109,7 @@ class QuantConfig:
             ConfigError: A field is unknown, missing or wrong; the message starts with where it stands.
         """
         if not isinstance(values, dict):
-            raise ConfigError(f"QuantConfig is {values!r}; give a mapping with its fields.")
+            raise ConfigError(f"QuantConfig is {shown(values)}; give a mapping with its fields.")
         values = _build_sides(values)
         if isinstance(values.get("schedule"), dict):
             values["schedule"] = ReuseSchedule.from_dict(values["schedule"])

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from modiff.config.checks import boolean, integer, member, side
+from modiff.config.checks import boolean, integer, member, shown, side
 from modiff.config.specs import Modulation, QuantSpec, check_weight
 from modiff.errors import ConfigError
 
@@ -37,13 +37,13 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise ConfigError(
-                f"pattern is {self.pattern!r}; give a glob on module names, such as 'conv_in' or '*.to_q'."
+                f"pattern is {shown(self.pattern)}; give a glob on module names, such as 'conv_in' or '*.to_q'."
             )
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
             except re.error as error:
-                raise ConfigError(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
+                raise ConfigError(f"pattern {shown(self.pattern)} is not a regular expression: {error}.") from error
         side("weight", self.weight, QuantSpec, allow_inherit=True)
         side("activation", self.activation, QuantSpec, allow_inherit=True)
         side("modulation", self.modulation, Modulation, allow_inherit=True)
@@ -85,5 +85,5 @@ class Split:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"name is {self.name!r}; give the qualified name of an operator.")
+            raise ConfigError(f"name is {shown(self.name)}; give the qualified name of an operator.")
         integer("at", self.at, low=1)

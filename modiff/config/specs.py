@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from modiff.config.checks import boolean, integer, member
+from modiff.config.checks import boolean, integer, member, shown
 from modiff.errors import ConfigError
 
 Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
@@ -69,18 +69,18 @@ class QuantSpec:
         integer("timestep_buckets", self.timestep_buckets, low=1)
         if self.range == "dynamic" and self.timestep_buckets > 1:
             raise ConfigError(
-                f"timestep_buckets is {self.timestep_buckets}, but range is 'dynamic', which is new in every "
+                f"timestep_buckets is {shown(self.timestep_buckets)}, but range is 'dynamic', which is new in every "
                 "evaluation. Set range='calibrated', or remove timestep_buckets."
             )
         if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
-            raise ConfigError(f"clip is {self.clip!r}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
+            raise ConfigError(f"clip is {shown(self.clip)}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
         if self.granularity == "group":
             if self.group_size is None:
                 raise ConfigError("granularity 'group' needs group_size. Set it, for example group_size=32.")
             integer("group_size", self.group_size, low=1)
         elif self.group_size is not None:
             raise ConfigError(
-                f"group_size is {self.group_size} but granularity is {self.granularity!r}. "
+                f"group_size is {shown(self.group_size)} but granularity is {self.granularity!r}. "
                 "Set granularity='group', or remove group_size."
             )
 
@@ -95,6 +95,10 @@ class QuantSpec:
             n = 2 ** (self.bits - 1) - 1
             return -n, n
         return 0, 2**self.bits - 1
+
+
+MOST_ROUNDS = 100
+"""Of an integer warm-up; after some ten of them what is left is rounding of floats."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Modulation:
     def __post_init__(self) -> None:
         boolean("error_compensation", self.error_compensation)
         member("warmup", self.warmup, get_args(Warmup))
-        integer("warmup_rounds", self.warmup_rounds, low=1)
+        integer("warmup_rounds", self.warmup_rounds, low=1, high=MOST_ROUNDS)
         if self.refresh_every is not None:
             integer("refresh_every", self.refresh_every, low=2)
         if self.state_dtype is not None:

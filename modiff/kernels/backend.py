@@ -152,6 +152,10 @@ class Backend(Protocol):
     Attributes:
         name: As in ``QuantConfig.backend``.
         devices: Types of devices that it runs on, such as ``("cpu",)``; empty: all.
+        reads_half: May be missing, for no: :meth:`encode` and :meth:`advance` take float16 and bfloat16 inputs.
+        returns_state: May be missing, for no: :meth:`advance` returns ``o_hat`` itself.
+        multiply_into: May be missing: :meth:`multiply` and :meth:`update` in one, called with the prepared weight, the
+            codes and ô; returns what :meth:`advance` does.
     """
 
     name: str
@@ -212,7 +216,8 @@ class Backend(Protocol):
         Operators that share â with others call the three instead.
 
         Returns:
-            What :meth:`update` returns, and the probe (:class:`Encoded`).
+            What :meth:`update` returns, or where ``returns_state`` ``o_hat`` itself, whose count of writes the backend
+            then raises; and the probe (:class:`Encoded`).
         """
 
 
@@ -248,8 +253,14 @@ FACTORS_OUT = tuple(name for name, cls in GRANULARITIES.items() if cls.factors_o
 """Granularities whose scale is the same for all inputs of an output, so that it can be applied to the sum."""
 
 
-def integer_obstacle(shape: OperatorShape, quantizer: Quantizer) -> str | None:
-    """Why no product of int8 codes gives an operator's exact sums; None where one does."""
+def integer_obstacle(shape: OperatorShape, quantizer: Quantizer, keeps_zero: bool = False) -> str | None:
+    """Why no product of int8 codes gives an operator's exact sums; None where one does.
+
+    Args:
+        shape: The operator.
+        quantizer: Of its input.
+        keeps_zero: The backend takes codes with their zero point in them, and corrects the sums.
+    """
     weight, activation = shape.weight, quantizer.spec
     assert weight is not None
     if activation.granularity not in FACTORS_OUT:
@@ -258,7 +269,7 @@ def integer_obstacle(shape: OperatorShape, quantizer: Quantizer) -> str | None:
         return "weight scales per group do not factor out of the sum; channel and tensor do"
     if weight.code_range[1] > 127:
         return "asymmetric 8-bit weight codes less their zero point need 9 bits; symmetric ones fit"
-    if quantizer.span > 127:
+    if quantizer.span > 127 and not keeps_zero:
         return "asymmetric 8-bit codes less their zero point need 9 bits; symmetric ones, or fewer bits, fit"
     return None
 

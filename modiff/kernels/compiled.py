@@ -54,7 +54,8 @@ class CompiledBackend(ElementwiseBackend):
 
     def encode(self, a: Tensor, held: Held | None, quantizer: Quantizer) -> Encoded:
         """Compiled, where the elements that share a scale lie in rows; inside a graph, inlined into it."""
-        if not torch.compiler.is_compiling() and a.numel() >= SMALL:
+        rows = a.numel() >= SMALL and not self.inner.keeps_zero(quantizer)
+        if rows and not torch.compiler.is_compiling():
             zero = self.inner.zero(quantizer)
             found = _encode_rows(a, held, quantizer, zero)
             if found is not None:

@@ -83,6 +83,37 @@ def codes_(x: Tensor, scale: Tensor, zero_point: Tensor | None, limits: Limits, 
     return limits.clamp_(codes) if clips else codes
 
 
+def encode_keeping_zero(a: Tensor, held: Held | None, quantizer: Quantizer) -> Encoded:
+    """Equations (4), (5) and (13) with asymmetric codes of 8 bits as they are: their zero point stays in them.
+
+    Args:
+        a: As for :meth:`~modiff.kernels.backend.Backend.encode`.
+        held: As there.
+        quantizer: As there; asymmetric.
+    """
+    limits, partition = quantizer.limits, quantizer.partition
+    residual, step = _difference(a, held), None if held is None else held.step
+    if quantizer.fixed is None:
+        low, high = partition.range(residual)
+        probe = (high - low).sum()
+        scale, zero_point = (partition.expand(t, a.shape) for t in limits.scale(low, high, step) if t is not None)
+    else:
+        probe = a.sum()
+        scale, fixed = limits.calibrated(*quantizer.fixed, step)
+        assert fixed is not None
+        zero_point = fixed
+    codes = limits.clamp_(residual.div_(scale).round_().add_(zero_point)) - zero_point
+    if held is not None and step is not None:
+        codes, probe = held.within(codes, scale), a.sum()
+    found = (codes + zero_point).to(torch.uint8)
+    if held is not None:
+        if torch.compiler.is_compiling() and held.compensates:
+            advance(held.a_hat, codes * scale, scale, step, None)
+        else:
+            held.advance(a, codes, scale)
+    return Encoded(found, zero_point, scale, probe)
+
+
 def rescale(product: Tensor, encoded: Encoded) -> Tensor:
     """A product times the scale of its codes, in place."""
     return product if encoded.scale is None else product.mul_(output_scale(encoded.scale, product))
@@ -114,6 +145,10 @@ class ElementwiseBackend:
         """The uint8 code that stands for 0; None: the product takes values."""
         return None
 
+    def keeps_zero(self, quantizer: Quantizer) -> bool:
+        """Whether codes reach the product with their zero point in them: those that less it do not fit 8 bits."""
+        return False
+
     def obstacle(
         self, shape: OperatorShape, quantizer: Quantizer, device: torch.device, dtype: torch.dtype
     ) -> str | None:
@@ -130,6 +165,8 @@ class ElementwiseBackend:
 
     def encode(self, a: Tensor, held: Held | None, quantizer: Quantizer) -> Encoded:
         """By :func:`encode`."""
+        if self.keeps_zero(quantizer):
+            return encode_keeping_zero(a, held, quantizer)
         zero = self.zero(quantizer)
         if not torch.compiler.is_compiling() and held is None and not is_dense(a):
             a = a.contiguous()  # scratch memory has its strides

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from modiff.kernels.backend import Encoded, OperatorShape, Prepared, register
 from modiff.kernels.elementwise import ElementwiseBackend
+from modiff.kernels.transposed import native
 from modiff.quantizers.packing import PackedWeight
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, shape: OperatorShape) -> Tensor:
@@ -18,12 +20,14 @@ def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, shape: OperatorSh
 
     Args:
         x: ``[..., in]``, or ``[B, in, *spatial]`` (the batch may be missing).
-        weight: ``[out, in / groups, *kernel]``.
+        weight: ``[out, in / groups, *kernel]``, of a transposed convolution too.
         bias: ``[out]`` or None.
         shape: Of the operator.
     """
     if shape.kind == "linear":
         return F.linear(x, weight, bias)
+    if shape.kind == "conv_transpose":
+        return _transposed(x, weight, bias, shape)
     padding = [low for low, _ in shape.padding]
     if shape.padding_mode != "zeros":
         x, padding = F.pad(x, _last_dim_first(shape.padding), mode=shape.padding_mode), [0] * len(padding)
@@ -31,6 +35,16 @@ def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None, shape: OperatorSh
         x = F.pad(x, _last_dim_first(tuple((0, high - low) for low, high in shape.padding)))
     convolution = _CONVOLUTIONS[len(shape.kernel) - 1]
     output: Tensor = convolution(x, weight, bias, shape.stride, padding, shape.dilation, shape.groups)
+    return output
+
+
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None, shape: OperatorShape) -> Tensor:
+    transposed = _TRANSPOSED[len(shape.kernel) - 1]
+    padding = [low for low, _ in shape.padding]
+    weight = native(weight, shape.groups)
+    output: Tensor = transposed(
+        x, weight, bias, shape.stride, padding, shape.output_padding, shape.groups, shape.dilation
+    )
     return output
 
 

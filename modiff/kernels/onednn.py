@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from modiff.kernels.backend import Encoded, OperatorShape, Prepared, Quantizer, integer_obstacle, register
+from modiff.kernels.backend import Encoded, OperatorShape, Prepared, Quantizer, integer_obstacle, output_scale, register
 from modiff.kernels.elementwise import ElementwiseBackend
+from modiff.kernels.transposed import as_convolution, flipped, stuffed
 from modiff.quantizers.packing import PackedWeight
 
 ZEROS = {True: 64, False: 128}
@@ -31,12 +32,14 @@ class Packed:
         scale: float32 ``[out]``.
         zero: int32 ``[out]``, all 0.
         geometry: Of a convolution: kernel, stride, padding and dilation, two numbers each, and groups; None: Linear.
+        sums: ``A(1)``, by the size of the input.
     """
 
     weight: Tensor
     scale: Tensor
     zero: Tensor
     geometry: tuple[list[int], list[int], list[int], list[int], int] | None
+    sums: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
 
 _PACKED: dict[int, Packed] = {}
@@ -157,8 +160,41 @@ def _fake_conv2d(codes: Tensor, handle: int, out_channels: int, zero: int) -> Te
     return output.contiguous(memory_format=torch.channels_last)
 
 
+def _int8_sums(one: Tensor, handle: int, out_channels: int) -> Tensor:
+    """``A(1)`` times the weight's scales: what a product gives for codes that are all 1. Kept for each size.
+
+    Args:
+        one: uint8 of an input's shape with a batch of 1; its values do not matter.
+        handle: Number of a :class:`Handle`.
+        out_channels: Of the operator.
+    """
+    packed = _PACKED[handle]
+    key = tuple(one.shape[1:])
+    if key not in packed.sums:
+        ones = torch.ones(one.shape, dtype=torch.uint8)
+        if packed.geometry is None:
+            packed.sums[key] = _int8_linear(ones, handle, out_channels, 0)
+        elif one.ndim == 3:
+            packed.sums[key] = _int8_conv2d(ones.unsqueeze(2), handle, out_channels, 0).squeeze(2)
+        else:
+            ones = ones.contiguous(memory_format=torch.channels_last)
+            packed.sums[key] = _int8_conv2d(ones, handle, out_channels, 0)
+    return packed.sums[key].clone()
+
+
+def _fake_sums(one: Tensor, handle: int, out_channels: int) -> Tensor:
+    if _PACKED[handle].geometry is None:
+        return _fake_linear(one, handle, out_channels, 0)
+    if one.ndim == 3:
+        return _fake_conv2d(one.unsqueeze(2), handle, out_channels, 0).squeeze(2)
+    return _fake_conv2d(one, handle, out_channels, 0)
+
+
 # Defined piece by piece: torch.library.custom_op wraps each call in Python code for gradients, ten times as slow.
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
+_LIBRARY.define("int8_sums(Tensor one, int handle, int out_channels) -> Tensor")
+_LIBRARY.impl("int8_sums", _int8_sums, "CPU")
+torch.library.register_fake("modiff::int8_sums", _fake_sums, lib=_LIBRARY)
 for _name, _out, _run, _fake in (
     ("int8_linear", "out_features", _int8_linear, _fake_linear),
     ("int8_conv2d", "out_channels", _int8_conv2d, _fake_conv2d),
@@ -166,6 +202,7 @@ for _name, _out, _run, _fake in (
     _LIBRARY.define(f"{_name}(Tensor codes, int handle, int {_out}, int zero) -> Tensor")
     _LIBRARY.impl(_name, _run, "CPU")
     torch.library.register_fake(f"modiff::{_name}", _fake, lib=_LIBRARY)
+int8_sums = torch.ops.modiff.int8_sums.default
 int8_linear = torch.ops.modiff.int8_linear.default
 int8_conv2d = torch.ops.modiff.int8_conv2d.default
 
@@ -209,6 +246,10 @@ class OneDNN(ElementwiseBackend):
         """The middle of 7 bits, or of 8."""
         return ZEROS[quantizer.span <= 63]
 
+    def keeps_zero(self, quantizer: Quantizer) -> bool:
+        """Asymmetric 8-bit codes less their zero point need 9 bits."""
+        return quantizer.span > 127
+
     def obstacle(
         self, shape: OperatorShape, quantizer: Quantizer, device: torch.device, dtype: torch.dtype
     ) -> str | None:
@@ -217,7 +258,7 @@ class OneDNN(ElementwiseBackend):
             return "float64 models are simulated"
         if not available():
             return "this PyTorch has no oneDNN operators for int8"
-        reason = integer_obstacle(shape, quantizer)
+        reason = integer_obstacle(shape, quantizer, keeps_zero=shape.kind != "conv_transpose")
         if reason is not None:
             return reason
         if quantizer.span > 63 and not exact_8bit():
@@ -232,32 +273,61 @@ class OneDNN(ElementwiseBackend):
         scale = weight.scale.reshape(-1).float().expand(weight.shape[0]).contiguous()
         if shape.kind == "linear":
             return Prepared(shape, Handle(pack_linear(codes, scale)))
+        if shape.kind == "conv_transpose":
+            packed = self._pack_conv(flipped(codes), scale, as_convolution(shape))
+        else:
+            packed = self._pack_conv(codes, scale, shape)
+        return Prepared(shape, Handle(packed), torch.channels_last if len(shape.kernel) == 2 else None)
+
+    def _pack_conv(self, codes: Tensor, scale: Tensor, shape: OperatorShape) -> Packed:
         stride, padding, dilation = list(shape.stride), [low for low, _ in shape.padding], list(shape.dilation)
         if codes.ndim == 3:  # a Conv1d is a Conv2d of height 1
             codes, stride, padding, dilation = codes.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
-        packed = pack_conv(codes, scale, stride, padding, dilation, shape.groups)
-        return Prepared(shape, Handle(packed), torch.channels_last if len(shape.kernel) == 2 else None)
+        return pack_conv(codes, scale, stride, padding, dilation, shape.groups)
 
     def multiply(self, prepared: Prepared, encoded: Encoded) -> Tensor:
         """``A(codes - zero)`` times the scales of the weight, float32; of convolutions, channels last."""
         shape, number, codes = prepared.shape, prepared.weight.number, encoded.codes
+        if isinstance(encoded.zero, Tensor):
+            return self._multiply_keeping_zero(prepared, encoded)
         if shape.kind == "linear":
             return int8_linear(codes.contiguous(), number, shape.out_channels, encoded.zero)
         rank = len(shape.kernel)
         batched = codes.ndim > rank + 1
         x = codes if batched else codes.unsqueeze(0)
+        if shape.kind == "conv_transpose":
+            assert isinstance(encoded.zero, int)
+            x = stuffed(x, shape, encoded.zero)
         x = x.unsqueeze(2) if rank == 1 else x
         x = x.contiguous(memory_format=torch.channels_last)
         y = int8_conv2d(x, number, shape.out_channels, encoded.zero)
         y = y.squeeze(2) if rank == 1 else y
         return y if batched else y.squeeze(0)
 
+    def _multiply_keeping_zero(self, prepared: Prepared, encoded: Encoded) -> Tensor:
+        """``A(codes - z) = A(codes - 128) + (128 - z) A(1)``, with one zero point z for each scale.
+
+        ``A(1)`` is one number for each output channel of a Linear, and a map over the output of a padded convolution.
+        """
+        middle, zero_point = ZEROS[False], encoded.zero
+        assert isinstance(zero_point, Tensor)
+        product = self.multiply(prepared, replace(encoded, zero=middle))
+        shape, codes = prepared.shape, encoded.codes
+        if shape.kind == "linear":
+            one = codes.new_empty(1, shape.in_channels)
+        else:
+            one = codes.new_empty(1, *codes.shape[-len(shape.kernel) - 1 :])
+        sums = int8_sums(one, prepared.weight.number, shape.out_channels)
+        if shape.kind == "linear":
+            sums = sums.reshape(-1)
+        elif codes.ndim == len(shape.kernel) + 1:
+            sums = sums.squeeze(0)
+        return product.add_((middle - output_scale(zero_point, product)) * sums)
+
 
 def _shape_obstacle(shape: OperatorShape) -> str | None:
     if shape.kind == "linear":
         return None
-    if shape.kind == "conv_transpose":
-        return "oneDNN's integer products have no transposed convolution"
     if len(shape.kernel) > 2:
         return "there is no integer Conv3d"
     if shape.padding_mode != "zeros":

@@ -22,6 +22,8 @@ def scratch(like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> T
         index: Two of the same dtype are told apart by it.
     """
     dtype = dtype or like.dtype
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph holds addresses: it gets memory of its own
+        return torch.empty_like(like, dtype=dtype)
     buffers: dict[_Key, Tensor] = _LOCAL.__dict__  # type: ignore[assignment]
     key = (like.device, dtype, index)
     buffer = buffers.get(key)

@@ -15,7 +15,9 @@ from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import Execution, QuantizedOperator
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity
+from modiff.trajectory.lending import Lent
 from modiff.trajectory.schedule import Answer
 
 VECTOR = 4096
@@ -32,37 +34,78 @@ class ModulatedOperator(QuantizedOperator):
     """
 
     modulation: Modulation
+    apart = False  # keeps an â of its own, also where another operator reads the same tensor
 
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
         self.block = ""  # of a reuse schedule: what advances in other evaluations shares no â
         self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
+        self.state.stateful = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """One evaluation: warm up, refresh, advance by the quantized difference, or give the last output again.
 
         The same code runs eagerly and while ``torch.compile`` traces; only who keeps the books differs: this operator,
         or :mod:`modiff.compiling.regions` outside the graph.
         """
+        x = input
         self.check(x)
         answer, cache = self.next_call(x)
         if answer is Answer.REUSE:
             return self.reuse(x, cache).to(output_dtype(x))
-        a = compute_input(x)
         if answer is Answer.ADVANCE:
-            output = self.advance(a, x, cache)
+            self.check_lent(cache)
+            output = self.advance(self.readable(x), x, cache)
         else:
+            a = compute_input(x)
             cache = self.allocate(a, x) if cache is None else cache
             output = self.refine(a, cache) if answer is Answer.REFINE else self.full(a, cache)
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             exact = answer is Answer.COMPUTE or (answer is Answer.ADVANCE and not cache.held.compensates)
             cache.source = InputIdentity.of(x) if exact else None
-        return output.to(output_dtype(x))
+        return self.give(output, cache, x)
+
+    def readable(self, x: Tensor) -> Tensor:
+        """The input as the backend takes it: some read half precision as it is."""
+        reads_half = x.dtype != torch.float64 and getattr(self.execution(x).backend, "reads_half", False)
+        return x if reads_half else compute_input(x)
+
+    def check_lent(self, cache: OperatorCache) -> None:
+        """See whether somebody wrote to what this operator returned in the last evaluation.
+
+        Raises:
+            TrajectoryError: It was ô itself, so that the state is lost.
+        """
+        if in_graph() or cache.lent is None or not cache.lent.written:
+            return
+        if cache.lent.is_state:
+            raise TrajectoryError(
+                f"The output of operator {self.name!r} was overwritten in place, for the first time in evaluation "
+                f"{self.state.evaluation - 1}, and it is the operator's state. Write to "
+                f"a copy of it; or exclude the operator with Rule({self.name!r}, skip=True)."
+            )
+        cache.copies = True  # whoever reads the output writes to it
+
+    def give(self, output: Tensor, cache: OperatorCache, x: Tensor) -> Tensor:
+        """The output for the caller, in the dtype that the original would give.
+
+        That is ô itself, without a copy, where the backend returned it and nobody was seen to write to an output.
+        """
+        dtype = output_dtype(x)
+        if in_graph() or not getattr(self.execution(x).backend, "returns_state", False):
+            return output.to(dtype, copy=output is cache.o_hat)
+        is_state = output is cache.o_hat
+        lends = is_state and dtype == output.dtype and cache.lent is not None and not cache.copies
+        given = output if lends else output.to(dtype, copy=is_state)
+        if lends:
+            self.state.lent.add(output.untyped_storage()._cdata)
+        cache.lent = Lent.of(given, is_state=lends)
+        return given
 
     def next_call(self, x: Tensor) -> tuple[Answer, OperatorCache]:
         """What this call does, and its cache (None in the first evaluation); a graph reads what was decided before."""
-        if torch.compiler.is_compiling():
+        if in_graph():
             region, call = self.region, self.region.call
             region.call = call + 1
             return Answer.REUSE if region.reuses[call] else Answer.ADVANCE, region.caches[call]
@@ -77,7 +120,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def reuse(self, x: Tensor, cache: OperatorCache) -> Tensor:
         """The input is the very tensor that â holds, so the residual is 0 and ô stays: no product (trap 10)."""
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             self.state.note_unchanged(self.name, x, cache, quantized=not self.refreshes())
         return cache.o_hat.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
@@ -99,7 +142,9 @@ class ModulatedOperator(QuantizedOperator):
         """Memory for this call's state; ô is allocated when its shape is known."""
         shared = self.sharing_key(self.execution(a))
         leader = None if shared is None else self.state.find_leader(shared, x)
-        cache = OperatorCache(self.room(a) if leader is None else leader.held, torch.empty(0), a.shape, leader=leader)
+        kept = self.state.static_room(self.name, a)
+        held, o_hat = (self.room(a), torch.empty(0)) if kept is None else (kept.held, kept.o_hat)
+        cache = OperatorCache(held if leader is None else leader.held, o_hat, a.shape, leader=leader)
         if leader is not None:
             leader.followers += 1
         elif shared is not None:
@@ -182,14 +227,18 @@ class ModulatedOperator(QuantizedOperator):
             output, probe = backend.advance(a, cache.held, prepared, quantizer, cache.o_hat)
         else:
             encoded = self.shared_codes(a, x, cache, execution)
-            output = backend.update(backend.multiply(prepared, encoded), encoded, cache.o_hat)
+            into = getattr(backend, "multiply_into", None)
+            if into is None:
+                output = backend.update(backend.multiply(prepared, encoded), encoded, cache.o_hat)
+            else:
+                output = into(prepared, encoded, cache.o_hat)
             probe = encoded.probe
         self.note(probe, quantized=True)
         return output
 
     def shared_codes(self, a: Tensor, x: Tensor, cache: OperatorCache, execution: Execution) -> Encoded:
         """Equation (13), by the first of those operators that share â; the others get its codes."""
-        traced, leader = torch.compiler.is_compiling(), cache.leader
+        traced, leader = in_graph(), cache.leader
         if leader is None:
             encoded = execution.backend.encode(a, cache.held, execution.quantizer)
             cache.encoded = encoded if traced else encoded.clone()  # another operator's codes may overwrite these

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff.config.specs import Modulation, QuantSpec
 from modiff.errors import CalibrationError, TrajectoryError
-from modiff.kernels.backend import BACKENDS, Backend, FixedScale, Prepared, Quantizer
+from modiff.kernels.backend import BACKENDS, Backend, FixedScale, OperatorShape, Prepared, Quantizer
 from modiff.kernels.elementwise import rescale
 from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
@@ -23,6 +23,7 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.session import ModulationState
 
 
@@ -94,10 +95,10 @@ class QuantizedOperator(WeightHolder):
         packed: PackedWeight | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(module, name, weight, packed)
-        self.adapter = adapter
+        super().__init__(module, name, adapter, weight, packed)
         self.activation_spec = activation
         self.state = state
+        state.names.add(name)
         self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
         self.backend = backend
         self.shape = adapter.shape(module, weight)
@@ -106,6 +107,7 @@ class QuantizedOperator(WeightHolder):
         self._executions: dict[tuple[Any, ...], Execution] = {}
         self._partitions: dict[int, Partition] = {}
         self.train(module.training)
+        self._complete = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
@@ -208,10 +210,10 @@ class QuantizedOperator(WeightHolder):
 
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
-        if torch.compiler.is_compiling():
+        if in_graph():
             assert self.region.execution is not None
             return self.region.execution
-        key = (a.device, a.dtype, a.ndim)
+        key = (a.device, torch.promote_types(a.dtype, torch.float32), a.ndim)
         found = self._executions.get(key)
         if found is None:
             found = self._executions[key] = self._execution(a)
@@ -219,6 +221,7 @@ class QuantizedOperator(WeightHolder):
         return found
 
     def _execution(self, a: Tensor) -> Execution:
+        a = torch.empty((1,) * a.ndim, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
         choice, partition = self.choice(a.device, a.dtype), self.partition(a.ndim)
         with torch.inference_mode(False), torch.no_grad():
             quantizer = self._quantizer(a, partition, clip=None)
@@ -239,17 +242,18 @@ class QuantizedOperator(WeightHolder):
 
     def prepared(self, execution: Execution) -> Prepared:
         """The weight in products; the original's is looked up in every call, for it may be replaced."""
-        return execution.prepared or Prepared(self.shape, self.module.weight)
+        return execution.prepared or Prepared(self.shape, self.original_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """Quantize the input (equations 4 and 5) and apply the operator.
 
         While ``torch.compile`` traces, :mod:`modiff.compiling.regions` does the bookkeeping outside.
         """
+        x = input
         self.check(x)
         a = compute_input(x)
         if self.activation_spec is None:
-            if not torch.compiler.is_compiling():
+            if not in_graph():
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
@@ -260,13 +264,18 @@ class QuantizedOperator(WeightHolder):
         product = execution.backend.multiply(self.prepared(execution), encoded)
         return self.add_bias(rescale(product, encoded)).to(output_dtype(x))
 
+    def use_shape(self, shape: OperatorShape) -> None:
+        """Run as another geometry (stride, padding, ...) of the same weight from now on."""
+        self.shape = shape
+        self.forget_executions()
+
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.execution(a).quantizer.fixed if torch.compiler.is_compiling() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if in_graph() else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             self.state.note(self.name, probe, quantized)
 
     def add_bias(self, output: Tensor) -> Tensor:
@@ -282,7 +291,7 @@ class QuantizedOperator(WeightHolder):
 
     def product(self, a: Tensor, with_bias: bool) -> Tensor:
         """``A(a)``, or ``A(a) + bias``, in the dtype of ``a``, whatever autocast says."""
-        weight = self.module.weight if self.packed is None else self.quantized_weight()
+        weight = self.original_weight if self.packed is None else self.quantized_weight()
         return full_precision(a, weight, self.bias if with_bias else None, self.shape)
 
     def partition(self, ndim: int) -> Partition:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modiff.config.specs import QuantSpec
 from modiff.errors import ConfigError
+from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import memory_format
 from modiff.operators.wrapper import ModuleWrapper
 from modiff.quantizers.packing import PackedWeight
@@ -22,6 +23,7 @@ class WeightHolder(ModuleWrapper):
     Args:
         module: The original operator, kept untouched for :func:`modiff.restore` (but see :meth:`drop_original`).
         name: Its qualified name.
+        adapter: Of its type.
         weight: Weight spec or None.
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
 
@@ -29,9 +31,17 @@ class WeightHolder(ModuleWrapper):
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
 
-    def __init__(self, module: Any, name: str, weight: QuantSpec | None, packed: PackedWeight | None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        adapter: OperatorAdapter,
+        weight: QuantSpec | None,
+        packed: PackedWeight | None,
+    ) -> None:
         super().__init__()
         self.module: Any = module
+        self.adapter = adapter
         self.name = name
         self.weight_spec = weight
         self.dropped = False
@@ -39,11 +49,29 @@ class WeightHolder(ModuleWrapper):
         # Kept outside the buffers: a dtype change of the student must not round the quantized weight again.
         self._quantized_weight: Tensor | None = None
         self.layout = memory_format(self.module.weight)
+        self._given: Tensor | None = None
+        self._marks: Tensor | None = None
         self._weight_arrives = False
         if packed is None:
             self.quantize_weight()
         self.register_load_state_dict_pre_hook(self._before_load)
         self.register_load_state_dict_post_hook(self._after_load)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A bias is the original's; another weight would not be quantized.
+
+        Raises:
+            ConfigError: A weight is assigned.
+        """
+        if name == "weight":
+            raise ConfigError(
+                f"The weight of operator {self.name!r} is quantized; another one assigned to it would be ignored. Call "
+                "modiff.restore(student), change the weight, and quantize again."
+            )
+        if name == "bias":
+            self.module.bias = value
+        else:
+            super().__setattr__(name, value)
 
     def quantize_weight(self) -> None:
         """Round the original's weight, as it is now, to nearest.
@@ -51,7 +79,7 @@ class WeightHolder(ModuleWrapper):
         Raises:
             ConfigError: It is on the meta device, or holds NaN or Inf.
         """
-        weight: Tensor = self.module.weight
+        weight = self.original_weight
         if self.weight_spec is None:
             return
         if weight.is_meta:
@@ -72,6 +100,7 @@ class WeightHolder(ModuleWrapper):
         """Put another quantized weight of the same spec and shape in place."""
         self.packed, self._quantized_weight = packed, None
         self.quantized_weight()
+        self.mark_weight()
 
     def quantized_weight(self) -> Tensor:
         """The values in the products, float32 (float64 for float64 weights); made at the first call, then kept."""
@@ -80,6 +109,7 @@ class WeightHolder(ModuleWrapper):
             with torch.inference_mode(False), torch.no_grad():
                 values = self.packed.unpack().dequantize()
                 self._quantized_weight = values.contiguous(memory_format=self.layout)
+                self.mark_weight()
         return self._quantized_weight
 
     def drop_original(self, dtype: torch.dtype | None = None, layout: torch.memory_format | None = None) -> None:
@@ -97,6 +127,33 @@ class WeightHolder(ModuleWrapper):
             self.module.weight = nn.Parameter(empty, requires_grad=old.requires_grad)
             self.dropped = True
         self.layout = layout or self.layout
+        self.mark_weight()
+
+    def weight_marks(self) -> Tensor:
+        """Sums that tell the tensors apart that others may write to: int64, on the weight's device.
+
+        The original's weight, because a student does not see what is written to it, and the quantized one, because
+        other code is handed it.
+        """
+        found = [
+            bit_sums(tensor)
+            for tensor in (self.module.weight, self._quantized_weight, self._given)
+            if tensor is not None and not tensor.is_meta and tensor.numel()
+        ]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+    def mark_weight(self) -> None:
+        """Remember the weight as it is now."""
+        self._marks = None if self.packed is None else self.weight_marks()
+
+    def weight_changed(self) -> Tensor | None:
+        """Whether the weight was written to since it was quantized: a flag on its device; None: nothing to compare."""
+        if self.packed is None or self._marks is None:
+            return None
+        marks = self.weight_marks()
+        if marks.shape != self._marks.shape:
+            return torch.tensor(True, device=marks.device)
+        return (marks != self._marks.to(marks.device)).any()
 
     @property
     def num_weight_scales(self) -> int:
@@ -104,16 +161,35 @@ class WeightHolder(ModuleWrapper):
         return 0 if self.packed is None else self.packed.scale.numel()
 
     @property
+    def original_weight(self) -> Tensor:
+        """The original's parameter as ``[out, in / groups, *kernel]``."""
+        return self.adapter.canonical(self.module, self.module.weight)
+
+    @property
     def weight_shape(self) -> torch.Size:
         """Shape of the original's weight."""
-        shape: torch.Size = self.module.weight.shape if self.packed is None else self.packed.shape
-        return shape
+        if self.packed is None:
+            shape: torch.Size = self.module.weight.shape
+            return shape
+        return self.adapter.native(self.module, torch.empty(self.packed.shape, device="meta")).shape
 
     @property
     def weight(self) -> Tensor:
-        """The original's parameter; where it was dropped, the quantized values in its dtype."""
+        """What other code gets that multiplies by the weight itself: the quantized values in the original's dtype.
+
+        They are the same for a student that kept its teacher, dropped it or was loaded. The original's parameter is
+        ``module.weight``.
+        """
         weight: Tensor = self.module.weight
-        return self.quantized_weight().to(weight.dtype) if self.dropped else weight
+        if self.packed is None:
+            return weight
+        values = self.adapter.native(self.module, self.quantized_weight())
+        if values.dtype == weight.dtype:
+            return values
+        if self._given is None or self._given.dtype != weight.dtype or self._given.device != values.device:
+            self._given = values.to(weight.dtype)
+            self.mark_weight()
+        return self._given
 
     @property
     def bias(self) -> Tensor | None:
@@ -135,6 +211,8 @@ class WeightHolder(ModuleWrapper):
         if self._quantized_weight is not None:
             moved = self._quantized_weight.to(probe.device)
             self._quantized_weight = moved.contiguous(memory_format=self.layout)
+        self._given = None
+        self.mark_weight()
 
     def _before_load(self, _: nn.Module, state_dict: Mapping[str, Any], prefix: str, *__: Any) -> None:
         old = self.module._parameters.get("weight")
@@ -151,3 +229,25 @@ class WeightHolder(ModuleWrapper):
             self.quantize_weight()
         if self.dropped:
             self.drop_original()
+        self.mark_weight()
+
+
+def bit_sums(tensor: Tensor) -> Tensor:
+    """Two sums over a tensor's bits, weighted by row and by column: int64 ``[2]``, on its device.
+
+    A value that changes, and rows or columns that are exchanged, change them. PyTorch's count of writes does not see
+    ``.data``.
+
+    >>> x = torch.arange(6.0).reshape(2, 3)
+    >>> torch.equal(bit_sums(x), bit_sums(x.clone())), torch.equal(bit_sums(x), bit_sums(x.flip(0)))
+    (True, False)
+    """
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().view(whole)
+    bits = bits.reshape(1, -1) if bits.ndim < 2 else bits
+    rows, columns = bits.sum(dim=tuple(range(1, bits.ndim))), bits.sum(dim=0).reshape(-1)
+    return torch.stack([(part * _odd(part)).sum() for part in (rows, columns)])
+
+
+def _odd(like: Tensor) -> Tensor:
+    return torch.arange(1, 2 * len(like), 2, device=like.device)

@@ -65,7 +65,8 @@ class Partition:
         """Make a scale broadcast against a tensor of ``shape``."""
         if self.group_dim is None or self.group_size is None:
             return scale
-        repeated = scale.repeat_interleave(self.group_size, dim=self.group_dim)
+        size = min(self.group_size, shape[self.group_dim])
+        repeated = scale.repeat_interleave(size, dim=self.group_dim)
         return repeated.narrow(self.group_dim, 0, shape[self.group_dim])
 
     def compact(self, expanded: Tensor) -> Tensor:
@@ -96,14 +97,15 @@ class Partition:
     def _split(self, x: Tensor, repeat: bool = True) -> Tensor:
         if self.group_dim is None or self.group_size is None:
             return x
-        missing = -x.shape[self.group_dim] % self.group_size
+        size = min(self.group_size, x.shape[self.group_dim])  # a larger group is not filled up
+        missing = -x.shape[self.group_dim] % size
         if (
             missing
         ):  # the last entry again changes neither minimum nor maximum of its group, zeros do not change its sum
             last = x.narrow(self.group_dim, x.shape[self.group_dim] - 1, 1)
             last = last if repeat else torch.zeros_like(last)
             x = torch.cat([x, *[last] * missing], dim=self.group_dim)
-        return x.unflatten(self.group_dim, (-1, self.group_size))
+        return x.unflatten(self.group_dim, (-1, size))
 
     def _join(self, reduced: Tensor) -> Tensor:
         return reduced if self.group_dim is None else reduced.squeeze(self.group_dim + 1)

@@ -13,6 +13,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+UMASK = os.umask(0o022)
+"""The mode bits that new files do not get; asked for once, because asking changes them for all threads."""
+os.umask(UMASK)
+
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` on a temporary neighbor of ``path``, flush it to the disk, then rename it to ``path``.
@@ -81,7 +85,11 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file to the disk before its name changes."""
+    """Have the system write a file to the disk before its name changes; give it the mode of any new file.
+
+    Some writers make files that their owner alone may read, with which a group could not go on.
+    """
+    os.chmod(path, 0o666 & ~UMASK)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modiff.config.quant import QuantConfig
 from modiff.config.specs import STATE_DTYPES
 from modiff.errors import CheckpointError, ConfigError
+from modiff.operators.adapters import find_adapter
 from modiff.operators.dtypes import memory_format
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, undo
@@ -23,8 +24,9 @@ from modiff.quantizers.packing import PackedWeight
 from modiff.storage.folder import check_target, dtype_name, read_manifest, read_tensors, write
 from modiff.student.swap import RECORD, Record, convert, operators, plan
 from modiff.student.tensors import Slot, slots
-from modiff.trajectory.session import state_of
+from modiff.trajectory.session import require_module, state_of, tensors_of
 
+REGISTERED = ("_parameters", "_buffers", "_modules")
 IGNORED_FIELDS = ("sample_size",)
 """Fields of a denoiser's configuration that do not change what it computes."""
 
@@ -111,6 +113,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
             says which tensor and which shape).
         ConfigError: The model is a student already.
     """
+    require_module(model)
     if any(isinstance(module, QuantizedOperator) for module in model.modules()):
         raise ConfigError("The model is a student already. Call modiff.restore(student, ...) before modiff.load.")
     source = Path(path).resolve()
@@ -248,10 +251,11 @@ def _check_architecture(source: Path, manifest: dict[str, Any], model: nn.Module
         raise CheckpointError(f"{source} is of a {saved['class']}, but the model is a {given['class']}. {advice}")
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:
+            if key not in REGISTERED and any(tensor.is_meta for tensor in tensors_of(value)):
                 raise CheckpointError(
                     f"{name}.{key} is a tensor on the meta device that is neither parameter nor buffer, so no "
-                    "checkpoint holds it. Build the model on the CPU."
+                    "checkpoint holds it. Build the model inside `with accelerate.init_empty_weights():` instead of "
+                    "torch.device('meta'), which leaves such tensors on the CPU; or build it on the CPU."
                 )
 
 
@@ -286,9 +290,13 @@ def _packed_weights(
         if row.name not in manifest["operators"]:
             continue
         assert row.weight is not None
-        weight: Tensor = model.get_submodule(row.name).weight  # type: ignore[assignment]
+        module = model.get_submodule(row.name)
+        adapter = find_adapter(module)
+        assert adapter is not None
+        weight: Tensor = module.weight  # type: ignore[assignment]
         device = torch.device("cpu") if weight.is_meta else weight.device
-        packed = PackedWeight.from_tensors(tensors, f"{row.name}.weight", weight.shape, row.weight)
+        shape = adapter.canonical(module, torch.empty(weight.shape, device="meta")).shape
+        packed = PackedWeight.from_tensors(tensors, f"{row.name}.weight", shape, row.weight)
         weights[row.name] = packed.to(device)
     return weights
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count, shape_wrapper
 
 from modiff.config.specs import Modulation
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.products import ProductCounter
 from modiff.student.reuse import reuse_of
 from modiff.student.tensors import slots
-from modiff.trajectory.session import ATTRIBUTE, Trajectory, state_of, trajectory
+from modiff.trajectory.session import ATTRIBUTE, Trajectory, require_module, state_of, trajectory
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class OperatorCost:
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
         constant: Its input was constant throughout the last trajectory before: its product is counted once per context.
+        uncalled: It was not called: its module is not used, or other code multiplies by its weight itself.
+        quantized: Its weight or its input is.
     """
 
     name: str
@@ -45,6 +46,8 @@ class OperatorCost:
     state_bytes: float
     weight_bytes: float
     constant: bool = False
+    uncalled: bool = False
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Cost:
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
+        peak_state_mib_per_image: State, and the int8 codes of the operator with the largest input: what a GPU holds at
+            the same time on top of a teacher's activations, where ô is the operators' output without a copy.
     """
 
     operators: tuple[OperatorCost, ...]
@@ -74,12 +79,25 @@ class Cost:
     gbops_per_evaluation: float
     weight_mib: float
     state_mib_per_image: float
+    peak_state_mib_per_image: float
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.gbops_per_evaluation:.2f} GBOPs per image and evaluation (mean of {self.evaluations}), "
-            f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image"
+            f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image; "
+            f"{self.full_precision_share:.1%} of the multiply-accumulates in full precision"
         )
+        uncalled = sum(row.uncalled for row in self.operators)
+        if uncalled:
+            text += f"; {uncalled} of {len(self.operators)} operators {'were' if uncalled > 1 else 'was'} never called"
+        return text
+
+    @property
+    def full_precision_share(self) -> float:
+        """Share of the multiply-accumulates that quantize neither side: skipped modules, products in attention."""
+        full = self.other_macs + sum(row.macs for row in self.operators if not row.quantized)
+        whole = self.other_macs + sum(row.macs for row in self.operators)
+        return full / whole if whole else 0.0
 
 
 def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | None = None, **kwargs: Any) -> Cost:
@@ -101,6 +119,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
             tensor with a batch.
         TrajectoryError: A trajectory is open on the student.
     """
+    require_module(model)
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
         raise ConfigError(f"evaluations is {evaluations}; allowed are whole numbers, 1 or more.")
     images = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim > 0), 0)
@@ -126,32 +145,37 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
             module, macs, bits, (evaluations, contexts), name in constant, times
         )
         held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
-        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], name in constant))
-    shares = {block: 1 - count / evaluations for block, count in skipped.items()}
-    other_bops = sum(part.bops * shares.get(block, 1.0) for block, part in counter.other.items()) / images
-    state_bytes = sum(r.state_bytes for r in rows) + contexts * branches / images
+        quantized = isinstance(module, QuantizedOperator) and (module.weight_spec or module.activation_spec) is not None
+        seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": quantized}
+        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], **seen))
+    other_macs, other_bops = counter.others({block: 1 - count / evaluations for block, count in skipped.items()})
+    state_mib = (sum(r.state_bytes for r in rows) + contexts * branches / images) / 2**20
+    codes = [counter.inputs.get(n, 0) for n, (m, _) in found.items() if getattr(m, "activation_spec", None) is not None]
     return Cost(
         operators=tuple(rows),
-        other_macs=sum(part.macs * shares.get(block, 1.0) for block, part in counter.other.items()) / images,
-        other_bops=other_bops,
+        other_macs=other_macs / images,
+        other_bops=other_bops / images,
         other_weight_bytes=sum(weights.values()),
         evaluations=evaluations,
         contexts=contexts,
-        gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
+        gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops / images) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
-        state_mib_per_image=state_bytes / 2**20,
+        state_mib_per_image=state_mib,
+        peak_state_mib_per_image=state_mib + max(codes, default=0) / images / 2**20,
     )
 
 
 def _count_one(
     model: nn.Module, found: dict[str, tuple[nn.Module, OperatorAdapter]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[_Counter, dict[str, int], int]:
+) -> tuple[ProductCounter, dict[str, int], int]:
     """Run one evaluation: its products, the bytes of the state by operator, and those of kept branches."""
-    counter = _Counter()
+    counter = ProductCounter()
     reuse = reuse_of(state_of(model)) if hasattr(model, ATTRIBUTE) else None
     student = state_of(model) if hasattr(model, ATTRIBUTE) else None
-    last = None if student is None else student.last
+    before = None if student is None else (student.last, student.called)
     with ExitStack() as stack:
+        if student is not None:
+            stack.enter_context(student.remarks.muted())  # measuring is no trajectory of the user's
         run = None if student is None else stack.enter_context(trajectory(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter.watch(found, {} if reuse is None else reuse.blocks))
@@ -160,8 +184,8 @@ def _count_one(
         branches = 0 if run is None else run.branch_bytes
     if reuse is not None and reuse.schedule.mode == "extrapolate":
         branches *= 2  # from the second evaluation on, two are kept
-    if student is not None:
-        student.last = last  # measuring is no trajectory of the user's
+    if student is not None and before is not None:
+        student.last, student.called = before
     return counter, state, branches
 
 
@@ -289,91 +313,3 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
             if adapter is not None:
                 found[name] = (module, adapter)
     return found
-
-
-@dataclass
-class _Sum:
-    macs: float = 0.0
-    bops: float = 0.0
-
-
-class _Counter:
-    """Counts the multiply-accumulates of one evaluation: operators' from shapes, all others by PyTorch's counter."""
-
-    def __init__(self) -> None:
-        # PyTorch's registry lacks the attention of the CPU.
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops)}
-        formulas = {op: self._recorded(formula) for op, formula in {**flop_registry, **attention}.items()}
-        self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
-        self._depth = 0
-        self.macs: dict[str, int] = {}
-        self.bits: dict[str, int] = {}
-        self.other: dict[str, _Sum] = {}
-        self.block_of: dict[str, str] = {}
-        self._block = ""
-
-    def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
-        """A formula that also sees the tensors: outside of operators, their dtype makes the bit operations."""
-
-        def raw(*args: Any, **kwargs: Any) -> int:
-            flops = int(formula(*args, **kwargs))
-            if not self._depth:
-                size = next((a.element_size() for a in args if isinstance(a, Tensor)), 4)
-                part = self.other.setdefault(self._block, _Sum())
-                part.macs += flops / 2  # PyTorch counts two operations for each multiply-accumulate
-                part.bops += flops / 2 * (8 * size) ** 2
-            return flops
-
-        raw._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then hands over tensors, not shapes
-        return raw
-
-    @contextmanager
-    def watch(
-        self, found: dict[str, tuple[nn.Module, OperatorAdapter]], blocks: Mapping[str, nn.Module]
-    ) -> Iterator[None]:
-        """Count what runs inside, by block; fused attention layers, which hide their products, are off."""
-        handles = [handle for name, (module, adapter) in found.items() for handle in self._hook(name, module, adapter)]
-        # After the operators' own hooks, which then see a shortcut outside of its block.
-        handles += [handle for name, block in blocks.items() for handle in self._hook_block(name, block)]
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with self._flops:
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for handle in handles:
-                handle.remove()
-
-    def _hook_block(self, name: str, block: nn.Module) -> list[Any]:
-        shortcut = getattr(block, "conv_shortcut", None)
-
-        def enter(_: nn.Module, __: Any) -> None:
-            self._block = name
-
-        def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            self._block = ""
-
-        handles = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
-        if isinstance(shortcut, nn.Module):  # it runs in every evaluation
-            handles.append(shortcut.register_forward_pre_hook(lambda *_: leave(block, None, None), prepend=True))
-            handles.append(shortcut.register_forward_hook(lambda *_: enter(block, None)))
-        return handles
-
-    def _hook(self, name: str, module: nn.Module, adapter: OperatorAdapter) -> list[Any]:
-        original = module.module if isinstance(module, QuantizedOperator) else module
-
-        def before(_: nn.Module, __: Any) -> None:
-            self._depth += 1
-
-        def after(_: nn.Module, __: Any, output: Tensor) -> None:
-            self._depth -= 1
-            self.block_of[name] = self._block
-            self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
-            self.bits[name] = 8 * output.element_size()
-
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))

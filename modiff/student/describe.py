@@ -21,6 +21,7 @@ class Row:
         rule: Pattern of the rule that matched last, None where the config's own fields apply.
         skipped: Why it was left untouched; None where it was quantized.
         constant: Its input was constant throughout the last trajectory, so it was computed once in each context.
+        uncalled: It was never called in the last trajectory: its input was not quantized.
         backend: Its execution and, where that is not in integers, why.
     """
 
@@ -32,6 +33,7 @@ class Row:
     rule: str | None = None
     skipped: str | None = None
     constant: bool = False
+    uncalled: bool = False
     backend: str = ""
 
 
@@ -60,7 +62,7 @@ class Description:
                 row.name,
                 row.type,
                 "" if row.skipped else _spec_text(row.weight),
-                "" if row.skipped else _spec_text(row.activation),
+                "" if row.skipped else ("never called" if row.uncalled else _spec_text(row.activation)),
                 ""
                 if row.skipped
                 else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",

@@ -8,7 +8,7 @@ from torch import nn
 
 from modiff.config.quant import QuantConfig, Rule
 from modiff.errors import ConfigError
-from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported
+from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported, own_linear
 from modiff.operators.rewrites import RewrittenOperator
 from modiff.quantizers.granularity import activation_partition
 from modiff.student.describe import Description, Row
@@ -57,9 +57,12 @@ def plans(model: nn.Module, config: QuantConfig) -> list[Plan]:
         row, adapter = Row(name, type(module).__name__), None
         try:
             adapter = find_adapter(module)
-            if adapter is None and not is_unsupported(module):
+            own = own_linear(module) if adapter is None else None
+            if adapter is None and own is None and not is_unsupported(module):
                 continue
-            if adapter is None:
+            if own is not None:
+                row = Row(name, row.type, skipped=f"it calls {own} itself; register an adapter for it (docs/models.md)")
+            elif adapter is None:
                 row = Row(name, row.type, skipped="no adapter for this type")
         except ConfigError as error:
             row = Row(name, row.type, skipped=str(error))

@@ -19,6 +19,8 @@ from torch import nn
 
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
+from modiff.student.refusals import WHY, reason
+from modiff.student.steps import marking_steps
 from modiff.student.swap import RECORD, operators, quantize, restore
 from modiff.trajectory.contexts import Trajectory, context_names
 from modiff.trajectory.session import ATTRIBUTE, hold
@@ -26,23 +28,6 @@ from modiff.trajectory.session import ATTRIBUTE, hold
 DENOISER = re.compile("(unet|transformer)(_.*)?")
 CONTEXTS = "_modiff_contexts"
 TRAJECTORIES = "trajectories"
-
-# Methods of pipelines that act on the original operators, past their quantized twins, and what to do instead.
-REFUSED = {
-    "save_pretrained": "would save the student under names that from_pretrained does not know. Save the student by "
-    "modiff.save(pipe.unet, folder) (or pipe.transformer), or restore the pipeline first",
-    "enable_sequential_cpu_offload": "moves the weight of each operator, which modiff keeps packed. Use "
-    "enable_model_cpu_offload",
-    "enable_group_offload": "moves the weight of each operator, which modiff keeps packed. Use "
-    "enable_model_cpu_offload",
-    "fuse_qkv_projections": "would replace quantized operators by full-precision ones. Fuse before quantize_pipeline",
-    "unfuse_qkv_projections": "would replace quantized operators by full-precision ones. Restore the pipeline first",
-    **dict.fromkeys(
-        ("load_lora_weights", "fuse_lora", "unfuse_lora", "unload_lora_weights", "set_adapters"),
-        "would change the original weights, not the quantized ones. Call modiff.restore_pipeline(pipe), change the "
-        "adapters, fuse them, and quantize again",
-    ),
-}
 
 
 def quantize_pipeline(
@@ -116,23 +101,45 @@ def _quantize_all(denoisers: Iterable[nn.Module], config: QuantConfig, keep_teac
         getattr(denoiser, RECORD).keep_teacher = False
 
 
-def restore_pipeline(pipe: Any) -> Any:
+def restore_pipeline(pipe: Any, teacher: Any = None) -> Any:
     """Undo :func:`quantize_pipeline`: full-precision denoisers, and the pipeline's own class.
 
+    Args:
+        pipe: The pipeline.
+        teacher: Where the weights come from where the students were loaded, or made with ``keep_teacher=False``: a
+            pipeline with the same components, or the denoiser itself where there is one.
+
+    Returns:
+        The same pipeline.
+
     Raises:
-        ConfigError: It is not quantized, or the original weights were not kept.
+        ConfigError: It is not quantized, the original weights were not kept and no teacher is given, or the teacher
+            lacks a denoiser.
         TrajectoryError: A call is under way.
     """
     base = _unwrapped(type(pipe))
     if base is type(pipe):
         raise ConfigError(f"The {base.__name__} is not quantized. Call modiff.quantize_pipeline(pipe, config) first.")
-    students = {id(m): m for m in _modules(pipe).values() if hasattr(m, ATTRIBUTE)}
-    for student in students.values():
-        restore(student)
+    students = {id(m): (name, m) for name, m in _modules(pipe).items() if hasattr(m, ATTRIBUTE)}
+    teachers = {name: _teacher_of(teacher, name, len(students)) for name, _ in students.values()}
+    for name, student in students.values():
+        restore(student, teachers[name])
     pipe.__class__ = base
     for name in (CONTEXTS, TRAJECTORIES):
         vars(pipe).pop(name, None)
     return pipe
+
+
+def _teacher_of(teacher: Any, name: str, students: int) -> nn.Module | None:
+    """The teacher of one of a pipeline's students."""
+    if teacher is None or (isinstance(teacher, nn.Module) and students == 1):
+        return teacher
+    found = None if isinstance(teacher, nn.Module) else _modules(teacher).get(name)
+    if found is None:
+        raise ConfigError(
+            f"The teacher given has no module {name!r}. Give a pipeline with the components of the quantized one."
+        )
+    return found
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
@@ -215,7 +222,7 @@ def _wrapped(base: Any) -> type:
         # The subclass has no name by which pickle and deepcopy could find it again.
         return _rebuild, (base,), dict(vars(self))
 
-    members = {name: _refusal(name, why) for name, why in REFUSED.items() if hasattr(base, name)}
+    members = {name: _refusal(name) for name in WHY if hasattr(base, name)}
     members.update(
         __call__=call,
         __reduce_ex__=reduce,
@@ -233,10 +240,10 @@ def _rebuild(base: type) -> Any:
     return pipe
 
 
-def _refusal(name: str, why: str) -> Callable[..., None]:
+def _refusal(name: str) -> Callable[..., None]:
     def refuse(self: Any, *_: Any, **__: Any) -> None:
         if any(hasattr(module, ATTRIBUTE) for module in _modules(self).values()):
-            raise ConfigError(f"{name} on a quantized pipeline {why}.")
+            raise ConfigError(f"{name} on a quantized pipeline {reason(name, pipeline=True)}.")
         return getattr(super(_wrapped(_unwrapped(type(self))), self), name)(*_, **__)
 
     refuse.__name__ = name
@@ -262,7 +269,7 @@ def _trajectories(pipe: Any) -> Iterator[None]:
             stack.enter_context(hold(student, runs[name]))
             stack.enter_context(_named_by_pipeline(student, runs[name]))
         for scheduler in schedulers:
-            stack.enter_context(_marking_steps(scheduler, list(runs.values())))
+            stack.enter_context(marking_steps(scheduler, list(runs.values())))
         try:
             yield
         finally:
@@ -288,32 +295,3 @@ def _named_by_pipeline(student: Any, run: Trajectory) -> Iterator[None]:
         yield
     finally:
         del student.cache_context
-
-
-@contextmanager
-def _marking_steps(scheduler: Any, runs: list[Trajectory]) -> Iterator[None]:
-    """Let each step of a scheduler mark the end of a step of the trajectories.
-
-    By a subclass for the time of the call: a method put on the instance would be lost, or act on the wrong scheduler,
-    where a pipeline copies its scheduler.
-    """
-    base = type(scheduler)
-
-    def marking(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            for run in runs:
-                if not run.closed:
-                    run.end_step()
-            return original(self, *args, **kwargs)
-
-        return step
-
-    names = [name for name in dir(base) if name == "step" or name.startswith("step_")]
-    members: dict[str, Any] = {n: marking(getattr(base, n)) for n in names if callable(getattr(base, n))}
-    members.update(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
-    scheduler.__class__ = type(base.__name__, (base,), members)
-    try:
-        yield
-    finally:
-        scheduler.__class__ = base

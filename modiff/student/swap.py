@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from typing_extensions import override
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
 from modiff.kernels.scratch import free_scratch
-from modiff.operators.adapters import find_adapter
+from modiff.operators.adapters import adapter_of_type, find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, rewritten, undo
@@ -21,10 +21,13 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
+from modiff.student.guard import Guard
 from modiff.student.match import Plan, plan, plans
+from modiff.student.refusals import allow_methods, refuse_methods
 from modiff.student.reuse import install_schedule, reuse_of
+from modiff.student.share import FullPrecisionShare
 from modiff.student.tensors import Slot, slots
-from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, state_of
+from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, require_module, state_of
 
 __all__ = ["RECORD", "Description", "Record", "Row", "convert", "describe", "operators", "plan", "quantize", "restore"]
 
@@ -66,8 +69,8 @@ def quantize(model: nn.Module, config: QuantConfig | str, keep_teacher: bool = T
         The same module, now the student.
 
     Raises:
-        ConfigError: The model has no linear operators or is a student already, a rule's pattern matches nothing, a
-            granularity does not exist for an operator, or a weight is no number. The model is then unchanged.
+        ConfigError: The model is a pipeline, has no linear operators or is a student already, a rule's pattern matches
+            nothing, a granularity does not exist for an operator, or a weight is no number; the model is unchanged.
     """
     return convert(model, QuantConfig.preset(config) if isinstance(config, str) else config, keep_teacher)
 
@@ -94,6 +97,7 @@ def convert(
         CalibrationError: A range is for another quantizer than the operator's.
         ConfigError: As for :func:`quantize`.
     """
+    require_module(model)
     _require_quantizable(model, config)
     changed = rewrite(model, config, divisors)
     state = ModulationState()
@@ -112,11 +116,13 @@ def convert(
         reusable_blocks(model, config.schedule)  # refuses what matches nothing, before anything is swapped
     record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
-    record.hooks = _watch(model, state)
+    record.hooks = _watch(model, state, record.names)
+    state.listeners.append(_share(found, {planned.row.name: operator for planned, operator in built}))
     if config.schedule is not None:
         record.hooks += install_schedule(model, config.schedule, state)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
+    refuse_methods(model)
     return model
 
 
@@ -150,13 +156,14 @@ def _swap(model: nn.Module, built: list[tuple[Plan, QuantizedOperator]], record:
         whole.release()
 
 
-def _watch(model: nn.Module, state: ModulationState) -> list[torch.utils.hooks.RemovableHandle]:
+def _watch(model: nn.Module, state: ModulationState, names: Iterable[str]) -> list[torch.utils.hooks.RemovableHandle]:
     """Tell the state where evaluations begin and end; let it keep the output of modules that carry a prompt."""
     hooks = [
         model.register_forward_pre_hook(state.begin_evaluation, with_kwargs=True),
         model.register_forward_hook(state.end_evaluation),
     ]
     state.listeners.append(_FreesScratch())
+    state.listeners.append(Guard(model, list(names)))
     for name in prompt_modules(model, state.schedule):
         hook = functools.partial(state.keep_output, name)
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
@@ -180,6 +187,8 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     state_of(student).refuse_inside("restored")
+    if teacher is not None:
+        require_module(teacher)
     record: Record = getattr(student, RECORD)
     if teacher is None and (record.loaded or not record.keep_teacher):
         why = "was loaded" if record.loaded else "was made with keep_teacher=False"
@@ -200,6 +209,7 @@ def restore(student: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
     for hook in record.hooks:
         hook.remove()
     state_of(student).tell("removed")
+    allow_methods(student)
     delattr(student, ATTRIBUTE)
     delattr(student, RECORD)
     return student
@@ -257,9 +267,13 @@ def describe(student: nn.Module) -> Description:
     rows = getattr(student, RECORD).description.rows
     constant = state.last.constant if state.last else frozenset()
     found = operators(student)
+    uncalled = state.names - state.called if state.last and state.last.total else frozenset()
     reuse = reuse_of(state)
     return Description(
-        tuple(replace(row, constant=row.name in constant, backend=_backend(found, row)) for row in rows),
+        tuple(
+            replace(row, constant=row.name in constant, uncalled=row.name in uncalled, backend=_backend(found, row))
+            for row in rows
+        ),
         "" if reuse is None else str(reuse),
     )
 
@@ -270,6 +284,12 @@ def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
         return ""
     weight = operator.module.weight
     return str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+
+
+def _share(found: list[Plan], quantized: dict[str, QuantizedOperator]) -> FullPrecisionShare:
+    """Watches what stays in full precision for another reason than a rule."""
+    left = [p for p in found if p.row.skipped is not None and p.row.rule is None]
+    return FullPrecisionShare(quantized, {p.row.name: (p.module, adapter_of_type(p.module)) for p in left})
 
 
 def operators(student: nn.Module) -> dict[str, QuantizedOperator]:

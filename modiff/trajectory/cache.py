@@ -11,6 +11,7 @@ from torch import Tensor
 from modiff.errors import TrajectoryError
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.identity import InputIdentity
+from modiff.trajectory.lending import Lent
 
 
 @dataclass
@@ -29,6 +30,8 @@ class OperatorCache:
         followers: How many follow.
         encoded: Of a leader, what it encoded in the current evaluation, for those that follow.
         encoded_from: The input that ``encoded`` was made from.
+        lent: What was returned in the last evaluation; None where PyTorch counts no writes to it.
+        copies: Whoever reads the output writes to it, so that ô itself is never returned.
     """
 
     held: Held
@@ -39,6 +42,8 @@ class OperatorCache:
     followers: int = 0
     encoded: Any = None
     encoded_from: InputIdentity | None = None
+    lent: Lent | None = None
+    copies: bool = False
 
     @property
     def a_hat(self) -> Tensor:
@@ -67,7 +72,7 @@ class OperatorCache:
         if self.leader is None:
             self.held.a_hat = self.held.a_hat[rows:].clone()
         self.shape = torch.Size([rows, *self.shape[1:]])
-        self.source = None
+        self.source = self.lent = None
 
 
 @dataclass

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
 from modiff.errors import TrajectoryError
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.calls import Call, parameters_of, require_module, tensors_of
 from modiff.trajectory.contexts import Context, Trajectory, context_names
+from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity, KeptOutput
+from modiff.trajectory.listeners import Listener
 from modiff.trajectory.probes import Probes
+from modiff.trajectory.remarks import Remarks
 from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
 
 __all__ = [
@@ -25,44 +29,17 @@ __all__ = [
     "Trajectory",
     "context_names",
     "hold",
+    "require_module",
     "state_of",
     "tensors_of",
     "trajectory",
 ]
 
 ATTRIBUTE = "_modiff_state"
-
-
-class Listener:
-    """Is told about the evaluations of a student; overrides what it wants to know.
-
-    Compiled regions are listeners, and so is whatever records errors step by step.
-
-    Attributes:
-        copied: A copy of the student gets a copy of the listener.
-    """
-
-    copied = False
-
-    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
-        """The denoiser is about to be called, inside a trajectory or outside of any.
-
-        Args:
-            state: Of the student.
-            arguments: The tensors among the denoiser's arguments.
-        """
-
-    def after_evaluation(self, state: ModulationState, output: Any) -> None:
-        """The denoiser has returned, inside a trajectory; its calls are about to be counted."""
-
-    def closed(self, state: ModulationState) -> None:
-        """The trajectory has ended, and its state is gone."""
-
-    def moved(self, state: ModulationState) -> None:
-        """An operator was moved to another device, cast or laid out anew."""
-
-    def removed(self, state: ModulationState) -> None:
-        """The student is being restored: nothing of the listener may stay on its modules."""
+SKIPPED = (
+    "A package that skips modules, and reuses what they gave in an earlier step, does not combine with modulation yet: "
+    "switch it off. If the denoiser itself calls the operator now and then, exclude it with Rule(..., skip=True)."
+)
 
 
 class ModulationState:
@@ -75,9 +52,14 @@ class ModulationState:
         trajectory: The open one.
         last: The last one that was closed, for its counts.
         listeners: Told about every evaluation.
+        stateful: Whether any operator is modulated, and so keeps state between evaluations.
+        names: Of all operators.
+        called: Operators that were called in the last trajectory, or in this one.
         schedule: Says what each call does.
         calls: Calls of each modulated operator in this evaluation.
         quantized: How many calls quantized their input in this evaluation, and how many could have.
+        lent: Memory of each ô that was returned as it is in this evaluation, by the address of its storage.
+        static: Caches whose memory the next trajectory uses again, by operator: CUDA graphs hold their addresses.
     """
 
     def __init__(self) -> None:
@@ -85,8 +67,14 @@ class ModulationState:
         self.last: Trajectory | None = None
         self.listeners: list[Listener] = []
         self.schedule: Schedule = SCHEDULE
+        self.stateful = False
+        self.names: set[str] = set()
+        self.remarks = Remarks()
+        self.called: set[str] = set()
         self.calls: dict[str, int] = {}
         self.quantized = [0, 0]
+        self.lent: set[int] = set()
+        self.static: dict[str, list[OperatorCache]] = {}
         self._leaders: list[tuple[object, InputIdentity, OperatorCache]] = []
         self._leading: list[OperatorCache] = []
 
@@ -94,6 +82,7 @@ class ModulationState:
         """Copying or pickling is allowed between trajectories only."""
         self.refuse_inside("copied or pickled")
         kept = ModulationState()
+        kept.stateful, kept.names = self.stateful, self.names
         kept.listeners = [listener for listener in self.listeners if listener.copied]
         return kept.__dict__.copy()
 
@@ -126,8 +115,11 @@ class ModulationState:
         if self.trajectory is not None:
             raise TrajectoryError(
                 "A trajectory is already open on this student; they can be neither nested nor concurrent. "
-                "Close it first, or use a deepcopy of the student for each."
+                "Close it first. Threads take turns, with a lock around the call, or have a deepcopy each."
             )
+        self.tell("before_trajectory")
+        run.stateful = self.stateful
+        self.called = set()
         self.trajectory = run
         return run
 
@@ -141,7 +133,7 @@ class ModulationState:
         self.tell("closed")
 
     def tell(self, event: str) -> None:
-        """Tell all listeners of an event that has no details: ``closed``, ``moved`` or ``removed``."""
+        """Tell all listeners of an event without details, such as ``before_trajectory`` or ``moved``."""
         for listener in self.listeners:
             getattr(listener, event)(self)
 
@@ -158,23 +150,26 @@ class ModulationState:
                     "The previous evaluation of this trajectory did not finish (it raised, or the student calls "
                     "itself), so its state is unusable. Start a new trajectory."
                 )
-            run.begin()
+            run.begin(Call.of(parameters_of(type(_module)), args, kwargs))
             run.probes.begin()
-            self.calls, self.quantized = {}, [0, 0]
+            self.calls, self.quantized, self.lent = {}, [0, 0], set()
         if self.listeners:
             arguments = [*tensors_of((args, kwargs))]
             for listener in self.listeners:
                 listener.before_evaluation(self, arguments)
 
-    def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook of the root module.
+
+        Returns:
+            The output; where it is the state of an operator, a copy, for samplers keep outputs.
 
         Raises:
             TrajectoryError: A modulated operator was called more or less often than in the first evaluation.
         """
         run = self.trajectory
         if run is None:
-            return
+            return None
         here = run.current
         for listener in self.listeners:
             listener.after_evaluation(self, output)
@@ -184,8 +179,7 @@ class ModulationState:
             name = next(n for n in {**here.calls, **self.calls} if self.calls.get(n) != here.calls.get(n))
             raise TrajectoryError(
                 f"Operator {name!r} was called {self.calls.get(name, 0)} times in evaluation {here.total}{here}, but "
-                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. "
-                "Exclude it with Rule(..., skip=True)."
+                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. " + SKIPPED
             )
         run.in_evaluation = False
         self._forget_codes()
@@ -193,6 +187,23 @@ class ModulationState:
         done, all_ = self.quantized
         here.quantized += int(all_ > 0 and done == all_)
         run.probes.end(next(tensors_of(output), None))
+        return tree_map_only(Tensor, self._own, output) if self.lent else None
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage()._cdata in self.lent else tensor
+
+    def static_room(self, name: str, a: Tensor) -> OperatorCache | None:
+        """In the first evaluation: a cache of an earlier trajectory whose memory fits; None: make a new one.
+
+        Args:
+            name: The operator.
+            a: Its input.
+        """
+        assert self.trajectory is not None
+        kept, call = self.static.get(name, []), len(self.trajectory.current.caches.get(name, []))
+        found = kept[call] if call < len(kept) else None
+        fits = found is not None and found.shape == a.shape and found.a_hat.device == a.device
+        return found if fits else None
 
     def _forget_codes(self) -> None:
         """Drop what leaders encoded in this evaluation."""
@@ -202,8 +213,8 @@ class ModulationState:
 
     @property
     def evaluation(self) -> int:
-        """Number of the current evaluation in its context, from 0; 0 outside of a trajectory."""
-        return 0 if self.trajectory is None else self.trajectory.current.total
+        """Evaluations since the current context's warm-up, which is 0; 0 outside of a trajectory."""
+        return 0 if self.trajectory is None else self.trajectory.current.age
 
     def next_cache(self, name: str, x: Tensor, batched: bool) -> OperatorCache | None:
         """The cache of this call of operator ``name``; None in the first evaluation of the current context.
@@ -217,22 +228,23 @@ class ModulationState:
             TrajectoryError: No trajectory is open, or the input's shape changed.
         """
         run = self.trajectory
-        if run is None or not run.in_evaluation:
-            where = "a trajectory" if run is None else "its student"
+        if run is None:
             raise TrajectoryError(
-                f"Modulated operator {name!r} was called outside {where}: it would run without the state of the last "
-                "evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student itself."
+                f"Modulated operator {name!r} was called outside a trajectory: it would run without the state of the "
+                "last evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student "
+                "itself; a pipeline, also of a loaded student, is wrapped by modiff.quantize_pipeline(pipe)."
             )
+        self._require_evaluation(name)
         here = run.current
         call = self.calls.get(name, 0)
         self.calls[name] = call + 1
-        if here.total == 0:
+        if here.age == 0:
             return None
         caches = here.caches.get(name, [])
         if call >= len(caches):
             raise TrajectoryError(
                 f"Operator {name!r} is called more often in evaluation {here.total}{here} than in the first one. "
-                "Exclude it with Rule(..., skip=True)."
+                + SKIPPED
             )
         cache = caches[call]
         shape = cache.shape
@@ -247,6 +259,20 @@ class ModulationState:
                 )
             cache.keep_last_half()
         return cache
+
+    def _require_evaluation(self, name: str) -> None:
+        """Refuse a call inside a trajectory that does not come from the student's own forward.
+
+        Raises:
+            TrajectoryError: The student itself was not called.
+        """
+        assert self.trajectory is not None
+        if not self.trajectory.in_evaluation:
+            raise TrajectoryError(
+                f"Operator {name!r} was called outside its student, so no evaluation was counted. Call the student "
+                "itself. Where another method of it, such as forward_with_cfg, calls self.forward: quantize a wrapper, "
+                "a module that holds the denoiser and whose forward calls that method."
+            )
 
     def peek_cache(self, name: str) -> OperatorCache | None:
         """The cache that the next call of operator ``name`` will get, if there is one."""
@@ -288,6 +314,7 @@ class ModulationState:
         found by a comparison on the device, which is read when the trajectory closes.
         """
         assert self.trajectory is not None
+        self.called.add(name)
         skipped = self.trajectory.current.unchanged
         skipped[name] = skipped.get(name, 0) + 1
         self.trajectory.probes.changes.append((name, torch.ne(x, cache.reconstruction()).any()))
@@ -304,6 +331,8 @@ class ModulationState:
         """
         if self.trajectory is None:
             return
+        self._require_evaluation(name)
+        self.called.add(name)
         self.trajectory.probes.inputs.append((name, probe))
         if quantized is not None:
             self.quantized[0] += int(quantized)
@@ -316,7 +345,7 @@ class ModulationState:
         device, like the input in :meth:`note_unchanged`.
         """
         run = self.trajectory
-        if torch.compiler.is_compiling() or run is None or not run.in_evaluation:
+        if in_graph() or run is None or not run.in_evaluation:
             return None
         if len(args) != 1 or not isinstance(output, Tensor):
             return None
@@ -328,21 +357,13 @@ class ModulationState:
         return None
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments or outputs of a call."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not know
-            yield from tensors_of(dict(leaf))
-
-
 def state_of(student: nn.Module) -> ModulationState:
     """The state of a student.
 
     Raises:
         TrajectoryError: The module is not a student.
     """
+    require_module(student)
     state = getattr(student, ATTRIBUTE, None)
     if not isinstance(state, ModulationState):
         raise TrajectoryError(
@@ -395,3 +416,4 @@ def hold(student: nn.Module, run: Trajectory) -> Iterator[None]:
         state.close()
         run.probes = Probes()
     probes.check(run.total)
+    state.remarks.after(run, state.names, state.called)

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 FILES = {
+    ".holder.json",
+    ".lock",
+    "status.json",
     "config.yaml",
     "cost.json",
     "cost.png",

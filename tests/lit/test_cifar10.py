@@ -288,7 +288,7 @@ def test_channels_last_reaches_weights_and_images() -> None:
     module = LitTeacher({**TINY["denoiser"], "layers_per_block": 1}, channels_last=True)
     seen = []
     module.denoiser.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    module.loss(torch.rand(2, 3, 8, 8))
+    module.loss(torch.rand(2, 3, 8, 8), torch.arange(2))
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert module.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 

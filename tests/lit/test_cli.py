@@ -177,16 +177,20 @@ def test_recipe_that_is_none(modiff, tmp_path, text, message) -> None:
 @pytest.mark.parametrize(
     ("launcher", "options", "message"),
     [
-        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, [], "torchrun started 2 processes"),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            ["--trainer.devices", "1"],
+            "torchrun started 2 processes",
+        ),
         (
             {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
             ["--trainer.devices", "4"],
             "but the recipe asks for 4 devices on 1 nodes (4 processes). Add --trainer.devices 4 --trainer.num_nodes 2",
         ),
-        ({"SLURM_NTASKS": "4"}, [], "Use `--ntasks-per-node=4` instead"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, [], "Use `--ntasks-per-node=4` instead"),
         (
-            {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"},
-            [],
+            {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"},
+            ["--trainer.devices", "1"],
             "srun started 4 processes",
         ),
         (

@@ -122,13 +122,12 @@ def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> N
     assert (one / "samples.safetensors").read_bytes() == (two / "samples.safetensors").read_bytes()
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
     assert (a["provenance"]["world_size"], b["provenance"]["world_size"]) == (1, 2)
-    assert a["cost"] == b["cost"]
-    assert a["evaluations"] == b["evaluations"]
-    for key in ("psnr_db", "relative_l2"):
-        assert b["student"][key] == pytest.approx(a["student"][key], rel=1e-12)
-    for who, key in itertools.product(("teacher", "student"), ("precision", "recall")):
-        assert a[who][key] == b[who][key] is not None
-    assert b["student"]["fid_to_teacher"] == pytest.approx(a["student"]["fid_to_teacher"], rel=1e-6, abs=1e-9)
+    # Every figure, bit for bit: sums do not depend on who drew what.
+    for part in ("cost", "evaluations", "teacher", "student", "features", "reasons"):
+        assert a[part] == b[part]
+    for who, key in itertools.product(("teacher", "student"), ("fid", "precision", "recall")):
+        assert a[who][key] is not None
+    assert a["student"]["fid_to_teacher"] > 0
 
 
 def test_config_is_kept_as_given() -> None:

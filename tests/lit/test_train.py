@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 from modiff.errors import ConfigError
 from modiff.lit.data.images import ImageDataModule
-from modiff.lit.modules.teacher import LitTeacher
+from modiff.lit.modules.teacher import LitClassifier, LitTeacher
 from modiff.metrics.features import load_feature_network
 from modiff.metrics.statistics import FeatureStatistics
 from modiff.teachers.zoo import TeacherSpec, load_teacher
@@ -125,6 +127,53 @@ def test_teacher_is_trained_stopped_continued_and_exported(modiff, parquet, tmp_
     longer = load_teacher(TeacherSpec(path=str(out / "export")))
     assert longer.sample_shape == (1, 8, 8)
     assert not torch.equal(longer.denoiser.conv_in.weight, first["conv_in.weight"])
+
+
+def test_finished_training_repeated_exports_the_same_weights(modiff, parquet, tmp_path) -> None:
+    args = ("train", "--config", recipe(tmp_path, TEACHER, parquet), "--output", tmp_path / "out")
+    exported = []
+    for _ in range(2):  # a stop behind the last step leaves the same state as a finished training
+        assert modiff(*args)[0] == 0
+        exported.append(next((tmp_path / "out" / "export").rglob("*.safetensors")).read_bytes())
+    assert exported[0] == exported[1]
+
+
+@pytest.mark.parametrize(
+    "options", [("--trainer.max_steps", "5"), ("--trainer.max_epochs", "2")], ids=["steps", "epochs"]
+)
+@pytest.mark.parametrize("kind", ["teacher", "classifier"])
+def test_training_stopped_by_a_signal_goes_on_bit_for_bit(
+    modiff, parquet, tmp_path, monkeypatch, kind, options
+) -> None:
+    text, module = {"teacher": (TEACHER, LitTeacher), "classifier": (CLASSIFIER, LitClassifier)}[kind]
+    text = text.replace("max_steps: 3, ", "").replace("max_steps: 2, ", "").replace("checkpoint_every: 1", "")
+    args = ("train", "--config", recipe(tmp_path, text, parquet), *options, "--data.horizontal_flips", "true")
+    status, _, err = modiff(*args, "--output", tmp_path / "whole")
+    assert status == 0, err
+    step = module.training_step
+
+    def stop(self, batch):
+        if self.trainer.global_step == 3:  # the first batch of the second epoch
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "training_step", stop)
+        status, _, err = modiff(*args, "--output", tmp_path / "part")
+    assert status == 75
+    assert "interrupted by SIGUSR1; the same command goes on where this one stopped" in err
+    saved = torch.load(tmp_path / "part" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert saved["global_step"] == 4  # its checkpoint is of the step in which it was stopped
+    status, _, err = modiff(*args, "--output", tmp_path / "part")
+    assert status == 0, err
+    for pattern in ("export/**/*.safetensors", "checkpoints/last.ckpt"):
+        whole, part = (next((tmp_path / name).glob(pattern)) for name in ("whole", "part"))
+        if pattern.endswith("safetensors"):
+            assert whole.read_bytes() == part.read_bytes()
+            continue
+        states = [torch.load(path, weights_only=False) for path in (whole, part)]
+        for key in ("state_dict", "optimizer_states", "random_states"):
+            assert str(states[0][key]) == str(states[1][key])
 
 
 def test_other_training_in_the_same_directory_is_refused(modiff, parquet, tmp_path) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from modiff.lit.runs import wandb as wandb_logger
-from modiff.lit.runs.wandb import finish_wandb, has_credentials, make_wandb_logger
+from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
 
 
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch, tmp_path) -> None:
     """No key, no netrc, no mode, no directory of the user's."""
-    for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR", "WANDB_NAME", "WANDB_RUN_ID"):
         monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(wandb_logger, "unreachable", lambda: None)
+    # W&B's own answer is tested apart from the modes.
+    monkeypatch.setattr(wandb_logger, "has_credentials", lambda: "WANDB_API_KEY" in os.environ)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(key, str(tmp_path / key))
@@ -25,7 +34,7 @@ class Fake:
 
     def __init__(self, **options) -> None:
         Fake.made.append(options)
-        self.experiment = type("Run", (), {"dir": "x/offline-run-1/files", "finish": lambda *_: 1 / 0})()
+        self.experiment = type("Run", (), {"dir": "x/offline-run-1/files", "finish": lambda *_, **__: 1 / 0})()
 
 
 @pytest.fixture
@@ -35,15 +44,20 @@ def fake(monkeypatch) -> list[dict]:
     return Fake.made
 
 
-def test_credentials_come_from_the_environment_or_netrc(monkeypatch, tmp_path) -> None:
-    assert not has_credentials()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    (tmp_path / "netrc").chmod(0o600)
-    assert has_credentials()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not has_credentials()
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert has_credentials()
+def test_credentials_are_those_that_wandb_finds(tmp_path) -> None:
+    """In a process of its own: W&B keeps what it found. `wandb login` writes by the same function as here."""
+    code = """
+import json, sys
+from wandb.sdk.lib.wbauth import write_netrc_auth
+from modiff.lit.runs.wandb import has_credentials
+found = [has_credentials()]
+write_netrc_auth(host="https://api.wandb.ai", api_key="x" * 40)
+found.append(has_credentials())
+print(json.dumps(found))
+"""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_MODE")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=keep)
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, True], done.stderr
 
 
 def test_auto_without_credentials_is_offline_and_says_how_to_sync(fake, tmp_path, capsys) -> None:
@@ -65,7 +79,7 @@ def test_online_without_credentials_is_offline_with_a_line(fake, tmp_path, capsy
     make_wandb_logger("online", tmp_path, "name", {})
     assert fake[0]["offline"] is True
     first, second = capsys.readouterr().out.splitlines()
-    assert "--wandb online, but there are no credentials (WANDB_API_KEY or netrc); logging offline instead" in first
+    assert first == "W&B: there are no credentials (WANDB_API_KEY, or `wandb login`); logging offline instead."
     assert "wandb sync" in second
 
 
@@ -81,6 +95,72 @@ def test_only_rank_0_opens_a_run(fake, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(wandb_logger.rank_zero_only, "rank", 1)
     assert make_wandb_logger("offline", tmp_path, "name", {}) is None
     assert fake == []
+
+
+def test_key_without_a_network_is_an_offline_run(fake, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb_logger, "unreachable", lambda: "api.wandb.ai is out of reach: no route")
+    make_wandb_logger("auto", tmp_path, "name", {})
+    assert fake[0]["offline"] is True
+    said = capsys.readouterr().out
+    assert "W&B: api.wandb.ai is out of reach: no route; logging offline instead." in said
+    assert "wandb sync" in said
+
+
+def test_server_is_tried_for_a_few_seconds_at_most(monkeypatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert "127.0.0.1 is out of reach" in wandb_logger.unreachable()
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert wandb_logger.unreachable() is None
+
+
+def test_online_that_does_not_start_goes_offline(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    Fake.made = []
+
+    def picky(**options):
+        if not options["offline"]:
+            raise RuntimeError("quota")
+        return Fake(**options)
+
+    monkeypatch.setattr(wandb_logger, "WandbLogger", picky)
+    assert make_wandb_logger("online", tmp_path, "name", {}) is not None
+    assert "W&B: not available (RuntimeError: quota); logging offline instead." in capsys.readouterr().out
+
+
+def test_variables_of_wandb_win(fake, tmp_path, monkeypatch) -> None:
+    for key, text in {
+        "DIR": str(tmp_path / "w"),
+        "NAME": "mine",
+        "RUN_GROUP": "g",
+        "JOB_TYPE": "j",
+        "TAGS": "t",
+    }.items():
+        monkeypatch.setenv(f"WANDB_{key}", text)
+    make_wandb_logger("offline", tmp_path, "name", {}, "group", "evaluate", ["tag"])
+    assert [fake[0][key] for key in ("name", "group", "job_type", "tags")] == [None] * 4  # W&B reads its own
+    assert fake[0]["save_dir"] == str(tmp_path / "w")
+
+
+def test_run_that_is_started_again_keeps_its_id(fake, tmp_path) -> None:
+    for _ in range(2):
+        make_wandb_logger("offline", tmp_path, "name", {})
+    assert fake[0]["id"] == fake[1]["id"] == json.loads((tmp_path / "wandb.json").read_text())["id"]
+    assert fake[0]["resume"] == "allow"
+    make_wandb_logger("offline", tmp_path / "other", "name", {})
+    assert fake[2]["id"] != fake[0]["id"]
+
+
+def test_upload_that_does_not_end_is_not_waited_for(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(wandb_logger, "FINISH_S", 0.05)
+    ends = threading.Event()
+    run = type("Run", (), {"dir": "x/run-1/files", "finish": lambda *_, **__: ends.wait(60)})()
+    finish_wandb(type("Logger", (), {"experiment": run})())
+    ends.set()
+    assert "the upload did not end within 0 s; upload the rest with: wandb sync x/run-1" in capsys.readouterr().out
 
 
 def test_failure_to_start_is_a_line(tmp_path, capsys, monkeypatch) -> None:
@@ -101,9 +181,14 @@ def test_failure_to_close_is_a_line(fake, tmp_path, capsys) -> None:
 def test_failure_inside_wandb_does_not_stop_a_run(modiff, recipe, tmp_path, monkeypatch) -> None:
     from lightning.pytorch.loggers import Logger
 
+    def broken(*_, **__) -> None:
+        raise ConnectionError("gone")
+
     class Broken(Logger):
         name = version = "broken"
-        experiment = type("Run", (), {"dir": "x/y", "finish": lambda *_: None})()
+        experiment = type(
+            "Run", (), {"dir": "x/y", "finish": lambda *_, **__: None, "log": broken, "define_metric": broken}
+        )()
 
         def __init__(self, **_) -> None:
             super().__init__()

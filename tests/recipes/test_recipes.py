@@ -16,7 +16,8 @@ from modiff.config.quant import QuantConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+OTHERS = ("sweeps", "trainer", "kubernetes")  # grids over recipes, overlays, and manifests
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in OTHERS)
 TRAINED = [path for path in RECIPES if "class_path" in yaml.safe_load(path.read_text())["model"]]
 ALL_DRAWN = [path for path in RECIPES if path not in TRAINED]
 # Of the paper's rows, which are generated and checked one by one elsewhere, the first of each teacher.

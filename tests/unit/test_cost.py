@@ -315,3 +315,12 @@ def test_cost_inside_a_trajectory_is_refused():
     model = student()
     with modiff.trajectory(model), pytest.raises(TrajectoryError, match="already open"):
         modiff.cost(model, *ARGS)
+
+
+def test_peak_state_adds_the_codes_of_the_widest_input():
+    """On a GPU one operator's codes, a byte each, are there beside all states."""
+    found = modiff.cost(student("w8a8-modiff"), *noise(1)[0])
+    widest = 8 * 8 * 8  # conv_out reads 8 channels of 8x8 pixels
+    assert found.peak_state_mib_per_image == pytest.approx(found.state_mib_per_image + widest / 2**20)
+    plain = modiff.cost(denoiser(), *noise(1)[0])
+    assert plain.peak_state_mib_per_image == plain.state_mib_per_image == 0

@@ -91,7 +91,12 @@ WHY_NOT = [
     (nn.Linear(2, 2), QuantSpec(8), QuantSpec(4, "channel"), "scales per channel do not factor out of the sum"),
     (nn.Linear(2, 2), QuantSpec(8, "group", group_size=2), QuantSpec(4), "weight scales per group do not factor out"),
     (nn.Linear(2, 2), QuantSpec(8, symmetric=False), QuantSpec(4), "asymmetric 8-bit weight codes"),
-    (nn.Linear(2, 2), QuantSpec(8), QuantSpec(8, symmetric=False), "asymmetric 8-bit codes less their zero point"),
+    (
+        nn.ConvTranspose2d(2, 2, 2),
+        QuantSpec(8),
+        QuantSpec(8, symmetric=False),
+        "asymmetric 8-bit codes less their zero",
+    ),
     (nn.Conv3d(2, 2, 1), QuantSpec(8), QuantSpec(4), "there is no integer Conv3d"),
     (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), QuantSpec(8), QuantSpec(4), "padded by 'circular'"),
     (nn.Conv2d(2, 2, 2, padding="same"), QuantSpec(8), QuantSpec(4), "not the same at both ends"),

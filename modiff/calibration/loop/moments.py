@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modiff.errors import CalibrationError
+from modiff.kernels.transposed import stuffed
+from modiff.operators.adapters import ConvTransposeAdapter
 from modiff.operators.quantized import QuantizedOperator
+
+TRANSPOSED = ConvTransposeAdapter.types
 
 
 @dataclass
@@ -77,9 +82,9 @@ def no_data(name: str) -> CalibrationError:
 
 def group_shape(operator: QuantizedOperator) -> tuple[int, int, int]:
     """Return ``(groups, output channels of a group, K)`` of an operator."""
-    groups = int(getattr(operator.module, "groups", 1))
-    shape = operator.weight_shape
-    return groups, shape[0] // groups, shape[1:].numel()
+    shape = operator.shape
+    size = shape.in_channels // shape.groups * math.prod(shape.kernel)
+    return shape.groups, shape.out_channels // shape.groups, size
 
 
 def moment_bytes(operator: QuantizedOperator) -> int:
@@ -93,7 +98,7 @@ def input_vectors(module: Any, kind: str, x: Tensor, positions: Tensor) -> Tenso
 
     Args:
         module: The original operator; any stride, padding, padding mode, dilation and groups.
-        kind: ``linear`` or ``conv``.
+        kind: ``linear`` or ``conv`` (transposed ones too).
         x: Its input, batched.
         positions: int64 ``[n]``, indices into the output's places: ``[batch, *spatial]`` of a Conv, all dims but the
             last of a Linear, flattened.
@@ -109,6 +114,12 @@ def input_vectors(module: Any, kind: str, x: Tensor, positions: Tensor) -> Tenso
     if kind == "linear":
         return x.reshape(-1, x.shape[-1])[positions][:, None]
     spatial = x.ndim - 2
+    if isinstance(module, TRANSPOSED):
+        shape = ConvTransposeAdapter().shape(module)
+        windows = stuffed(x, shape)
+        for dim, (kernel, dilation) in enumerate(zip(shape.kernel, shape.dilation, strict=True)):
+            windows = windows.unfold(dim + 2, (kernel - 1) * dilation + 1, 1)[..., ::dilation]
+        return _chosen(windows.flip(tuple(range(2 + spatial, 2 + 2 * spatial))), positions, spatial, module.groups)
     # PyTorch keeps the padding that the kernel needs here, whether it was given as numbers or as 'same'.
     pad = module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -116,11 +127,13 @@ def input_vectors(module: Any, kind: str, x: Tensor, positions: Tensor) -> Tenso
     for dim in range(spatial):
         reach = (module.kernel_size[dim] - 1) * module.dilation[dim] + 1
         windows = windows.unfold(dim + 2, reach, module.stride[dim])[..., :: module.dilation[dim]]
-    sizes = (windows.shape[0], *windows.shape[2 : 2 + spatial])
-    # The windows are views; only those asked for are copied.
-    places = torch.unravel_index(positions, sizes)
-    chosen = windows.movedim(1, 1 + spatial)[places]
-    return chosen.reshape(len(positions), module.groups, -1)
+    return _chosen(windows, positions, spatial, module.groups)
+
+
+def _chosen(windows: Tensor, positions: Tensor, spatial: int, groups: int) -> Tensor:
+    """Copy the windows asked for; all of them are views ``[batch, in, *places, *kernel]``."""
+    places = torch.unravel_index(positions, (windows.shape[0], *windows.shape[2 : 2 + spatial]))
+    return windows.movedim(1, 1 + spatial)[places].reshape(len(positions), groups, -1)
 
 
 def output_vectors(module: Any, kind: str, y: Tensor, positions: Tensor) -> Tensor:

@@ -59,6 +59,27 @@ def sentences(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [sentence(name, entry, student) for entry in results for name, student in entry["students"].items()]
 
 
+FLOAT = ("simulate", "full precision")
+
+
+def unequal_arms(students: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A sentence where students run different shares of their operators in integers; no sentence where they do not.
+
+    Args:
+        students: The entries of :func:`backends` for each student.
+
+    >>> unequal_arms({"a": [{"backend": "onednn"}], "b": [{"backend": "simulate"}]})
+    ['UNEQUAL ARMS: a runs 1 of 1 operators in integers, b 0 of 1. Their speeds do not compare the methods.']
+    """
+    shares = {n: (sum(e["backend"] not in FLOAT for e in rows), len(rows)) for n, rows in students.items()}
+    if len(set(shares.values())) < 2:
+        return []
+    first, *rest = shares.items()
+    parts = [f"{first[0]} runs {first[1][0]} of {first[1][1]} operators in integers"]
+    parts += [f"{name} {integers} of {whole}" for name, (integers, whole) in rest]
+    return [f"UNEQUAL ARMS: {', '.join(parts)}. Their speeds do not compare the methods."]
+
+
 def sentence(name: str, entry: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     """Say plainly whether a student is faster than the teacher, and which stage costs or saves the time.
 

@@ -63,7 +63,12 @@ class ActivationCache(Callback):
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Close the trajectory, which reports NaN or Inf, and count its evaluations."""
-        facts = outputs["facts"]
+        facts, first = outputs["facts"], int(outputs["index"][0])
+        if "teacher" in outputs and outputs["new"] and not bool(torch.isfinite(outputs["teacher"]).all()):
+            raise TrajectoryError(
+                f"NaN or Inf in the teacher's images {first} to {first + len(outputs['index']) - 1}. Use another "
+                "precision (--trainer.precision 32-true); finished batches are kept."
+            )
         if self._run is not None:
             self._stack.close()
             facts["evaluations"], facts["quantized"] = self._run.total, self._run.quantized
@@ -101,7 +106,27 @@ def state_of_one_image(module: LitStudent) -> float:
     """
     index = torch.zeros(1, dtype=torch.long)
     args, kwargs = module.inputs(module.noise(index), index)
-    return cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
+    with module.in_precision():
+        return cost(module.student, *args, **kwargs).state_mib_per_image * module.rows_per_image
+
+
+def explain_out_of_memory(error: BaseException, module: LitStudent, batch_size: int, where: str) -> ConfigError | None:
+    """What to do about an allocation that failed; None where that was not the trouble.
+
+    The batch that would fit is from the cost model: what is not weights or state is taken to grow with the batch.
+    """
+    text = str(error).lower()
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in text:
+        return None
+    each, free = state_of_one_image(module), free_mib(module.device)
+    fits = max(1, min(batch_size // 2, int(0.5 * free / each) if each else batch_size // 2))
+    smaller = f"batch {fits} would fit (--data.batch_size {fits}, in another --output)"
+    return ConfigError(
+        f"Out of memory at {where}: the state of a batch of {batch_size} is {each * batch_size / 1024:.2f} GiB, and "
+        f"{free / 1024:.2f} GiB are free beside the models. "
+        + (f"By the cost model {smaller}." if batch_size > 1 else "Not even one image fits; take a larger device.")
+        + " Finished batches are kept."
+    )
 
 
 def refuse_overflow(each: float, batch_size: int, device: torch.device, option: str = "--data.batch_size") -> None:

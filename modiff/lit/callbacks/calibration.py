@@ -23,6 +23,7 @@ from modiff.lit.callbacks.progress import duration
 from modiff.lit.modules.calibration_config import NOISE_STREAM, CalibrationConfig
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.runs.cache import calibration_key
+from modiff.lit.runs.control import current
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.cache import cache_folder
 from modiff.storage.locks import locked
@@ -110,6 +111,7 @@ class Calibration(Callback):
 
 def tell(trainer: Trainer, done: int, total: int, what: str, seconds_left: float | None) -> None:
     """Tell the callbacks how far the calibration is; if a stage holds many operators, name the first one."""
+    current().step(f"calibration, {done} of {total} stages, {what[:60]}")
     first, *more = what.split(", ")
     what = f"{first} and {len(more)} more" if len(more) > 1 else what
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ class Cost(Callback):
         assert evaluations is not None
         index, rows = torch.arange(1), module.rows_per_image  # costs are per row; guidance evaluates two for an image
         args, kwargs = module.inputs(module.noise(index), index)
-        with trainer.precision_plugin.forward_context():  # as the images were drawn
+        with module.in_precision():  # as the images were drawn
             student = cost(module.student, *args, evaluations=evaluations["total"], **kwargs)
             teacher = cost(module.teacher, *args, **kwargs)
         module.result.cost = {
@@ -64,7 +64,7 @@ class Cost(Callback):
             for row in student.operators
         ]
         if self.rounds > 0:
-            with trainer.precision_plugin.forward_context():  # as the images were drawn
+            with module.in_precision():  # as the images were drawn
                 module.result.timing = self.time(module, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
     def time(self, module: LitStudent, batch_size: int) -> Timing:

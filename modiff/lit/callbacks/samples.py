@@ -15,6 +15,7 @@ from modiff.errors import ModiffError
 from modiff.lit.modules.student import LitStudent, to_unit_range
 from modiff.lit.report.image_grids import image_grid, save_picture, to_pixels
 from modiff.lit.runs.batch_store import BatchStore
+from modiff.lit.runs.shards import ShardWriter
 from modiff.storage.atomic import write_file
 
 
@@ -26,12 +27,16 @@ class Samples(Callback):
             floats in ``samples.safetensors``, and ``images/``.
         count: Samples in the grid.
         save_images: Write every image as ``images/<who>/<index>.png``.
+        shards: Writes them as shards.
     """
 
-    def __init__(self, folder: Path, count: int = 24, save_images: bool = False) -> None:
+    def __init__(
+        self, folder: Path, count: int = 24, save_images: bool = False, shards: ShardWriter | None = None
+    ) -> None:
         self.folder = folder
         self.count = count
         self.save_images = save_images
+        self.shards = shards
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LitStudent, outputs: dict[str, Any], *_: Any) -> None:
         """Store the batch; write its images."""
@@ -39,6 +44,8 @@ class Samples(Callback):
         if outputs["new"] and pl_module.store is not None:
             images = {kind: outputs[kind] for kind in kinds}
             pl_module.store.save(int(outputs["index"][0]), images, outputs["facts"])
+        if self.shards is not None and pl_module.store is not None:
+            self.shards.batch_done(int(outputs["index"][0]), pl_module.store)
         if self.save_images:
             for kind in kinds:
                 self._write(self.folder / "images" / kind, outputs[kind], outputs["index"], outputs["valid"])
@@ -50,6 +57,8 @@ class Samples(Callback):
         trainer.strategy.barrier("samples")
         if not trainer.is_global_zero or pl_module.store is None:
             return
+        if self.shards is not None:
+            self.shards.finish(pl_module.store)
         module_data: Any = trainer.datamodule  # type: ignore[attr-defined]
         count = min(self.count, module_data.num_images)
         rows = {k: to_unit_range(v) for k, v in first_images(pl_module.store, count, module_data.batch_size).items()}

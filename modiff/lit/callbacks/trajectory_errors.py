@@ -35,6 +35,25 @@ class TrajectoryErrors(Callback):
         """Measure on rank 0, after all images have been drawn."""
         if trainer.is_global_zero and self.num_images > 0:
             pl_module.result.errors = measure(pl_module, self.num_images)
+            warning = explosion(pl_module.result.errors)
+            if warning is not None:
+                print(warning)
+
+
+def explosion(errors: TrajectoryErrorTable) -> str | None:
+    """Where the student leaves its teacher for good, in one line; None where it stays within its size.
+
+    >>> explosion({"timesteps": [9, 5, 1], "sample_error": [0.1, 1.5, 40.0], "operators": [], "operator_error": []})
+    'The student left its teacher: x_t is 150% away from it at time step 5 (evaluation 2 of 3), and 4000% at the end.'
+    """
+    found = errors["sample_error"]
+    first = next((i for i, error in enumerate(found) if not error <= 1.0), None)  # NaN counts
+    if first is None:
+        return None
+    return (
+        f"The student left its teacher: x_t is {found[first]:.0%} away from it at time step "
+        f"{errors['timesteps'][first]} (evaluation {first + 1} of {len(found)}), and {found[-1]:.0%} at the end."
+    )
 
 
 def measure(module: LitStudent, num_images: int) -> TrajectoryErrorTable:

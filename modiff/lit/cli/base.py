@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modiff.errors import ConfigError
+from modiff.lit.callbacks.agreement import Agreement, own_signals
 from modiff.lit.callbacks.progress import progress_bar
+from modiff.lit.cli.documents import check_arguments
 from modiff.lit.cli.errors import plain_error
 from modiff.lit.runs.directory import RunDirectory
-from modiff.lit.runs.launchers import check_world_size
+from modiff.lit.runs.launchers import settle_rank
 
 FIXED_TRAINER = {"inference_mode": False, "use_distributed_sampler": False}
 
@@ -29,6 +32,7 @@ class ModiffCLI(LightningCLI):
     def __init__(self, command: str, args: Sequence[str], **kwargs: Any) -> None:
         self.command = command
         self.raw_args = list(args)
+        check_arguments(args)
         self.callbacks: list[Any] = []
         quiet()
         kwargs.setdefault("parser_kwargs", {"exit_on_error": False, "prog": f"modiff {command}", "allow_abbrev": False})
@@ -64,21 +68,37 @@ class ModiffCLI(LightningCLI):
         """Parse the arguments; a wrong field is reported once, in one plain sentence."""
         try:
             super().parse_arguments(parser, args)
-        except (ArgumentError, ValueError, TypeError) as error:
+        except (ArgumentError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(plain_error(error, parser)) from error
         for key, value in FIXED_TRAINER.items():
             if self.config.trainer[key] != value:
                 raise ConfigError(f"trainer.{key} must be {value}: modiff keeps state between evaluations. Remove it.")
         if not 0 <= self.config.seed < 2**32:
             raise ConfigError(f"seed is {self.config.seed}; allowed are whole numbers, 0 to {2**32 - 1}.")
-        check_world_size(self.config.trainer)
+        settle_rank(self.config.trainer)
 
     def instantiate_classes(self) -> None:
         """Build the classes; fields that only their class can check are refused here, as plainly."""
+        self._refuse_devices()
         try:
             super().instantiate_classes()
         except (ArgumentError, ValueError, TypeError) as error:
             raise ConfigError(plain_error(error)) from error
+
+    def _refuse_devices(self) -> None:
+        """Let Lightning look for the devices, before anything is written."""
+        given = self.config.trainer
+        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+        plain = {name: given[name] for name in names if isinstance(given[name], (str, int, list, type(None)))}
+        nothing = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
+        )
+        try:
+            Trainer(**plain, **nothing)
+        except KeyError:
+            return  # a variable of the launcher is missing; the Trainer itself says which, where it needs it
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def _set_seed(self) -> None:
         seed_everything(self.config.seed, workers=True, verbose=False)
@@ -95,8 +115,10 @@ class ModiffCLI(LightningCLI):
 
     @property
     def output_path(self) -> Path:
-        """``--output``, or the directory named after the recipe."""
-        return Path(self.config.output or Path("runs") / self.recipe)
+        """``--output``, or the directory named after the recipe; a run of a W&B sweep has one of its own."""
+        sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+        own = Path("sweeps") / sweep / run if sweep and run else Path(self.recipe)
+        return Path(self.config.output or Path("runs") / own)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build nothing yet: :meth:`make_trainer` does, once the output directory is known."""
@@ -116,9 +138,10 @@ class ModiffCLI(LightningCLI):
         for key, value in kwargs.items():
             if config.get(key) is None:
                 config[key] = value
+        config["callbacks"].append(Agreement(config["default_root_dir"]))
         try:
-            return Trainer(**config)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+            return own_signals(Trainer(**config))
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def dump(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from modiff.errors import ConfigError
+from modiff.lit.cli.documents import check_arguments
 
 KINDS = {"int": "whole numbers", "float": "numbers", "bool": "true, false", "str": "texts", "NoneType": "null"}
 _TYPE = r"(?:<class '\w+'>|typing\.Literal\[[^\]]*\])"
@@ -25,9 +26,10 @@ def parse_plainly(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     Raises:
         ConfigError: The parser refuses the arguments.
     """
+    check_arguments(args)
     try:
         return parser.parse_args(list(args))
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(plain_error(error, parser)) from error
 
 

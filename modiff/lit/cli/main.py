@@ -7,8 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from modiff.errors import ModiffError
-
 COMMANDS = {
     "evaluate": (
         "modiff.lit.commands.evaluate",
@@ -29,11 +27,14 @@ COMMANDS = {
         "draw images with the student, or without quantization with the teacher",
     ),
     "train": ("modiff.lit.commands.train", "train a small teacher, or the classifier that measures its images"),
+    "dashboard": ("modiff.lit.commands.dashboard", "the W&B workspace and report of a project, or both as JSON"),
     "statistics": (
         "modiff.lit.commands.statistics",
         "feature statistics of real images, the reference of a Fréchet distance",
     ),
 }
+
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def help_text() -> str:
@@ -55,7 +56,11 @@ Every field of a recipe can be overridden by its dotted name:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 1 refused or failed, 2 wrong usage, 130 interrupted)."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted, 75 interrupted and to be requeued.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -69,19 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"modiff: unknown command {command!r}; allowed are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[command][0])
-    try:
-        return int(getattr(module, command)(rest) or 0)
-    except ModiffError as error:
-        print(f"modiff {command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"modiff {command}: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
-        return 130
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"modiff {command}: {os.strerror(error.errno) if error.errno else error}{where}.", file=sys.stderr)
-        return 1
+    for name in RANKS:  # Lightning reads them when it is imported
+        if not os.environ.get(name, "0").isdecimal():
+            print(f"modiff: {name} is {os.environ[name]!r}; allowed are whole numbers. Unset it.", file=sys.stderr)
+            return 1
+    # Where a rank is lost, PyTorch prints the stack of its C++ code; one line of ours says it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from modiff.lit.runs.endings import run_command
+
+    return run_command(command, lambda: getattr(importlib.import_module(COMMANDS[command][0]), command)(rest))
 
 
 if __name__ == "__main__":

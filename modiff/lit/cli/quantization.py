@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from modiff.config.quant import QuantConfig
 from modiff.errors import ConfigError
+from modiff.lit.cli.documents import read_document, read_file
 from modiff.lit.modules.calibration_config import CalibrationConfig
 
 
@@ -90,7 +88,7 @@ def resolve_quantization(args: Sequence[str]) -> tuple[list[str], dict[str, Any]
             preset = parsed(value)
         else:
             rest += [key, value]
-            model = read_recipe(value).get("model")
+            model = read_file(value).get("model")
             if isinstance(model, dict):
                 preset = model.get("preset", preset)
                 config.read(model, value)
@@ -162,27 +160,11 @@ def parsed(text: str) -> Any:
     if text == "None":
         return None
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        value = read_document(text, "The command line")
+    except ConfigError as error:
+        if "is not YAML" in str(error):
+            return text
+        raise
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):  # YAML 1.1 wants a dot
         return float(value)
     return value
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """The content of a recipe file.
-
-    Raises:
-        ConfigError: It does not exist, or is not a mapping in YAML.
-    """
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise ConfigError(f"Recipe {path} {what}. Give a file, such as recipes/mnist/w8a4_modiff.yaml.")
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a recipe: it holds {content!r:.60}. Give a file with fields.")
-    return content or {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from modiff.config.checks import shown
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.cli.quantization import resolve_quantization
@@ -18,6 +19,8 @@ from modiff.lit.modules.student import LitStudent
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import short_hash
 from modiff.teachers.zoo import ZOO, Teacher
+
+MOST = 1_000_000
 
 
 class StudentCLI(ModiffCLI):
@@ -36,6 +39,11 @@ class StudentCLI(ModiffCLI):
             "--error_images", type=int, default=4, help="Number of samples for the error curves; 0 skips them."
         )
         parser.add_argument("--timing_rounds", type=int, default=3, help="Rounds of timing; 0 skips it.")
+        parser.add_argument("--shards", type=Literal["tar", "npz"] | None, default=None, help="Images as shards, too.")
+        parser.add_argument("--shard_images", type=int, default=1000, help="Images in a shard.")
+        if self.command == "evaluate":
+            text = "Folder of shards: their metrics, without drawing."
+            parser.add_argument("--from_images", type=str | None, default=None, help=text)
         if self.command == "quantize":
             parser.add_argument(
                 "--remainder_dtype",
@@ -49,11 +57,15 @@ class StudentCLI(ModiffCLI):
         """Resolve the quantization first: ``--model.config.FIELD`` overrides a field of the preset too."""
         if any(str(arg).endswith(".help") for arg in args):
             super().parse_arguments(parser, args)  # prints it and exits
+        args = [str(arg).replace("--from-images", "--from_images", 1) for arg in args]
         rest, quantization, calibration = resolve_quantization(args)
         # The last option wins over the recipes, which jsonargparse reads as well.
         rest += ["--model.preset=null", f"--model.config={json.dumps(quantization)}"]
         rest += [f"--model.calibration={json.dumps(calibration)}"]
         super().parse_arguments(parser, rest)
+        for name, low in (("sample_count", 1), ("error_images", 0), ("timing_rounds", 0)):
+            if not low <= self.config[name] <= MOST:
+                raise ConfigError(f"{name} is {shown(self.config[name])}; allowed are whole numbers, {low} to {MOST}.")
         if self.config.ckpt is not None:
             self._check_checkpoint(Path(self.config.ckpt), quantization, calibration)
         self._fill_in_teacher_defaults()
@@ -106,8 +118,14 @@ class StudentCLI(ModiffCLI):
             "seed": config.seed,
             "precision": config.trainer.precision,
             "ckpt": None if config.ckpt is None else checkpoint_digest(Path(config.ckpt)),
+            **self._shards_identity(),
             **self.datamodule.identity(),
         }
+
+    def _shards_identity(self) -> dict[str, Any]:
+        """The images that were given, where they are not drawn."""
+        given = self.config.get("from_images")
+        return {} if given is None else {"from_images": short_hash((Path(given) / "shards.json").read_text())}
 
     @property
     def num_images(self) -> int:

@@ -17,14 +17,16 @@ from lightning.pytorch import Trainer
 
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.bench.arms import COMPILED, EAGER, Bench
-from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table
+from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table, unequal_arms
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.compare import split_forwarded, unique_names
 from modiff.lit.modules.student import LitStudent
 from modiff.lit.modules.teacher import compiler_problem
+from modiff.lit.runs.control import current
 from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.launchers import settle_single_rank
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.atomic import write_json, write_text
 from modiff.student.swap import describe
@@ -69,6 +71,7 @@ def make_parser() -> ArgumentParser:
 
 def bench(args: Sequence[str]) -> int:
     """``modiff bench A.yaml B.yaml ...``."""
+    settle_single_rank("bench")
     own, forwarded = split_forwarded(args)
     options = parse(own)
     names = unique_names(options.recipes)
@@ -84,7 +87,7 @@ def bench(args: Sequence[str]) -> int:
     if run.complete and run.resumed:
         print(f"{run.path} holds this very bench, complete; nothing to do (--overwrite true repeats it).")
         return 0
-    with _threads(options.threads):
+    with current().marking(run), _threads(options.threads):
         trainer = _trainer(next(iter(clis.values())))
         modules = build(clis, trainer.strategy.root_device, options.channels_last)
         rank_zero(run.claim, "bench")
@@ -98,7 +101,8 @@ def bench(args: Sequence[str]) -> int:
             "compiler_problem": problem,
             "provenance": provenance(trainer.strategy.root_device, clis),
         }
-    finish(run, {**facts, "summary": sentences(results), "results": results})
+    unequal = unequal_arms({name: student["backends"] for name, student in facts["students"].items()})
+    finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
     return 0
 
 

@@ -16,6 +16,7 @@ from modiff.errors import ConfigError
 from modiff.lit.cli.base import recipe_name
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
+from modiff.lit.cli.sweeps import Arm, is_sweep, sweep_arms
 from modiff.lit.commands.evaluate import evaluate_recipe
 from modiff.lit.report import plots
 from modiff.lit.report.image_grids import labelled_rows, save_picture
@@ -23,7 +24,7 @@ from modiff.lit.report.pages import COMPARED_SAMPLES, SAMPLES, write_compare_rep
 from modiff.lit.report.result import Result
 from modiff.lit.report.tables import FULL_PRECISION, markdown_table, metrics_table
 from modiff.lit.runs.directory import RunDirectory
-from modiff.lit.runs.running import rank_zero
+from modiff.lit.runs.running import rank_zero, running
 from modiff.storage.atomic import write_json, write_text
 from modiff.storage.hashing import short_hash
 
@@ -39,7 +40,7 @@ def make_parser() -> ArgumentParser:
         description="Evaluate several recipes against the same teacher images, drawn once. Options that begin with "
         "--model., --data. or --trainer. go to every recipe.",
     )
-    parser.add_argument("recipes", nargs="+", type=str, help="Recipe files of modiff evaluate.")
+    parser.add_argument("recipes", nargs="+", type=str, help="Recipes of modiff evaluate, or sweeps over them.")
     parser.add_argument("--output", type=str, default="runs/compare", help="Directory of the comparison.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace another run in --output.")
     parser.add_argument("--num_images", type=int | None, default=None, help="Images; None: what the recipes say.")
@@ -55,25 +56,21 @@ def compare(args: Sequence[str]) -> int:
     """``modiff compare A.yaml B.yaml ...``."""
     own, forwarded = split_forwarded(args)
     options = parse_plainly(make_parser(), own)
-    names = unique_names(options.recipes)
     folder = Path(options.output)
     # Every recipe is parsed before anything is written or drawn.
-    clis = {name: _parse(name, path, options, forwarded) for name, path in zip(names, options.recipes, strict=True)}
+    clis = {arm.name: _parse(arm, options, forwarded) for arm in arms_of(options.recipes)}
     shared = shared_identity(clis)
     identity = {"command": "compare", "recipes": {name: cli.identity() for name, cli in clis.items()}}
     run = RunDirectory(folder, identity, options.overwrite)
-    rank_zero(run.claim, "compare")
     teacher_images = folder / "teacher"
     rows: list[tuple[str, Result]] = []
-    try:
+    with running(run):
+        rank_zero(run.claim, "compare")
         for position, (name, cli) in enumerate(clis.items(), start=1):
             images = f"{cli.num_images} images, {cli.config.model.steps} steps"
             rank_zero(print, f"\n[{position}/{len(clis)}] {name}: {images}")
             rows.append((name, evaluate_recipe(cli, teacher_images, group=f"compare-{short_hash(shared)}")))
-    except KeyboardInterrupt:
-        rank_zero(run.mark, "interrupted")
-        raise
-    rank_zero(_finish, run, rows)
+        rank_zero(_finish, run, rows)
     return 0
 
 
@@ -109,6 +106,20 @@ def unique_names(recipes: Sequence[str]) -> list[str]:
     return names
 
 
+def arms_of(recipes: Sequence[str]) -> list[Arm]:
+    """The recipes, and the runs of sweeps among them, each with a name of its own."""
+    plain = [recipe for recipe in recipes if not is_sweep(recipe)]
+    named = dict(zip(plain, unique_names(plain), strict=True))
+    arms: list[Arm] = []
+    for recipe in recipes:
+        arms += [Arm(named[recipe], recipe)] if recipe in named else sweep_arms(recipe)
+    names = [arm.name for arm in arms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"Two runs have the same name: {twice}. Give each recipe and sweep once.")
+    return arms
+
+
 def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
     """Everything that the teacher's images depend on; all recipes must agree on it.
 
@@ -139,8 +150,8 @@ def shared_identity(clis: dict[str, StudentCLI]) -> dict[str, Any]:
     return first
 
 
-def _parse(name: str, path: str, options: Namespace, forwarded: list[str]) -> StudentCLI:
-    args = ["--config", path, *forwarded, "--output", str(Path(options.output) / name)]
+def _parse(arm: Arm, options: Namespace, forwarded: list[str]) -> StudentCLI:
+    args = ["--config", arm.recipe, *arm.options, *forwarded, "--output", str(Path(options.output) / arm.name)]
     args += ["--overwrite", str(options.overwrite).lower(), "--wandb", options.wandb]
     for key in ("num_images", "ckpt", "seed"):
         if options[key] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +17,18 @@ from modiff.lit.callbacks.cost import Cost
 from modiff.lit.callbacks.fidelity import Fidelity
 from modiff.lit.callbacks.provenance import Provenance
 from modiff.lit.callbacks.samples import Samples
+from modiff.lit.callbacks.status import Status
 from modiff.lit.callbacks.trajectory_errors import TrajectoryErrors
 from modiff.lit.cli.student import StudentCLI
+from modiff.lit.modules.student import LitStudent
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.results import Writer, print_result, read_result
-from modiff.lit.runs.running import interruptible, rank_zero
-from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger
+from modiff.lit.runs.running import interruptible, rank_zero, running
+from modiff.lit.runs.shards import ShardStore, ShardWriter, disk_need, say_disk_need
+from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
+from modiff.lit.runs.wandb_content import log_pictures
 from modiff.storage.atomic import write_json, write_text
 
 
@@ -57,19 +62,30 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return read_result(run.path)
     fidelity = Fidelity.of(module)
-    claim(cli, run)
-    module.keep_batches(BatchStore(run.path / "partial"), BatchStore(teacher_images) if teacher_images else None)
-    logger = make_wandb_logger(cli.config.wandb, run.path, cli.recipe, cli.identity(), group)
-    writer = Writer(cli, run, logger)
+    store = given_images(cli, module) or BatchStore(run.path / "partial")
+    rank_zero(check_disk, cli, module, run.path, 2)
+    with running(run):
+        claim(cli, run)
+        module.keep_batches(store, BatchStore(teacher_images) if teacher_images else None)
+        return _evaluate(cli, run, module, fidelity, group)
+
+
+def _evaluate(cli: StudentCLI, run: RunDirectory, module: LitStudent, fidelity: Fidelity, group: str | None) -> Result:
     config = cli.config
+    logger = make_wandb_logger(
+        config.wandb, run.path, cli.recipe, cli.identity(), group, "evaluate", tags_of(module.spec.title, cli)
+    )
+    guarded = Guarded(logger, run.path)
+    writer = Writer(cli, run, logger, guarded)
     callbacks = [
         Calibration(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
         fidelity,
-        TrajectoryErrors(config.error_images),
-        Cost(config.timing_rounds),
-        Samples(run.path, config.sample_count, config.save_images),
+        TrajectoryErrors(0 if config.from_images else config.error_images),
+        Cost(0 if config.from_images else config.timing_rounds),
+        Samples(run.path, config.sample_count, config.save_images, shard_writer(cli, run.path)),
+        Status(run, guarded),
     ]
     trainer = cli.make_trainer(
         callbacks,
@@ -78,13 +94,44 @@ def evaluate_recipe(cli: StudentCLI, teacher_images: Path | None = None, group: 
     )
     start = time.perf_counter()
     try:
-        interruptible(run, trainer, lambda: trainer.test(module, datamodule=cli.datamodule, verbose=False))
+        interruptible(trainer, lambda: trainer.test(module, datamodule=cli.datamodule, verbose=False))
         if trainer.is_global_zero:
             writer.write(trainer, module, time.perf_counter() - start)
     finally:
-        finish_wandb(logger)
+        finish_wandb(logger, int(sys.exc_info()[0] is not None))
     trainer.strategy.barrier("written")
     return read_result(run.path)
+
+
+def given_images(cli: StudentCLI, module: LitStudent) -> ShardStore | None:
+    """The shards of ``--from_images``; a student whose images are there needs no calibration."""
+    if cli.config.from_images is None:
+        return None
+    store = ShardStore(Path(cli.config.from_images), cli.config.data.batch_size)
+    store.check(cli.num_images, module.image_shape)
+    module.calibrated = True
+    return store
+
+
+def shard_writer(cli: StudentCLI, folder: Path) -> ShardWriter | None:
+    """Where ``--shards`` asks for one."""
+    config = cli.config
+    if config.shards is None:
+        return None
+    return ShardWriter(folder / "shards", config.shards, config.shard_images, config.data.batch_size, cli.num_images)
+
+
+def check_disk(cli: StudentCLI, module: LitStudent, folder: Path, kinds: int) -> None:
+    """Say beforehand what the images take."""
+    config = cli.config
+    if config.get("from_images") is None:
+        shards, pictures = config.shards is not None, config.save_images
+        say_disk_need(folder, disk_need(cli.num_images, module.image_shape, kinds, shards, pictures))
+
+
+def tags_of(teacher: str, cli: StudentCLI) -> list[str]:
+    """What a W&B run is filtered by: the teacher, and the folder and name of the recipe."""
+    return sorted({part[:64] for part in (teacher, *cli.recipe.split("/")) if part})
 
 
 def claim(cli: StudentCLI, run: RunDirectory) -> None:
@@ -101,17 +148,32 @@ def sample(args: Sequence[str]) -> int:
     if run.complete and run.resumed:
         rank_zero(print, f"{run.path} holds this very run, complete; nothing to do (--overwrite true repeats it).")
         return 0
-    claim(cli, run)
-    module.keep_batches(BatchStore(run.path / "partial"))
+    rank_zero(check_disk, cli, module, run.path, 1)
+    with running(run):
+        claim(cli, run)
+        module.keep_batches(BatchStore(run.path / "partial"))
+        _sample(cli, run, module)
+    return 0
+
+
+def _sample(cli: StudentCLI, run: RunDirectory, module: LitStudent) -> None:
     config = cli.config
     callbacks = [
         Calibration(),
         ActivationCache(),
         Provenance(cli.recipe, cli.identity(), config.seed),
-        Samples(run.path, config.sample_count, save_images=True),
+        Samples(run.path, config.sample_count, config.shards is None, shard_writer(cli, run.path)),
     ]
-    trainer = cli.make_trainer(callbacks, logger=False, default_root_dir=run.path)
-    interruptible(run, trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
+    tags = tags_of(module.spec.title, cli)
+    logger = make_wandb_logger(config.wandb, run.path, cli.recipe, cli.identity(), None, "sample", tags)
+    guarded = Guarded(logger, run.path)
+    callbacks.append(Status(run, guarded))
+    trainer = cli.make_trainer(callbacks, logger=logger or False, default_root_dir=run.path)
+    try:
+        interruptible(trainer, lambda: trainer.predict(module, datamodule=cli.datamodule, return_predictions=False))
+        guarded(lambda found: log_pictures(found, run.path))
+    finally:
+        finish_wandb(logger, int(sys.exc_info()[0] is not None))
     if trainer.is_global_zero:
         counted, made = module.result.evaluations, module.result.provenance
         facts = {"num_images": cli.num_images, "seed": config.seed, "provenance": made, "evaluations": counted}
@@ -120,4 +182,3 @@ def sample(args: Sequence[str]) -> int:
         run.mark("complete")
         shutil.rmtree(run.path / "partial", ignore_errors=True)
         print(f"{cli.num_images} images in {run.path / 'images'}; a grid in {run.path / 'samples.png'}.")
-    return 0

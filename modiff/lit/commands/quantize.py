@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,14 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from modiff.errors import ConfigError
+from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.callbacks.calibration import Calibration
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.running import interruptible, rank_zero
-from modiff.storage.folder import check_target
+from modiff.lit.runs.running import interruptible, rank_zero, running
+from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
+from modiff.lit.runs.wandb_content import log_student
+from modiff.storage.folder import check_target, read_manifest
 from modiff.student.checkpoint import save
 
 
@@ -27,14 +32,35 @@ def quantize(args: Sequence[str]) -> int:
         raise ConfigError("Nothing is quantized: give --model.preset, for example w4a4-modiff, or --model.config.")
     module = cli.prepare_model()
     folder = Path(cli.config.output or Path("runs") / cli.recipe / "student")
+    if not cli.config.overwrite and made_before(folder, module):
+        rank_zero(print, f"{folder} holds this very student; nothing to do (--overwrite true repeats it).")
+        return 0
     rank_zero(check_target, folder, cli.config.overwrite)  # before a calibration of minutes, not after
     pack = Pack(folder, cli.config.overwrite, cli.config.remainder_dtype)
     if module.calibrated:
         rank_zero(pack.write, module)
         return 0
-    trainer = cli.make_trainer([Calibration(), pack], logger=False)
-    interruptible(None, trainer, lambda: trainer.predict(module, DataLoader(Nothing()), return_predictions=False))
+    with running(None):
+        logs = folder.with_name(f"{folder.name}-logs")
+        logger = make_wandb_logger(cli.config.wandb, logs, cli.recipe, cli.identity(), None, "quantize")
+        trainer = cli.make_trainer([Calibration(), pack], logger=logger or False)
+        try:
+            interruptible(trainer, lambda: trainer.predict(module, DataLoader(Nothing()), return_predictions=False))
+            name = cli.recipe.replace("/", "-")
+            Guarded(logger, folder)(lambda run: log_student(run, module, name))
+        finally:
+            finish_wandb(logger, int(sys.exc_info()[0] is not None))
     return 0
+
+
+def made_before(folder: Path, module: LitStudent) -> bool:
+    """Whether a folder holds the student that this recipe makes."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    wanted = json.loads(json.dumps([dataclasses.asdict(module.config), module.origin()]))  # type: ignore[arg-type]
+    return [manifest.get("quant_config"), manifest.get("origin")] == wanted
 
 
 class Nothing(IterableDataset):

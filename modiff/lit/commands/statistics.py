@@ -14,6 +14,7 @@ from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.data.batches import DeviceBatches, ImageDataset
 from modiff.lit.data.images import ImageDataModule
+from modiff.lit.runs.launchers import settle_single_rank
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
@@ -40,6 +41,7 @@ def make_parser() -> ArgumentParser:
 def statistics(args: Sequence[str]) -> int:
     """Run ``modiff statistics --features NETWORK --data.path FOLDER --output FILE``."""
     quiet()
+    settle_single_rank("statistics")
     options = parse_plainly(make_parser(), args)
     data = ImageDataModule(**options.data.as_dict())
     output = Path(options.output)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
@@ -14,10 +16,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.lit.callbacks.status import Status
 from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
 from modiff.lit.data.images import ImageDataModule
-from modiff.lit.runs.running import interruptible, rank_zero
+from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.launchers import wanted_devices
+from modiff.lit.runs.running import interruptible, rank_zero, running
+from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
+from modiff.lit.runs.wandb_content import log_samples
 from modiff.storage.atomic import write_text
 
 
@@ -57,7 +64,14 @@ def train(args: Sequence[str]) -> int:
     run = cli.output_directory({"model": config.model.as_dict(), "data": data, "seed": config.seed})
     distance = distance_callback(config)  # refuses wrong files before anything is written
     rank_zero(cli.datamodule.setup, "fit")  # and this wrong data
-    rank_zero(run.claim, cli.recipe)
+    with running(run):
+        rank_zero(run.claim, cli.recipe)
+        _train(cli, run, distance)
+    return 0
+
+
+def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -> None:
+    config = cli.config
     rank_zero(lambda: write_text(run.path / "config.yaml", cli.dump()))
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
@@ -70,16 +84,53 @@ def train(args: Sequence[str]) -> int:
     if config.ema_decay is not None:
         decay = config.ema_decay**config.ema_every  # the same memory in optimizer steps
         callbacks.append(EMAWeightAveraging(decay=decay, update_every_n_steps=config.ema_every))
-    trainer = cli.make_trainer(callbacks, logger=CSVLogger(run.path, name="logs"), default_root_dir=run.path)
+    count_in_steps(cli)
+    callbacks.append(Status(run))
+    values = {"model": config.model.as_dict(), "seed": config.seed}
+    logger = make_wandb_logger(config.wandb, run.path, cli.recipe, values, None, "train", cli.recipe.split("/"))
+    loggers = [CSVLogger(run.path, name="logs"), *([logger] if logger else [])]
+    trainer = cli.make_trainer(callbacks, logger=loggers, default_root_dir=run.path)
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
     fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)
-    interruptible(run, trainer, fit)
+    try:
+        interruptible(trainer, fit)
+        use_finished_weights(cli.model, ckpt, trainer.max_steps)
+        Guarded(logger, run.path)(lambda found: log_samples(found, run.path / "samples"))
+    finally:
+        finish_wandb(logger, int(sys.exc_info()[0] is not None))
     if trainer.is_global_zero:
         cli.model.export(run.path / "export")
         run.mark("complete")
         print(f"Trained; exported to {run.path / 'export'}.")
-    return 0
+
+
+def use_finished_weights(module: LightningModule, ckpt: str | None, max_steps: int) -> None:
+    """Take the averaged weights of a checkpoint that had nothing left to train: Lightning then ends without them."""
+    if ckpt is None:
+        return
+    saved = torch.load(ckpt, map_location="cpu", weights_only=False)
+    if 0 < max_steps <= saved["global_step"]:
+        module.load_state_dict(saved["state_dict"])
+
+
+def count_in_steps(cli: TrainCLI) -> None:
+    """Say how long to train in optimizer steps, where the recipe says it in epochs.
+
+    Lightning goes on from the middle of an epoch to the very step only where it counts in steps.
+    """
+    trainer, data = cli.config_init.trainer, cli.datamodule
+    if trainer.max_steps != -1 or trainer.max_epochs == -1 or trainer.fast_dev_run:
+        return
+    world = wanted_devices(trainer.devices, trainer.accelerator) * int(trainer.num_nodes)
+    if data.train_set is None:
+        data.setup("fit")
+    batches, limit = len(data.train_set) // world // data.batch_size, trainer.limit_train_batches
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    epochs = 1000 if trainer.max_epochs is None else trainer.max_epochs  # Lightning's default
+    trainer.max_steps = epochs * -(-batches // trainer.accumulate_grad_batches)
+    trainer.max_epochs = -1
 
 
 def distance_callback(config: Namespace) -> list[TrainingDistance]:

@@ -1,4 +1,4 @@
-"""Batches cut from images that lie on the training device: no loader, no worker, no copy per batch."""
+"""Batches cut from images held as bytes: no worker, and an order that a checkpoint goes on with."""
 
 from __future__ import annotations
 
@@ -101,7 +101,12 @@ class DeviceBatches:
         return mine // self.batch_size if self.shuffle else -(-mine // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches ``{"image": float [B, C, H, W] in [0, 1], "label": int64 [B]}``, from where a checkpoint left off."""
+        """Batches from where a checkpoint left off.
+
+        Each is ``{"image": float [B, C, H, W] in [0, 1], "label": int64 [B], "number": int64 [B]}``. The number counts
+        the images seen since the first epoch began; it is the same on any number of ranks, so that noise can be drawn
+        for it.
+        """
         if not self.shuffle or self.position >= len(self):
             self.epoch += int(self.shuffle)
             self.position = 0
@@ -112,7 +117,9 @@ class DeviceBatches:
             if self.shuffle and self.dataset.flips:
                 images = flip(images, flips[part])
             self.position = number + 1
-            yield {"image": images.float().div_(255), "label": self.dataset.labels[index[part]]}
+            places = self.rank + self.world_size * torch.arange(part.start, part.start + len(images))
+            numbers = places + self.epoch * len(self.dataset)
+            yield {"image": images.float().div_(255), "label": self.dataset.labels[index[part]], "number": numbers}
 
     def _plan(self) -> tuple[Tensor, Tensor]:
         """Order of this epoch's images on this rank, and which of them are mirrored."""
@@ -126,9 +133,10 @@ class DeviceBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and place in it; Lightning writes them to its checkpoints."""
-        return {"epoch": self.epoch, "position": self.position, "images": len(self.dataset), "batch": self.batch_size}
+        batch = self.batch_size * self.world_size
+        return {"epoch": self.epoch, "position": self.position, "images": len(self.dataset), "batch": batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there; with other data or another batch size, at the start of that epoch."""
-        same = (state["images"], state["batch"]) == (len(self.dataset), self.batch_size)
+        """Go on there; with other data or another batch (of all ranks together), at the start of that epoch."""
+        same = (state["images"], state["batch"]) == (len(self.dataset), self.batch_size * self.world_size)
         self.epoch, self.position = state["epoch"], state["position"] if same else 0

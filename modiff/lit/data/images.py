@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from modiff.errors import ConfigError
 from modiff.lit.data.batches import DeviceBatches, ImageDataset
+from modiff.lit.data.decoding import byte_pixels, say_left_out
 
 
 class ImageDataModule(LightningDataModule):
@@ -25,7 +25,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: Images per batch and rank.
         limit_train: Use the first images only (for quick trials); None for all.
         horizontal_flips: Mirror each training image left to right with probability 1/2.
-        on_device: Hold all images on the training device as uint8 and cut batches there: no loader in the way.
+        on_device: Hold all images on the training device as uint8 and cut batches there, instead of on the CPU.
     """
 
     def __init__(
@@ -80,32 +80,25 @@ class ImageDataModule(LightningDataModule):
                 "Use a smaller batch."
             )
 
-    def train_dataloader(self) -> DataLoader | DeviceBatches:
+    def train_dataloader(self) -> DeviceBatches:
         """Shuffled training batches; incomplete ones are dropped."""
         assert self.train_set is not None
         return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader | DeviceBatches:
+    def val_dataloader(self) -> DeviceBatches:
         """Test images in order."""
         assert self.test_set is not None
         return self._loader(self.test_set, shuffle=False)
 
-    def _loader(self, dataset: ImageDataset, shuffle: bool) -> DataLoader | DeviceBatches:
-        if self.on_device:
-            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-            world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-            return DeviceBatches(dataset, self.batch_size, device, shuffle, torch.initial_seed(), world, rank)
-        sampler = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sampler = torch.utils.data.DistributedSampler(dataset, shuffle=shuffle)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle and sampler is None,
-            sampler=sampler,
-            drop_last=shuffle,
-            collate_fn=_as_is,
-        )
+    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, index: int) -> dict[str, Tensor]:
+        """Leave the numbers on the CPU: random numbers are drawn there, and the device is not waited for."""
+        moved = super().transfer_batch_to_device({k: v for k, v in batch.items() if k != "number"}, device, index)
+        return {**moved, "number": batch["number"]}
+
+    def _loader(self, dataset: ImageDataset, shuffle: bool) -> DeviceBatches:
+        device = self.trainer.strategy.root_device if self.trainer and self.on_device else torch.device("cpu")
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return DeviceBatches(dataset, self.batch_size, device, shuffle, torch.initial_seed(), world, rank)
 
     def _load(self) -> Any:
         import datasets
@@ -119,6 +112,7 @@ class ImageDataModule(LightningDataModule):
             if all(files.values()):
                 return datasets.load_dataset("parquet", data_files=files)
             if (folder / "train").is_dir() and (folder / "test").is_dir():
+                _say_left_out(folder)
                 return datasets.load_dataset("imagefolder", data_dir=str(folder))
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -145,8 +139,6 @@ class ImageDataModule(LightningDataModule):
         return datasets.load_dataset(self.name)
 
     def _decode(self, split: Any, limit: int | None) -> ImageDataset:
-        import numpy as np
-
         column = next((c for c in ("image", "img") if c in split.column_names), None)
         if column is None or "label" not in split.column_names:
             raise ConfigError(
@@ -154,18 +146,22 @@ class ImageDataModule(LightningDataModule):
             )
         if limit is not None:
             split = split.select(range(min(limit, len(split))))
-        mode = "L" if self.channels == 1 else "RGB"
         size = self.image_size
         out = torch.zeros(len(split), self.channels, size, size, dtype=torch.uint8)
         for i, image in enumerate(split[column]):
             if max(image.size) > size:
                 raise ConfigError(f"Image {i} is {image.size}, larger than data.image_size {size}. Raise it.")
-            pixels = torch.from_numpy(np.array(image.convert(mode)))
+            pixels = torch.from_numpy(byte_pixels(image, self.channels, str(i)))
             pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
             top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
             out[i, :, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
         return ImageDataset(out, torch.as_tensor(split["label"]))
 
 
-def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
+def _say_left_out(folder: Path) -> None:
+    """Say which files of an image folder the loader of ``datasets`` does not read."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    everything = [f for split in ("train", "test") for f in sorted((folder / split).rglob("*"))]
+    taken = [f for f in everything if f.suffix.lower() in ImageFolder.EXTENSIONS]
+    say_left_out(folder, everything, taken, "the loader of image folders does not read them")

@@ -7,7 +7,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from modiff.config.checks import shown
 from modiff.errors import ConfigError
+
+MOST = 10_000_000
+"""Images of a run, and of a batch: more would not end, and their indices alone fill the memory."""
 
 
 class NoiseDataModule(LightningDataModule):
@@ -31,6 +35,8 @@ class NoiseDataModule(LightningDataModule):
         for name, value in (("data.batch_size", batch_size), ("num_images", num_images)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; allowed are whole numbers, 1 or more.")
+            if value > MOST:
+                raise ConfigError(f"{name} is {shown(value)}; allowed are whole numbers, 1 to {MOST}.")
         self.batch_size = batch_size
         self.num_images = num_images
 

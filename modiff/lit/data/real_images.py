@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.lit.data.decoding import say_left_out, unit_pixels
 from modiff.metrics.features import count_features, network_name
 from modiff.metrics.fidelity import MAX_KEPT, ImageFidelity
 from modiff.metrics.statistics import FeatureStatistics
 from modiff.storage.cache import cache_folder
 from modiff.storage.hashing import hash_file, hash_json
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".gif")
 BATCH = 64
+DECODING = "16-bit grey is scaled"
+"""Names how files become numbers: statistics that were kept by a version which did otherwise are measured again."""
 
 
 class ReferenceImages:
@@ -37,11 +39,16 @@ class ReferenceImages:
     def __init__(self, path: str | Path, image_shape: tuple[int, int, int]) -> None:
         self.path = Path(path)
         self.image_shape = image_shape
-        folder = self.path.is_dir()
-        found = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in (".parquet", *IMAGES)) if folder else []
-        self.files = found if folder else [self.path]
-        if any(f.suffix == ".parquet" for f in self.files):
-            self.files = [f for f in self.files if f.suffix == ".parquet"]
+        self.files = [self.path]
+        if self.path.is_dir():
+            everything = sorted(self.path.rglob("*"))
+            self.files = [f for f in everything if f.suffix.lower() in IMAGES]
+            parquet = [f for f in everything if _is_parquet(f)]
+            self.files = parquet or self.files
+            read = (
+                "parquet files alone where there are any" if parquet else f"read are {', '.join(IMAGES)} and .parquet"
+            )
+            say_left_out(path, everything, self.files, read)
         first = next(iter(self), None)
         if first is None:
             raise ConfigError(
@@ -51,14 +58,15 @@ class ReferenceImages:
     def __iter__(self) -> Iterator[Tensor]:
         """Images as float ``[C, H, W]`` in [0, 1]."""
         for file in self.files:
-            pictures = _in_parquet(file) if file.suffix == ".parquet" else [(str(file), file.read_bytes())]
+            pictures = _in_parquet(file) if _is_parquet(file) else [(str(file), file.read_bytes())]
             for name, content in pictures:
                 yield self._decode(name, content)
 
     def _decode(self, name: str, content: bytes) -> Tensor:
         channels, height, width = self.image_shape
         try:
-            image = Image.open(io.BytesIO(content)).convert("L" if channels == 1 else "RGB")
+            image = Image.open(io.BytesIO(content))
+            pixels = unit_pixels(image, channels, name)
         except (UnidentifiedImageError, OSError) as error:
             raise ConfigError(f"Reference image {name} cannot be read ({error}). Remove or replace it.") from error
         if image.size != (width, height):
@@ -66,12 +74,12 @@ class ReferenceImages:
                 f"Reference image {name} is {image.width}x{image.height}, but the teacher draws {width}x{height}. "
                 "Crop or resize the reference images first."
             )
-        pixels = torch.from_numpy(np.array(image)).float().div(255)
-        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        values = torch.from_numpy(pixels).float()
+        return values[None] if values.ndim == 2 else values.permute(2, 0, 1)
 
     def digest(self) -> str:
         """Content hash of all files, in order, and of the size."""
-        return hash_json([list(self.image_shape), *(hash_file(file) for file in self.files)])
+        return hash_json([DECODING, list(self.image_shape), *(hash_file(file) for file in self.files)])
 
     def statistics(self, network: nn.Module, identity: str, device: torch.device) -> FeatureStatistics:
         """Feature statistics, read from the cache where the same images and network were measured before.
@@ -107,6 +115,10 @@ class ReferenceImages:
         found = metric.statistics("reference", with_features=True)
         found.save(cached)
         return found
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
 
 
 def _read_cached(path: Path) -> FeatureStatistics | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,14 @@ from modiff.errors import CalibrationError, ConfigError, ModiffError
 from modiff.lit.modules.calibration_config import CalibrationConfig
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
+from modiff.lit.runs.control import stopping
 from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
 from modiff.student.copies import shared_copy
 from modiff.student.swap import operators, quantize
 from modiff.student.tensors import slots
+from modiff.teachers.families import first_tensor
 from modiff.teachers.sampling.loop import sample, set_timesteps
 from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.sampling.schedulers import make_scheduler
@@ -251,9 +254,21 @@ class LitStudent(LightningModule):
         """``(channels, height, width)`` of the images."""
         return self.loaded.image_shape
 
+    def in_precision(self) -> AbstractContextManager[Any]:
+        """The context in which Lightning's precision plugin runs steps; callbacks are called outside of it."""
+        trainer = self._trainer
+        return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """Of the denoisers' parameters: a true precision of the Trainer's changes it, autocast does not."""
+        assert self.teacher is not None
+        return next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), torch.float32)
+
     def noise(self, indices: Tensor, stream: int = 0) -> Tensor:
-        """x_T (or the noise of a step) of samples ``indices`` ``[B]``, float32 ``[B, C, H, W]``."""
-        return indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream).to(self.device)
+        """x_T (or the noise of a step) of samples ``indices`` ``[B]``, ``[B, C, H, W]``; at least float32."""
+        noise = indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream)
+        return noise.to(self.device, torch.promote_types(torch.float32, self.denoiser_dtype))
 
     def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
         """Conditioning inputs of the denoiser for samples ``indices`` ``[B]``; the last batch's are cached."""
@@ -264,12 +279,31 @@ class LitStudent(LightningModule):
         return self._conditioning[1]
 
     def bind(self, denoiser: nn.Module, indices: Tensor) -> Callable[[Tensor, Any], Any]:
-        """``denoiser(x, t)`` with the conditions and the guidance of samples ``indices`` ``[B]``."""
-        return self.loaded.bind(denoiser, self.conditioning(indices), self.guidance)
+        """``denoiser(x, t)`` with the conditions and the guidance of samples ``indices`` ``[B]``, in its own precision.
+
+        The sampler around it keeps the dtype of its noise.
+        """
+        assert self.loaded is not None
+
+        def evaluate(*args: Any, **kwargs: Any) -> Tensor:
+            args, kwargs = in_dtype((args, kwargs), self.denoiser_dtype)
+            return first_tensor(denoiser(*args, **kwargs))
+
+        bound = self.loaded.bind(evaluate, self.conditioning(indices), self.guidance)
+
+        def predict(x: Tensor, t: Any) -> Tensor:
+            with self.in_precision():
+                return bound(x, t).to(x.dtype)
+
+        return predict
 
     def inputs(self, x: Tensor, indices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of one forward of the denoiser at time 0, for figures of cost."""
-        return self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance)
+        assert self.loaded is not None
+        found: tuple[tuple[Any, ...], dict[str, Any]] = in_dtype(
+            self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance), self.denoiser_dtype
+        )
+        return found
 
     @property
     def rows_per_image(self) -> int:
@@ -296,7 +330,7 @@ class LitStudent(LightningModule):
             self.steps,
             eta=self.eta,
             step_noise=lambda step: noise(indices, step + 1),
-            on_evaluation=on_evaluation,
+            on_evaluation=stopping(f"images {int(indices[0])} to {int(indices[-1])}", on_evaluation),
         ).float()
 
     def draw(self, who: Literal["teacher", "student"], indices: Tensor) -> tuple[Tensor, float]:
@@ -370,3 +404,17 @@ class LitStudent(LightningModule):
 def to_unit_range(images: Tensor) -> Tensor:
     """Images for metrics and pictures: [-1, 1] to [0, 1], clamped, not rounded."""
     return (images / 2 + 0.5).clamp(0, 1)
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments of a denoiser with every float tensor in a dtype; vectors stay, because time steps must not be rounded.
+
+    >>> x, t = in_dtype((torch.zeros(2, 3), torch.tensor([0.1])), torch.float64)
+    >>> x.dtype, t.dtype
+    (torch.float64, torch.float32)
+    """
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+    if isinstance(value, dict):
+        return {key: in_dtype(item, dtype) for key, item in value.items()}
+    return type(value)(in_dtype(item, dtype) for item in value) if isinstance(value, (tuple, list)) else value

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from modiff.lit.modules.seeded import IndexSeeded
 from modiff.metrics.features import FeatureClassifier
 from modiff.metrics.statistics import FeatureStatistics
+from modiff.teachers.sampling.noise import indexed_integers, indexed_noise
+
+TRAINING_STREAM, VALIDATION_STREAM = 2**41, 2**41 + 2
+"""Of the random numbers of training, each with the one after it: far from the streams of sampling and calibration."""
 
 
-class LitTeacher(LightningModule):
+class LitTeacher(IndexSeeded):
     """Trains a small unconditional denoiser to predict the noise (Ho et al. 2020, equation 14).
 
     Args:
@@ -46,20 +50,25 @@ class LitTeacher(LightningModule):
         self.denoiser = UNet2DModel(**denoiser).to(memory_format=self.memory_format)
         self.use_compile = compile
         self._training_denoiser: Callable[..., Any] | None = None
-        self._random_state: dict[str, Any] | None = None
         self.scheduler = DDIMScheduler(**(schedule or {}))
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.sample_steps = sample_steps
 
-    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error of the predicted noise for images ``[B, C, H, W]`` in [0, 1]."""
+    def loss(self, images: Tensor, numbers: Tensor, stream: int = TRAINING_STREAM) -> Tensor:
+        """Mean squared error of the predicted noise.
+
+        Args:
+            images: ``[B, C, H, W]`` in [0, 1].
+            numbers: int64 ``[B]``, on the CPU; noise and time step of an image depend on the seed and on its number.
+            stream: Of the random numbers; the next one is used as well.
+        """
         clean = (images * 2 - 1).to(memory_format=self.memory_format)
-        device = clean.device if generator is None else generator.device
-        noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
-        steps = self.scheduler.config.num_train_timesteps
-        timestep = torch.randint(0, steps, (len(clean),), generator=generator, device=device).to(clean.device)
+        rows, steps = numbers.tolist(), self.scheduler.config.num_train_timesteps
+        noise = indexed_noise(self.random_seed, rows, tuple(clean.shape[1:]), stream).to(clean)
+        noise = noise.contiguous(memory_format=self.memory_format)
+        timestep = indexed_integers(self.random_seed, rows, steps, stream=stream + 1)[:, 0].to(clean.device)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         # Validation and sampling go without compilation: their batches have other sizes.
         compiled = self._training_denoiser if self.training else None
@@ -67,6 +76,7 @@ class LitTeacher(LightningModule):
 
     def on_fit_start(self) -> None:
         """Compile, where asked for and possible."""
+        super().on_fit_start()
         if not self.use_compile:
             return
         problem = compiler_problem(self.device)
@@ -80,34 +90,16 @@ class LitTeacher(LightningModule):
         """The compiled function belongs to this fit."""
         self._training_denoiser = None
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers, so that a resumed training draws the noise of an uninterrupted one."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read it; checkpoints of earlier versions have none."""
-        self._random_state = checkpoint.get("random_state")
-
-    def on_train_start(self) -> None:
-        """Go on with it. It is one rank's: several would draw the same noise from it."""
-        state, self._random_state = self._random_state, None
-        if state is None or self.trainer.world_size > 1:
-            return
-        torch.set_rng_state(state["cpu"].cpu())
-        if state["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
-
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One optimizer step."""
-        loss = self.loss(batch["image"])
-        self.log("train/loss", loss, prog_bar=True)
+        loss = self.loss(batch["image"], batch["number"])
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)  # of the whole batch, on any number of ranks
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
         """Loss on the test images, with the same noise at every validation."""
-        generator = torch.Generator().manual_seed(batch_idx)
-        self.log("val/loss", self.loss(batch["image"], generator), prog_bar=True, sync_dist=True)
+        loss = self.loss(batch["image"], batch["number"], VALIDATION_STREAM)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """Draw ``count`` images by DDIM: float ``[count, C, H, W]`` in [0, 1], on the CPU.
@@ -136,7 +128,7 @@ class LitTeacher(LightningModule):
         DDIMPipeline(unet=self.denoiser, scheduler=self.scheduler).save_pretrained(folder)
 
 
-class LitClassifier(LightningModule):
+class LitClassifier(IndexSeeded):
     """Trains the small classifier whose pooled features measure a teacher's images.
 
     Args:
@@ -164,9 +156,11 @@ class LitClassifier(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy on noisy, shifted images."""
-        images = batch["image"]
-        shift = [int(s) for s in torch.randint(-2, 3, (2,))]
-        images = torch.roll(images, shift, dims=(2, 3)) + self.noise * torch.randn_like(images)
+        images, rows = batch["image"], batch["number"].tolist()
+        # One shift for the whole batch, on all ranks; noise for each image.
+        shift = indexed_integers(self.random_seed, [self.trainer.global_step], 5, 2, TRAINING_STREAM + 1) - 2
+        noise = indexed_noise(self.random_seed, rows, tuple(images.shape[1:]), TRAINING_STREAM).to(images)
+        images = torch.roll(images, shift[0].tolist(), dims=(2, 3)) + self.noise * noise
         loss = nn.functional.cross_entropy(self.network.logits(images), batch["label"])
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -26,6 +26,10 @@ class BatchStore:
         """File of the batch that starts at ``first_index``."""
         return self.folder / f"batch_{first_index:08d}.safetensors"
 
+    def count(self) -> int:
+        """Batches that are there, of all ranks that see the folder."""
+        return sum(1 for _ in self.folder.glob("batch_*.safetensors"))
+
     def save(self, first_index: int, tensors: dict[str, Tensor], facts: dict[str, float]) -> None:
         """Write a batch atomically."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from rich.console import Console
+from safetensors.torch import load_file
 
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.modules.student import LitStudent
@@ -17,6 +18,8 @@ from modiff.lit.report.pages import write_report
 from modiff.lit.report.result import Result
 from modiff.lit.report.tables import result_table
 from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.wandb import Guarded
+from modiff.lit.runs.wandb_content import log_artifacts, log_pictures, log_result
 from modiff.storage.atomic import write_json
 from modiff.student.swap import describe
 
@@ -30,10 +33,11 @@ class Writer:
         cli: The parsed recipe.
         run: Its directory.
         logger: W&B, or None.
+        guarded: The same, for calls that may fail.
     """
 
-    def __init__(self, cli: StudentCLI, run: RunDirectory, logger: Any) -> None:
-        self.cli, self.run, self.logger = cli, run, logger
+    def __init__(self, cli: StudentCLI, run: RunDirectory, logger: Any, guarded: Guarded) -> None:
+        self.cli, self.run, self.logger, self.guarded = cli, run, logger, guarded
 
     def write(self, trainer: Trainer, module: LitStudent, seconds: float) -> None:
         """Write metrics.json, pictures and the report; then drop the batches kept for resuming."""
@@ -49,26 +53,20 @@ class Writer:
             folder, recipe=self.cli.recipe, result=result, config_yaml=self.cli.dump(), description=description
         )
         write_json(folder / METRICS, result.as_json())
-        self.log(trainer, result, folder)
+        self.log(trainer, module, result, folder)
         self.run.mark("complete")
         shutil.rmtree(folder / "partial", ignore_errors=True)
 
-    def log(self, trainer: Trainer, result: Result, folder: Path) -> None:
-        """Numbers to every logger, pictures to W&B."""
+    def log(self, trainer: Trainer, module: LitStudent, result: Result, folder: Path) -> None:
+        """Numbers to every logger; curves, tables, pictures and artifacts to W&B."""
         numbers = result.numbers()
         for logger in trainer.loggers:
             if logger is not self.logger:
                 logger.log_metrics(numbers, step=0)
                 logger.save()
-        if self.logger is None:
-            return
-        try:
-            self.logger.log_metrics(numbers, step=0)
-            for name in ("samples", "trajectory_errors", "cost"):
-                if (folder / f"{name}.png").is_file():
-                    self.logger.log_image(name, [str(folder / f"{name}.png")])
-        except Exception as error:  # whatever W&B raises must not stop a run
-            print(f"W&B: logging failed ({type(error).__name__}: {error}); everything is in {folder}.")
+        self.guarded(lambda run: log_result(run, result, load_file(str(folder / "samples.safetensors"))))
+        self.guarded(lambda run: log_pictures(run, folder))
+        self.guarded(lambda run: log_artifacts(run, folder, module, self.cli.recipe, result.provenance))
 
 
 def read_result(folder: Path) -> Result:

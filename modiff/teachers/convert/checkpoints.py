@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modiff.errors import CheckpointError
 
 State = Mapping[str, Tensor]
+PREFIXES = ("module.", "_orig_mod.", "ema_model.", "model.")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Source:
 def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     """Read the state dict of a ``.safetensors`` file, or of a pickle that holds tensors and plain containers only.
 
-    Takes the state dict itself, or finds it under ``state_dict`` (Lightning), ``ema`` / ``model`` (DiT), or in the list
-    that the DDIM repository writes (model, optimizer, epoch, step, average); drops a ``module.`` prefix.
+    Takes the state dict itself, or finds it under ``state_dict`` (Lightning), ``ema`` / ``model`` (DiT), ``module``
+    (DeepSpeed), ``model_state_dict`` and the like, or in the list that the DDIM repository writes (model, optimizer,
+    epoch, step, average); drops the prefixes that wrappers add to every key (``module.``, ``_orig_mod.``, ``model.``,
+    ``ema_model.``) and the counter of an average.
 
     Args:
         path: The file.
@@ -62,11 +65,11 @@ def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     content = _read(path)
     if isinstance(content, (list, tuple)) and content:
         content = content[4] if ema and len(content) > 4 else content[0]
-    if isinstance(content, Mapping):
-        for key in ("state_dict", "ema" if ema else "model", "model"):
-            if isinstance(content.get(key), Mapping):
-                content = content[key]
-                break
+    for _ in range(3):  # a wrapper may hold another one
+        inner = next((k for k in _wrappers(ema) if isinstance(content, Mapping) and _holds(content.get(k))), None)
+        if inner is None:
+            break
+        content = content[inner]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         found = list(map(str, content))[:10] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
@@ -74,10 +77,50 @@ def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
             "alone and give that file."
         )
     state = {str(key): value for key, value in content.items()}
-    return strip(state, "module.") if all(key.startswith("module.") for key in state) else state
+    state.pop("n_averaged", None)
+    return _unwrapped(state)
+
+
+def _wrappers(ema: bool) -> tuple[str, ...]:
+    """Keys under which a state dict may lie, the wanted ones first."""
+    averaged, plain = (
+        ("ema", "ema_state_dict", "model_ema", "ema_model"),
+        ("model", "model_state_dict", "module", "net"),
+    )
+    return ("state_dict", *(averaged + plain if ema else plain + averaged))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that every key has; ``model.diffusion_model.`` is CompVis', and stays."""
+    for prefix in PREFIXES * 2:
+        if state and all(key.startswith(prefix) for key in state):
+            shorter = strip(state, prefix)
+            if not all(key.startswith("diffusion_model.") for key in shorter):
+                state = shorter
+    return state
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that is not a checkpoint although it may be named like one."""
+    with path.open("rb") as stream:
+        start = stream.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file it points to. Fetch that with `git lfs pull`"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, such as a login or an error. Download the file itself"
+    if start.startswith((b"{", b"[")) and path.suffix != ".safetensors":
+        return "a JSON file. Give the file with the weights"
+    return "empty. Download it again" if not start else None
 
 
 def _read(path: Path) -> Any:
+    kind = _other_kind(path)
+    if kind is not None:
+        raise CheckpointError(f"{str(path)!r} is {kind}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))

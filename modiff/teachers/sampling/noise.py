@@ -31,3 +31,19 @@ def indexed_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], str
         bits = np.random.Philox(key=key, counter=counter)
         np.random.Generator(bits).standard_normal(out=out[row], dtype=np.float32)
     return torch.from_numpy(out)
+
+
+def indexed_integers(seed: int, indices: Sequence[int], high: int, count: int = 1, stream: int = 0) -> Tensor:
+    """Uniform whole numbers 0 .. high - 1, int64 ``[len(indices), count]``, by the generator of :func:`indexed_noise`.
+
+    A stream must not serve noise as well: it would be the same random bits.
+
+    >>> a, b = indexed_integers(0, [3, 4], 1000), indexed_integers(0, [4], 1000)
+    >>> torch.equal(a[1], b[0])
+    True
+    """
+    rows = np.empty((len(indices), count), dtype=np.int64)
+    for row, index in enumerate(indices):
+        key, counter = np.array([seed, index], np.uint64), np.array([0, 0, 0, stream], np.uint64)
+        rows[row] = np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(0, high, count)
+    return torch.from_numpy(rows)

@@ -1,0 +1,141 @@
+"""Recorded evaluations, with a recorder that runs the function again in place of a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_models import config, denoiser, noise
+from torch import Tensor
+
+import modiff
+from modiff.compiling.graphs import WARM_UPS, use_graphs
+from modiff.compiling.modes import uncompile
+from modiff.errors import ConfigError, TrajectoryError
+from modiff.student.swap import operators
+
+
+class Again:
+    """Runs the recorded function again on the tensors that it read, and writes where it wrote."""
+
+    made: list[Again] = []
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.made.append(self)
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        # A CUDA graph does not compute while it is recorded: put back what the function changes.
+        self.function = function
+        self.output: Any = None
+        return _Later(self)
+
+    def replay(self) -> None:
+        from modiff.trajectory.graphs import capturing
+
+        self.replays += 1
+        with capturing():
+            self.output = self.function()
+
+
+class _Later:
+    """The output of the last replay."""
+
+    def __init__(self, recorder: Again) -> None:
+        self.recorder = recorder
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    Again.made = []
+    # The real output is overwritten by each replay; here it is looked up.
+    import modiff.compiling.graphs as graphs
+
+    original = graphs.tree_map_only
+
+    def look_up(kind: type, function: Callable[[Tensor], Tensor], found: Any) -> Any:
+        return original(kind, function, found.recorder.output if isinstance(found, _Later) else found)
+
+    monkeypatch.setattr(graphs, "tree_map_only", look_up)
+
+
+def run(student: Any, seed: int = 0, evaluations: int = 7, batch: int = 2) -> tuple[list[Tensor], Any]:
+    with modiff.trajectory(student) as counts:
+        found = [student(*args) for args in noise(evaluations, batch, seed)]
+    return found, counts
+
+
+def pair(preset: str = "w8a4-modiff", **modulation: Any) -> tuple[Any, Any]:
+    plain = modiff.quantize(denoiser(), config(preset, **modulation))
+    graphed = modiff.quantize(denoiser(), config(preset, **modulation))
+    use_graphs(graphed, recorder=Again)
+    return plain, graphed
+
+
+@pytest.mark.parametrize("int16", [False, True])
+def test_trajectories_are_the_same_and_the_second_one_is_replayed_from_the_start(int16: bool) -> None:
+    plain, graphed = pair(**({"reconstruction_dtype": "int16"} if int16 else {"state_dtype": None}))
+    for trajectory, replays in ((0, 7 - 1 - WARM_UPS), (1, 2 * (7 - 1) - WARM_UPS)):
+        expected, counts = run(plain, trajectory)
+        found, ours = run(graphed, trajectory)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert (ours.total, ours.quantized) == (counts.total, counts.quantized) == (7, 6)
+        assert [each.replays for each in Again.made] == [replays]
+
+
+def test_another_batch_gets_a_recording_of_its_own() -> None:
+    plain, graphed = pair()
+    for batch in (2, 3):
+        expected, _ = run(plain, 0, batch=batch)
+        assert all(torch.equal(a, b) for a, b in zip(run(graphed, 0, batch=batch)[0], expected, strict=True))
+    assert len(Again.made) == 2
+
+
+def test_refreshes_run_eagerly() -> None:
+    plain, graphed = pair(refresh_every=3)
+    expected, counts = run(plain)
+    found, ours = run(graphed)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert ours.quantized == counts.quantized
+
+
+def test_calibrated_scales_of_each_evaluation_are_copied_in() -> None:
+    from modiff.quantizers.calibrated import CalibratedRange
+
+    def calibrated(student: Any) -> Any:
+        for operator in operators(student).values():
+            operator.use_range(CalibratedRange(torch.linspace(0.02, 0.2, 7).view(7, 1), None, 7))
+        return student
+
+    spec = modiff.QuantSpec(8, granularity="tensor", range="calibrated", timestep_buckets=7)
+    weight = modiff.QuantSpec(8, granularity="channel")
+    settings = modiff.QuantConfig(weight, spec, modiff.Modulation())
+    plain, graphed = (calibrated(modiff.quantize(denoiser(), settings)) for _ in range(2))
+    use_graphs(graphed, recorder=Again)
+    expected, _ = run(plain)
+    assert all(torch.equal(a, b) for a, b in zip(run(graphed)[0], expected, strict=True))
+    assert len(Again.made) == 1
+
+
+def test_too_many_shapes_run_as_they_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("modiff.compiling.graphs.RECORDINGS", 1)
+    plain, graphed = pair()
+    for batch in (2, 3):
+        expected, _ = run(plain, 0, batch=batch)
+        assert all(torch.equal(a, b) for a, b in zip(run(graphed, 0, batch=batch)[0], expected, strict=True))
+    assert len(Again.made) == 1
+    assert caplog.text.count("this one has other shapes or numbers") == 1
+
+
+def test_it_can_be_undone_and_needs_a_gpu() -> None:
+    plain, graphed = pair()
+    run(graphed)
+    uncompile(graphed)
+    expected, _ = run(plain, 1)
+    assert all(torch.equal(a, b) for a, b in zip(run(graphed, 1)[0], expected, strict=True))
+    with pytest.raises(ConfigError, match="CUDA graphs need a CUDA device, and the student is on cpu"):
+        use_graphs(graphed)
+    with modiff.trajectory(plain), pytest.raises(TrajectoryError, match="cannot be recorded inside a trajectory"):
+        use_graphs(plain, recorder=Again)
