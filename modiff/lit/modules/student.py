@@ -58,6 +58,7 @@ class LitStudent(LightningModule):
         calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
         compile: Draw with the student compiled (:func:`modiff.compile`), never the teacher; where there is no compiler,
             one line says so. ``modiff bench`` compiles both, and compares them.
+        scheduler_options: Arguments of the sampler that replace the teacher's, such as ``clip_sample: false``.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -77,6 +78,7 @@ class LitStudent(LightningModule):
         clip: str | None = None,
         calibration: CalibrationConfig | None = None,
         compile: bool = False,  # noqa: A002 (its name in recipes)
+        scheduler_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -91,6 +93,7 @@ class LitStudent(LightningModule):
         self.spec = teacher
         self.config = QuantConfig.preset(preset) if preset is not None else config
         self.scheduler_name = teacher.entry.scheduler if scheduler is None else scheduler
+        self.scheduler_options = dict(scheduler_options or {})
         self.steps = steps
         self.eta = eta
         self.features = features
@@ -144,7 +147,7 @@ class LitStudent(LightningModule):
         self.seed, self.ckpt = seed, ckpt
         self.conditions = conditions or self.conditions
         loaded = load_teacher(self.spec) if loaded is None else loaded
-        set_timesteps(make_scheduler(self.scheduler_name, loaded.scheduler_config), self.steps)  # refuses early
+        set_timesteps(self.make_scheduler(loaded), self.steps)  # refuses early
         self._refuse_guidance(loaded)
         self._loaded, self.teacher, self.decoder = loaded, loaded.denoiser, loaded.decoder
         if ckpt is not None:
@@ -154,6 +157,10 @@ class LitStudent(LightningModule):
             self.student = self.make_student()
             self._refuse_useless_calibration()
         return self
+
+    def make_scheduler(self, loaded: Teacher) -> Any:
+        """A new sampler in the noise schedule of the teacher."""
+        return make_scheduler(self.scheduler_name, loaded.scheduler_config, **self.scheduler_options)
 
     def keep_batches(self, store: BatchStore, teacher_store: BatchStore | None = None) -> None:
         """Store finished batches, and read those that are there in place of drawing them.
@@ -322,7 +329,7 @@ class LitStudent(LightningModule):
         ``noise(indices, stream)`` is that of :meth:`noise`, unless another is given.
         """
         noise = noise or self.noise
-        scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
+        scheduler = self.make_scheduler(self.loaded)
         return sample(
             denoiser,
             scheduler,

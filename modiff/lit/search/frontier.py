@@ -13,6 +13,7 @@ import yaml
 from modiff.lit.search.goals import COSTS, QUALITIES, CostName, Quality
 from modiff.lit.search.space import Setting
 from modiff.lit.search.study import Point, cheapest, nearest, pareto
+from modiff.lit.search.target import unclipped
 
 
 def recipe_of(setting: Setting, teacher: dict[str, Any], num_images: int = 64) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def recipe_of(setting: Setting, teacher: dict[str, Any], num_images: int = 64) -
             "teacher": teacher,
             "config": None if config is None else json.loads(json.dumps(dataclasses.asdict(config))),
             "scheduler": setting.sampler,
-            "scheduler_options": {"clip_sample": False},
+            "scheduler_options": unclipped(setting.sampler),
             "steps": setting.steps,
             "compile": setting.compile,
         },

@@ -30,6 +30,12 @@ UNCLIPPED = {"clip_sample": False, "thresholding": False}
 KEPT_STUDENTS = 3
 
 
+def unclipped(sampler: str) -> dict[str, bool]:
+    """Arguments that keep a sampler from clipping x_0, as far as it has them."""
+    allowed = inspect.signature(type(make_scheduler(sampler)).__init__).parameters
+    return {key: value for key, value in UNCLIPPED.items() if key in allowed}
+
+
 @dataclass(frozen=True)
 class Measured:
     """Images of a setting, and what they cost.
@@ -94,10 +100,7 @@ class TeacherTarget:
 
     def scheduler(self, sampler: str) -> Any:
         """A sampler that does not clip x_0, so that more steps converge."""
-        made = make_scheduler(sampler, self.teacher.scheduler_config)
-        allowed = inspect.signature(type(made).__init__).parameters
-        options = {key: value for key, value in UNCLIPPED.items() if key in allowed}
-        return make_scheduler(sampler, self.teacher.scheduler_config, **options) if options else made
+        return make_scheduler(sampler, self.teacher.scheduler_config, **unclipped(sampler))
 
     def converged(self, sampler: str, steps: int, count: int) -> Tensor:
         """The full-precision images of a sampler, ``[count, C, H, W]``."""
