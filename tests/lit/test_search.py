@@ -178,3 +178,32 @@ def test_settings_that_do_the_same_are_one():
     assert slug(Setting("ddim", 20, 8, 6, "ptq", "channel", "reuse-2", True)) == (
         "ddim20_w8a6_ptq_channel_reuse-2_compiled"
     )
+
+
+def test_a_pipeline_of_ones_own_is_searched_and_left_as_it_was(tmp_path):
+    import diffusers
+
+    import modiff
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, attention_head_dim=8,
+    )  # fmt: skip
+    pipe = diffusers.DDIMPipeline(unet=unet.eval().requires_grad_(False), scheduler=diffusers.DDIMScheduler())
+    scheduler, names = pipe.scheduler, [name for name, _ in pipe.unet.named_modules()]
+    space = SearchSpace(
+        samplers=("ddim",), steps=(2, 3), weight_bits=(8,), activation_bits=(32, 8), schedules=("none",)
+    )
+    result = modiff.search(
+        pipe, "relative_l2 <= 5", budget="10m", output=str(tmp_path), space=space, images=1, confirm_images=2,
+        reference_sampler="ddim", reference_steps=20, say=lambda line: None,
+    )  # fmt: skip
+    assert len(result["points"]) == 4
+    assert result["best"]["cost"]["gbops"] == min(p["cost"]["gbops"] for p in result["points"])
+    assert pipe.scheduler is scheduler
+    assert [name for name, _ in pipe.unet.named_modules()] == names
+    assert (tmp_path / "frontier.html").is_file()
+    with pytest.raises(ConfigError, match="no single denoiser named unet or transformer"):
+        modiff.search(object())
