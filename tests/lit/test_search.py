@@ -207,3 +207,41 @@ def test_a_pipeline_of_ones_own_is_searched_and_left_as_it_was(tmp_path):
     assert (tmp_path / "frontier.html").is_file()
     with pytest.raises(ConfigError, match="no single denoiser named unet or transformer"):
         modiff.search(object())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--quality", "fid <= 3"], "names 'fid', which does not exist"),
+        (["--cost", "money"], "cost is 'money'"),
+        (["--budget", "soon"], "budget is 'soon'"),
+        (["--space.steps", "[]"], "space.steps is"),
+        (["--images", "9", "--confirm_images", "3"], "confirm_images is 3"),
+    ],
+)
+def test_the_command_refuses_before_it_draws(tmp_path, tiny_teacher, options, match):
+    from modiff.lit.commands.search import search
+
+    with pytest.raises(ConfigError, match=match):
+        search(["--teacher.path", str(tiny_teacher), "--output", str(tmp_path / "out"), *options])
+
+
+def test_the_command_writes_a_recipe_that_evaluate_takes(tmp_path, tiny_teacher, capsys):
+    from modiff.lit.cli.student import StudentCLI
+    from modiff.lit.commands.search import search
+
+    args = ["--teacher.path", str(tiny_teacher), "--output", str(tmp_path / "out"), "--quality", "relative_l2 <= 9"]
+    args += ["--space.samplers", "[ddim]", "--space.steps", "[2,3]", "--space.activation_bits", "[8]"]
+    args += ["--space.schedules", "[none,reuse-2]", "--images", "2", "--confirm_images", "2", "--batch_size", "2"]
+    args += ["--reference_sampler", "ddim", "--reference_steps", "8", "--budget", "5m", "--wandb", "disabled"]
+    assert search(args) == 0
+    said = capsys.readouterr().out
+    assert "The cheapest of 4 settings that keeps relative_l2 <= 9 is" in said
+    cli = StudentCLI(
+        "evaluate", ["--config", str(tmp_path / "out" / "best.yaml"), "--model.teacher.path", str(tiny_teacher)]
+    )
+    assert cli.model.scheduler_options == {"clip_sample": False, "thresholding": False}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(ConfigError, match="holds files that are not a search"):
+        search([*args, "--output", str(tmp_path / "other")])

@@ -14,13 +14,14 @@ from modiff.errors import ConfigError
 from modiff.lit.callbacks.provenance import git_commit, package_versions
 from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
-from modiff.lit.runs.wandb import log_search
+from modiff.lit.runs.wandb import WandbMode
 from modiff.lit.search.frontier import sentences, write_frontier
 from modiff.lit.search.goals import Quality, parse_budget, parse_cost
 from modiff.lit.search.page import write_page
 from modiff.lit.search.space import SearchSpace
 from modiff.lit.search.study import Search
 from modiff.lit.search.target import TeacherTarget
+from modiff.lit.search.tracking import log_search
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 JOURNAL = "study.journal"
@@ -47,7 +48,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--output", type=str, default="runs/search", help="Directory of the search.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in --output.")
     parser.add_argument("--seed", type=int, default=0, help="Image i starts from the noise of (seed, i).")
-    parser.add_argument("--wandb", type=str, default="disabled", help="auto, online, offline or disabled.")
+    parser.add_argument("--wandb", type=WandbMode, default="auto", help="Weights & Biases, as for evaluate.")
     parser.add_class_arguments(TeacherSpec, "teacher")
     parser.add_class_arguments(SearchSpace, "space")
     return parser

@@ -55,13 +55,11 @@ class PipelineTarget:
         found = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
         if len(found) != 1:
             raise ConfigError(
-                f"{type(pipe).__name__} has no single denoiser named {' or '.join(DENOISERS)}. Search with a teacher of "
-                "the zoo (modiff search), or a pipeline that has one."
+                f"{type(pipe).__name__} has no single denoiser named {' or '.join(DENOISERS)}. Search with a teacher "
+                "of the zoo (modiff search), or a pipeline that has one."
             )
         if hasattr(pipe, "trajectories"):
-            raise ConfigError(
-                "The pipeline is quantized already. Call modiff.restore_pipeline(pipe) first."
-            )
+            raise ConfigError("The pipeline is quantized already. Call modiff.restore_pipeline(pipe) first.")
         self.pipe, self.name = pipe, found[0]
         self.prompts = None if prompts is None else list(prompts)
         self.seed, self.batch_size, self.contexts = seed, batch_size, contexts
