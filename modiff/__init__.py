@@ -1,5 +1,7 @@
 """modiff: training-free quantization of diffusion models."""
 
+from typing import Any
+
 from modiff.compiling.modes import compile
 from modiff.config import Modulation, QuantConfig, QuantSpec, Rule, Special
 from modiff.student.checkpoint import load, save
@@ -23,5 +25,16 @@ __all__ = [
     "restore",
     "restore_pipeline",
     "save",
+    "search",
     "trajectory",
 ]
+
+
+def search(pipe: Any, quality: str = "psnr_db >= 30", prompts: Any = None, **options: Any) -> dict[str, Any]:
+    """Find the cheapest setting of a diffusers pipeline that keeps a quality.
+
+    Options and result: :func:`modiff.lit.search.pipeline.search_pipeline`, which is imported only here.
+    """
+    from modiff.lit.search.pipeline import search_pipeline
+
+    return search_pipeline(pipe, quality, prompts, **options)

@@ -19,6 +19,7 @@ from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
 from modiff.kernels.cpp import build
 from modiff.student.blocks import repeated_blocks
+from modiff.student.reuse import reuse_of
 from modiff.student.swap import operators
 from modiff.trajectory.session import state_of
 
@@ -73,6 +74,11 @@ def compile(  # noqa: A001 (modiff.compile)
     state = state_of(student)
     state.refuse_inside("compiled")
     modules = [] if mode in ("auto", "fused", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    if modules and reuse_of(state) is not None:
+        raise ConfigError(
+            f"The {type(student).__name__} has a reuse schedule, which mode {mode!r} cannot follow: its graphs hold "
+            "whole blocks. Use mode 'auto', 'fused' or 'stages'."
+        )
     if any("_hf_hook" in vars(module) for module in modules):
         raise ConfigError(
             f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "

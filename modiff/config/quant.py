@@ -9,6 +9,7 @@ from typing import Any
 
 from modiff.config.checks import build, member, shown, side
 from modiff.config.rules import Rule, Special, Split
+from modiff.config.schedule import ReuseSchedule
 from modiff.config.specs import Modulation, QuantSpec, check_weight
 from modiff.errors import ConfigError
 
@@ -37,6 +38,7 @@ class QuantConfig:
             CPU, refused where an operator's could not be exact. ``triton``: integer products on NVIDIA GPUs, likewise
             (``docs/kernels.md``). ``auto``: integers where they are exact, else ``simulate``; :func:`modiff.describe`
             says which, and why.
+        schedule: Blocks that are skipped in some evaluations; None: everything is computed in each.
 
     Raises:
         ConfigError: A field is wrong.
@@ -51,6 +53,7 @@ class QuantConfig:
     vectors: Special | None = None
     ends: Special | None = None
     backend: str = "auto"
+    schedule: ReuseSchedule | None = None
 
     def __post_init__(self) -> None:
         side("weight", self.weight, QuantSpec)
@@ -58,6 +61,7 @@ class QuantConfig:
         side("modulation", self.modulation, Modulation)
         side("vectors", self.vectors, Special)
         side("ends", self.ends, Special)
+        side("schedule", self.schedule, ReuseSchedule)
         if isinstance(self.rules, list):
             object.__setattr__(self, "rules", tuple(self.rules))
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -135,6 +139,8 @@ class QuantConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"QuantConfig is {shown(values)}; give a mapping with its fields.")
         values = _build_sides(values)
+        if isinstance(values.get("schedule"), dict):
+            values["schedule"] = ReuseSchedule.from_dict(values["schedule"])
         rules = values.get("rules")
         if isinstance(rules, (list, tuple)):
             values["rules"] = tuple(_build_part(f"rules[{i}]", Rule, rule) for i, rule in enumerate(rules))

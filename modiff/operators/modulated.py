@@ -36,6 +36,8 @@ class ModulatedOperator(QuantizedOperator):
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
+        self.block = ""  # of a reuse schedule: what advances in other evaluations shares no â
+        self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
         self.state.stateful = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
@@ -180,7 +182,8 @@ class ModulatedOperator(QuantizedOperator):
         """
         if self.modulation.warmup != "full" or self.calibrated is not None or self.apart:
             return None
-        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend.name
+        shape, backend = self.shape, execution.backend.name
+        return self.block, self.activation_spec, self.modulation, shape.kind, len(shape.kernel), backend
 
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""

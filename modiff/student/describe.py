@@ -42,9 +42,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """One row for every linear operator of a student; prints as a table."""
+    """One row for every linear operator of a student; prints as a table.
+
+    Args:
+        rows: By operator.
+        schedule: Which blocks a reuse schedule skips, and when; empty where there is none.
+    """
 
     rows: tuple[Row, ...]
+    schedule: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -73,7 +79,8 @@ class Description:
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return "\n".join([*lines, *([self.schedule] if self.schedule else [])])
 
 
 def _spec_text(spec: QuantSpec | None) -> str:

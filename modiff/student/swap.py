@@ -20,11 +20,12 @@ from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, rewritten, undo
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
-from modiff.student.blocks import prompt_modules
+from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
 from modiff.student.guard import Guard
 from modiff.student.match import UNDECIDED, Plan, plan, plans
 from modiff.student.refusals import allow_methods, refuse_methods
+from modiff.student.reuse import install_schedule, reuse_of
 from modiff.student.share import FullPrecisionShare
 from modiff.student.special import resolve
 from modiff.student.tensors import Slot, slots
@@ -122,10 +123,14 @@ def convert(
         if changed:
             undo(model)
         raise
+    if config.schedule is not None:
+        reusable_blocks(model, config.schedule)  # refuses what matches nothing, before anything is swapped
     record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
     record.hooks = _watch(model, state, record.names)
     state.listeners.append(_share(found, {planned.row.name: operator for planned, operator in built}))
+    if config.schedule is not None:
+        record.hooks += install_schedule(model, config.schedule, state)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
     refuse_methods(model)
@@ -274,6 +279,7 @@ def describe(student: nn.Module) -> Description:
     constant = state.last.constant if state.last else frozenset()
     found = operators(student)
     uncalled = state.names - state.called if state.last and state.last.total else frozenset()
+    reuse = reuse_of(state)
     return Description(
         tuple(
             replace(
@@ -282,7 +288,8 @@ def describe(student: nn.Module) -> Description:
                 uncalled=row.name in uncalled,
             )
             for row in rows
-        )
+        ),
+        "" if reuse is None else str(reuse),
     )
 
 

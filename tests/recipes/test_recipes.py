@@ -17,7 +17,9 @@ from modiff.config.quant import QuantConfig
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FOLDER = Path(__file__).parents[2] / "recipes"
 OTHERS = ("sweeps", "trainer", "kubernetes")  # grids over recipes, overlays, and manifests
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in OTHERS)
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in OTHERS)
+SEARCHES = [path for path in FILES if path.stem == "search"]
+RECIPES = [path for path in FILES if path not in SEARCHES]
 TRAINED = [path for path in RECIPES if "class_path" in yaml.safe_load(path.read_text())["model"]]
 ALL_DRAWN = [path for path in RECIPES if path not in TRAINED]
 # Of the paper's rows, which are generated and checked one by one elsewhere, the first of each teacher.
@@ -41,7 +43,18 @@ def test_all_recipes_of_the_first_release_are_there() -> None:
     }
 
 
-@pytest.mark.parametrize("path", RECIPES, **IDS)
+@pytest.mark.parametrize("path", SEARCHES, **IDS)
+def test_search_recipes_parse_and_their_schedules_exist(path) -> None:
+    from modiff.lit.commands.search import make_parser
+    from modiff.lit.search.space import SearchSpace
+
+    options = make_parser().parse_args(["--config", str(path), "--budget", "1m"])
+    space = SearchSpace(**options.space.as_dict())
+    assert options.budget == "1m"
+    assert set(space.steps) == set(yaml.safe_load(path.read_text())["space"]["steps"])
+
+
+@pytest.mark.parametrize("path", FILES, **IDS)
 def test_recipe_is_flat_and_commented(path) -> None:
     text = path.read_text()
     assert text.startswith("# ")
