@@ -14,8 +14,9 @@ from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.contexts import Context
+from modiff.trajectory.listeners import Listener
 from modiff.trajectory.schedule import Answer
-from modiff.trajectory.session import Listener, ModulationState
+from modiff.trajectory.session import ModulationState
 
 
 class Regions(Listener):
@@ -35,6 +36,8 @@ class Regions(Listener):
         self.modules = modules
         self.operators = {name: op for name, op in operators.items() if id(op) in inside}
         self.ready = False
+        for operator in self.operators.values():
+            operator.traceable = True
 
     @override
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
@@ -91,6 +94,8 @@ class Regions(Listener):
     @override
     def removed(self, state: ModulationState) -> None:
         """Put the eager forwards back; accelerate's offloading, which came after, stays around them."""
+        for operator in self.operators.values():
+            operator.traceable = False
         for module in self.modules:
             inner = vars(module).get("_old_forward")
             if isinstance(inner, CompiledForward):

@@ -6,6 +6,8 @@ one as ``[in, out / groups, *kernel]``.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from modiff.kernels.backend import OperatorShape
@@ -68,7 +70,8 @@ def stuffed(x: Tensor, shape: OperatorShape, zero: float = 0) -> Tensor:
     around = borders(shape)
     sizes = [size + low + high for size, (low, high) in zip(inner, around, strict=True)]
     out = x.new_full((*x.shape[:-rank], *sizes), zero)
-    source, target = [], []
+    source: list[Any] = [...]
+    target: list[Any] = [...]
     for size, (low, _), step, whole in zip(x.shape[-rank:], around, shape.stride, sizes, strict=True):
         first, last = (
             max(0, -(low // step)),
@@ -76,7 +79,7 @@ def stuffed(x: Tensor, shape: OperatorShape, zero: float = 0) -> Tensor:
         )  # negative borders cut values off
         source.append(slice(first, last + 1))
         target.append(slice(low + first * step, low + last * step + 1, step))
-    out[(..., *target)] = x[(..., *source)]
+    out[tuple(target)] = x[tuple(source)]
     return out
 
 

@@ -15,7 +15,6 @@ from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import Execution, QuantizedOperator
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like, static_room
-from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
 from modiff.trajectory.schedule import Answer
@@ -48,6 +47,8 @@ class ModulatedOperator(QuantizedOperator):
         or :mod:`modiff.compiling.regions` outside the graph.
         """
         x = input
+        if self.in_float:
+            return super().forward(x)
         self.check(x)
         answer, cache = self.next_call(x)
         if answer is Answer.REUSE:
@@ -59,7 +60,7 @@ class ModulatedOperator(QuantizedOperator):
             a = compute_input(x)
             cache = self.allocate(a, x) if cache is None else cache
             output = self.refine(a, cache) if answer is Answer.REFINE else self.full(a, cache)
-        if not in_graph():
+        if not self.traced:
             exact = answer is Answer.COMPUTE or (answer is Answer.ADVANCE and not cache.held.compensates)
             cache.source = InputIdentity.of(x) if exact else None
         return self.give(output, cache, x)
@@ -75,7 +76,7 @@ class ModulatedOperator(QuantizedOperator):
         Raises:
             TrajectoryError: It was ô itself, so that the state is lost.
         """
-        if in_graph() or cache.lent is None or not cache.lent.written:
+        if self.traced or cache.lent is None or not cache.lent.written:
             return
         if cache.lent.is_state:
             raise TrajectoryError(
@@ -91,7 +92,7 @@ class ModulatedOperator(QuantizedOperator):
         That is ô itself, without a copy, where the backend returned it and nobody was seen to write to an output.
         """
         dtype = output_dtype(x)
-        if in_graph() or not getattr(self.execution(x).backend, "returns_state", False):
+        if self.traced or not getattr(self.execution(x).backend, "returns_state", False):
             return output.to(dtype, copy=output is cache.o_hat)
         is_state = output is cache.o_hat
         lends = is_state and dtype == output.dtype and cache.lent is not None and not cache.copies
@@ -103,7 +104,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def next_call(self, x: Tensor) -> tuple[Answer, OperatorCache]:
         """What this call does, and its cache (None in the first evaluation); a graph reads what was decided before."""
-        if in_graph():
+        if self.traced:
             region, call = self.region, self.region.call
             region.call = call + 1
             return Answer.REUSE if region.reuses[call] else Answer.ADVANCE, region.caches[call]
@@ -118,7 +119,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def reuse(self, x: Tensor, cache: OperatorCache) -> Tensor:
         """The input is the very tensor that â holds, so the residual is 0 and ô stays: no product (trap 10)."""
-        if not in_graph():
+        if not self.traced:
             self.state.note_unchanged(self.name, x, cache, quantized=not self.refreshes())
         return cache.o_hat.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
@@ -236,7 +237,7 @@ class ModulatedOperator(QuantizedOperator):
 
     def shared_codes(self, a: Tensor, x: Tensor, cache: OperatorCache, execution: Execution) -> Encoded:
         """Equation (13), by the first of those operators that share â; the others get its codes."""
-        traced, leader = in_graph(), cache.leader
+        traced, leader = self.traced, cache.leader
         if leader is None:
             encoded = execution.backend.encode(a, cache.held, execution.quantizer)
             cache.encoded = encoded if traced else encoded.clone()  # another operator's codes may overwrite these

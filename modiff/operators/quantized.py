@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.weight import WeightHolder
-from modiff.quantizers.affine import Limits
+from modiff.quantizers.affine import Limits, frees_zero
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
@@ -83,6 +83,7 @@ class QuantizedOperator(WeightHolder):
     """
 
     modulation: Modulation | None = None
+    traceable = False  # modiff.compile keeps the books outside of its graphs
 
     def __init__(
         self,
@@ -103,6 +104,9 @@ class QuantizedOperator(WeightHolder):
         self.backend = backend
         self.shape = adapter.shape(module, weight)
         self.wrapper: Callable[[Backend], Backend] | None = None
+        self.preferred: str | None = None  # backend that modiff.compile chose in place of ``auto``
+        self.fused = ""  # what else runs in the same pass, for describe
+        self.in_float = False  # measured to be faster in full precision
         self.region = Region()
         self._executions: dict[tuple[Any, ...], Execution] = {}
         self._partitions: dict[int, Partition] = {}
@@ -111,7 +115,8 @@ class QuantizedOperator(WeightHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
-        kept: dict[str, Any] = {"wrapper": None, "region": Region(), "_executions": {}}
+        kept: dict[str, Any] = {"wrapper": None, "preferred": None, "fused": "", "traceable": False}
+        kept |= {"region": Region(), "_executions": {}}
         return {**self.__dict__, **kept}
 
     def use(self, packed: PackedWeight) -> None:
@@ -128,6 +133,16 @@ class QuantizedOperator(WeightHolder):
         self.wrapper = wrapper
         changed = {k: e._replace(backend=self._wrapped(BACKENDS[e.backend.name])) for k, e in self._executions.items()}
         self._executions = changed
+
+    def prefer_backend(self, name: str | None) -> None:
+        """Run on a backend that ``auto`` would not take by itself, where it can; None: as configured."""
+        if name is None and self.preferred is None:
+            return
+        self.preferred = None
+        self.forget_executions()
+        if name is not None and self.backend == "auto":
+            self.preferred = name
+            self.preferred = name if self.choice(self.module.weight.device).name == name else None
 
     def _wrapped(self, backend: Backend) -> Backend:
         return backend if self.wrapper is None else self.wrapper(backend)
@@ -206,11 +221,19 @@ class QuantizedOperator(WeightHolder):
         if self.activation_spec is not None:
             ndim = len(self.shape.kernel) + 2
             quantizer = self._quantizer(torch.empty((), dtype=dtype), self.partition(ndim), clip=None)
-        return choose(self.backend, self.shape, quantizer, device, dtype)
+        return choose(self.preferred or self.backend, self.shape, quantizer, device, dtype)
+
+    @property
+    def traced(self) -> bool:
+        """Whether this runs in a graph of :func:`modiff.compile`, which keeps the books outside of it.
+
+        Under ``torch.compile`` by somebody else the operator keeps them itself, at the price of breaks in the graph.
+        """
+        return in_graph() and (self.traceable or not torch.compiler.is_compiling())
 
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
-        if in_graph():
+        if self.traced:
             assert self.region.execution is not None
             return self.region.execution
         key = (a.device, torch.promote_types(a.dtype, torch.float32), a.ndim)
@@ -238,6 +261,8 @@ class QuantizedOperator(WeightHolder):
         assert self.activation_spec is not None
         fixed = clip is None and self.calibrated is not None
         limits = Limits.of(self.activation_spec, like, clip, fixed)
+        if self.modulation is not None and not fixed and frees_zero(self.activation_spec):
+            limits = replace(limits, free=True)
         return Quantizer(self.activation_spec, partition, limits, modulation=self.modulation)
 
     def prepared(self, execution: Execution) -> Prepared:
@@ -252,8 +277,8 @@ class QuantizedOperator(WeightHolder):
         x = input
         self.check(x)
         a = compute_input(x)
-        if self.activation_spec is None:
-            if not in_graph():
+        if self.activation_spec is None or self.in_float:
+            if not self.traced:
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
@@ -271,11 +296,11 @@ class QuantizedOperator(WeightHolder):
 
     def fixed_scale(self, a: Tensor) -> FixedScale | None:
         """The calibrated scale of this evaluation; a graph finds it in its quantizer."""
-        return self.execution(a).quantizer.fixed if in_graph() else self.calibrated_scale(a)
+        return self.execution(a).quantizer.fixed if self.traced else self.calibrated_scale(a)
 
     def note(self, probe: Tensor, quantized: bool) -> None:
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
-        if not in_graph():
+        if not self.traced:
             self.state.note(self.name, probe, quantized)
 
     def add_bias(self, output: Tensor) -> Tensor:

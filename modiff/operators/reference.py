@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config.specs import Modulation, QuantSpec
+from modiff.quantizers.affine import frees_zero
 
 
 class ReferenceOperator:
@@ -81,19 +82,19 @@ class ReferenceOperator:
         """The same input again and again, each time with scales of its own and without clipping (App. D.5)."""
         self.a_hat = torch.zeros_like(a)
         for _ in range(rounds):
-            self.a_hat = self.a_hat + self.q(a - self.a_hat, clip=1.0)  # (13) with a_t = a_T
+            self.a_hat = self.a_hat + self.q(a - self.a_hat, clip=1.0, residual=True)  # (13) with a_t = a_T
         self.o_hat = self.with_bias(self.a_hat)  # (9)
 
     def advance(self, a: Tensor, t: int, error_compensation: bool) -> None:
         """Every other evaluation, of which ``t`` is the number."""
-        difference = self.calibrated_or_dynamic_q(a - self.a_hat, t)
+        difference = self.calibrated_or_dynamic_q(a - self.a_hat, t, residual=True)
         self.a_hat = self.a_hat + difference if error_compensation else a  # (13), or a_{t+1} of equation (6)
         self.o_hat = self.o_hat + self.without_bias(difference)  # (14)
 
-    def calibrated_or_dynamic_q(self, x: Tensor, t: int) -> Tensor:
+    def calibrated_or_dynamic_q(self, x: Tensor, t: int, residual: bool = False) -> Tensor:
         """``Q(x)`` in evaluation ``t``."""
         if self.fixed is None:
-            return self.q(x)
+            return self.q(x, residual=residual)
         assert self.activation is not None
         labels = activation_labels(x.shape, self.activation, self.with_bias)
         result = torch.empty_like(x)
@@ -102,19 +103,20 @@ class ReferenceOperator:
             result[members] = quantize_with(x[members], scale, zero_point, self.activation)
         return result
 
-    def q(self, x: Tensor, clip: float | None = None) -> Tensor:
+    def q(self, x: Tensor, clip: float | None = None, residual: bool = False) -> Tensor:
         """``Q(x)`` of an input or difference."""
         assert self.activation is not None
         labels = activation_labels(x.shape, self.activation, self.with_bias)
-        return quantize(x, labels, self.activation, self.activation.clip if clip is None else clip)
+        clip = self.activation.clip if clip is None else clip
+        return quantize(x, labels, self.activation, clip, residual and frees_zero(self.activation))
 
 
-def quantize(x: Tensor, labels: Tensor, spec: QuantSpec, clip: float) -> Tensor:
+def quantize(x: Tensor, labels: Tensor, spec: QuantSpec, clip: float, free: bool = False) -> Tensor:
     """``Q(x)``: each set of elements with the same label is quantized by itself (equations 4 and 5)."""
     result = torch.empty_like(x)
     for label in labels.unique():
         members = labels == label
-        result[members] = quantize_set(x[members], spec, clip)
+        result[members] = quantize_freely(x[members], spec, clip) if free else quantize_set(x[members], spec, clip)
     return result
 
 
@@ -128,6 +130,18 @@ def quantize_set(x: Tensor, spec: QuantSpec, clip: float) -> Tensor:
     low, high = clip * min(float(x.min()), 0.0), clip * max(float(x.max()), 0.0)
     scale = _nonzero(torch.tensor((high - low) / top, dtype=x.dtype))
     zero_point = torch.clamp(torch.round(-low / scale), 0, top)
+    codes = torch.clamp(torch.round(x / scale) + zero_point, 0, top)  # (4)
+    return scale * (codes - zero_point)  # (5)
+
+
+def quantize_freely(x: Tensor, spec: QuantSpec, clip: float) -> Tensor:
+    """``Q(x)`` of elements ``[N]`` that share a scale, whose range need not contain 0."""
+    top = 2**spec.bits - 1
+    low, high = float(x.min()), float(x.max())
+    nearest = min(max(0.0, low), high)
+    low, high = nearest + clip * (low - nearest), nearest + clip * (high - nearest)
+    scale = _nonzero(torch.tensor(max((high - low) / top, max(-low, high) / 2**15), dtype=x.dtype))
+    zero_point = torch.round(-low / scale)
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, top)  # (4)
     return scale * (codes - zero_point)  # (5)
 

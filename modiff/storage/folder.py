@@ -102,7 +102,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{missing} does not exist. Give a directory that modiff.save wrote.")
     try:
         manifest = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Copy or save the checkpoint again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not of a checkpoint of modiff. Give a directory that modiff.save wrote.")

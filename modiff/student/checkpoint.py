@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modiff.config.quant import QuantConfig
 from modiff.config.specs import STATE_DTYPES
-from modiff.errors import CheckpointError, ConfigError
+from modiff.errors import CheckpointError, ConfigError, ModiffError
 from modiff.operators.adapters import find_adapter
 from modiff.operators.dtypes import memory_format
 from modiff.operators.quantized import QuantizedOperator
@@ -26,6 +26,8 @@ from modiff.student.swap import RECORD, Record, convert, operators, plan
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import require_module, state_of, tensors_of
 
+STRUCTURE = (KeyError, IndexError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError, OverflowError)
+"""What a manifest with members of another kind than :func:`save` writes may raise."""
 REGISTERED = ("_parameters", "_buffers", "_modules")
 IGNORED_FIELDS = ("sample_size",)
 """Fields of a denoiser's configuration that do not change what it computes."""
@@ -84,6 +86,7 @@ def save(
         "shapes": {slot.name: list(slot.shape) for slot in slots(student)},
         "operators": packed,
         "calibrated_evaluations": lengths,
+        "in_float": [name for name, operator in operators(student).items() if operator.in_float],
         "remainder": remainder,
     }
     write(target, manifest, tensors, overwrite)
@@ -118,6 +121,19 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, keep_teacher: bool =
         raise ConfigError("The model is a student already. Call modiff.restore(student, ...) before modiff.load.")
     source = Path(path).resolve()
     manifest = read_manifest(source)
+    try:
+        return _load(source, manifest, model, keep_teacher)
+    except (ModiffError, torch.OutOfMemoryError):
+        raise
+    except STRUCTURE as error:
+        raise CheckpointError(
+            f"{source}: its config.json does not describe a student ({type(error).__name__}: {str(error)[:200]}). It "
+            "was edited or is damaged: copy or save the checkpoint again."
+        ) from error
+
+
+def _load(source: Path, manifest: dict[str, Any], model: nn.Module, keep_teacher: bool) -> nn.Module:
+    """:func:`load` of a manifest that was read."""
     try:
         config = QuantConfig.from_dict(manifest["quant_config"])
     except ConfigError as error:
@@ -156,6 +172,7 @@ def _fill(
         for slot, _, new in changes:
             slot.put(new)
         for name, operator in operators(student).items():
+            operator.in_float = name in manifest.get("in_float", [])
             if operator.dropped and on_meta:
                 entry = manifest["operators"][name]
                 operator.drop_original(getattr(torch, entry["dtype"]), getattr(torch, entry["layout"]))

@@ -11,7 +11,8 @@ from typing_extensions import override
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.operators.adapters import find_adapter, is_unsupported
 from modiff.operators.quantized import QuantizedOperator
-from modiff.trajectory.session import Listener, ModulationState
+from modiff.trajectory.listeners import Listener
+from modiff.trajectory.session import ModulationState
 
 ANEW = "Call modiff.restore(student), make the change there, and quantize again"
 

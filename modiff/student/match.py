@@ -75,7 +75,8 @@ def plans(model: nn.Module, config: QuantConfig) -> list[Plan]:
         plan.wholes = [name for name in parents if isinstance(model.get_submodule(name), RewrittenOperator)]
     if not any(plan.adapter for plan in all_):
         raise ConfigError(
-            f"{type(model).__name__} has no linear operators that can be quantized (Linear, Conv1d, Conv2d, Conv3d)."
+            f"{type(model).__name__} has no linear operators that can be quantized (Linear, Conv1d to Conv3d, "
+            "ConvTranspose1d to 3d)."
         )
     for rule in config.rules:
         if not any(plan.adapter and _match(rule, plan) for plan in all_):

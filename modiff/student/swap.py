@@ -26,7 +26,8 @@ from modiff.student.match import Plan, plan, plans
 from modiff.student.refusals import allow_methods, refuse_methods
 from modiff.student.share import FullPrecisionShare
 from modiff.student.tensors import Slot, slots
-from modiff.trajectory.session import ATTRIBUTE, Listener, ModulationState, require_module, state_of
+from modiff.trajectory.listeners import Listener
+from modiff.trajectory.session import ATTRIBUTE, ModulationState, require_module, state_of
 
 __all__ = ["RECORD", "Description", "Record", "Row", "convert", "describe", "operators", "plan", "quantize", "restore"]
 
@@ -275,8 +276,11 @@ def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
     operator = found.get(row.name)
     if operator is None:
         return ""
+    if operator.in_float:
+        return "full precision (as chosen)"
     weight = operator.module.weight
-    return str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+    choice = str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+    return f"{choice}, {operator.fused}" if operator.fused else choice
 
 
 def _share(found: list[Plan], quantized: dict[str, QuantizedOperator]) -> FullPrecisionShare:

@@ -128,7 +128,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @functools.cache
-def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
+def parameters_of(cls: Any) -> tuple[str, ...]:
     """Names of the parameters of a module's forward."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 

@@ -258,7 +258,8 @@ class Trajectory:
         """
         partial = self.order is not None and self.calls_in_step % len(self.order) > 0
         used = sum(name in self.contexts for name in self.order or ())
-        if partial and self.stateful and used > 1 and not self._distinct():
+        more = self.calls_in_step > len(self.order or ())
+        if partial and self.stateful and (more or (used > 1 and not self._distinct())):
             raise TrajectoryError(self._ambiguous())
         self.calls_in_step, self.taken = 0, []
 

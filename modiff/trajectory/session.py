@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import TrajectoryError
+from modiff.trajectory import messages
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.calls import Call, parameters_of, require_module, tensors_of
 from modiff.trajectory.contexts import Context, Trajectory, context_names
@@ -23,7 +24,6 @@ from modiff.trajectory.schedule import SCHEDULE, Answer, Schedule
 
 __all__ = [
     "Context",
-    "Listener",
     "ModulationState",
     "OperatorCache",
     "Trajectory",
@@ -36,10 +36,6 @@ __all__ = [
 ]
 
 ATTRIBUTE = "_modiff_state"
-SKIPPED = (
-    "A package that skips modules, and reuses what they gave in an earlier step, does not combine with modulation yet: "
-    "switch it off. If the denoiser itself calls the operator now and then, exclude it with Rule(..., skip=True)."
-)
 
 
 class ModulationState:
@@ -112,10 +108,7 @@ class ModulationState:
             TrajectoryError: Another one is open on this student.
         """
         if self.trajectory is not None:
-            raise TrajectoryError(
-                "A trajectory is already open on this student; they can be neither nested nor concurrent. "
-                "Close it first. Threads take turns, with a lock around the call, or have a deepcopy each."
-            )
+            raise TrajectoryError(messages.ALREADY_OPEN)
         self.tell("before_trajectory")
         run.stateful = self.stateful
         self.called = set()
@@ -149,7 +142,7 @@ class ModulationState:
                     "The previous evaluation of this trajectory did not finish (it raised, or the student calls "
                     "itself), so its state is unusable. Start a new trajectory."
                 )
-            run.begin(Call.of(parameters_of(type(_module)), args, kwargs))
+            run.begin(Call.of(parameters_of(type(_module)), args, kwargs))  # type: ignore[arg-type]
             run.probes.begin()
             self.calls, self.quantized, self.lent = {}, [0, 0], set()
         if self.listeners:
@@ -175,7 +168,8 @@ class ModulationState:
             name = next(n for n in {**here.calls, **self.calls} if self.calls.get(n) != here.calls.get(n))
             raise TrajectoryError(
                 f"Operator {name!r} was called {self.calls.get(name, 0)} times in evaluation {here.total}{here}, but "
-                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. " + SKIPPED
+                f"{here.calls.get(name, 0)} times in the first one: its state would go to the wrong call. "
+                + messages.SKIPPED
             )
         run.in_evaluation = False
         self._forget_codes()
@@ -208,11 +202,7 @@ class ModulationState:
         """
         run = self.trajectory
         if run is None:
-            raise TrajectoryError(
-                f"Modulated operator {name!r} was called outside a trajectory: it would run without the state of the "
-                "last evaluation. Wrap the sampling loop in `with modiff.trajectory(student):` and call the student "
-                "itself; a pipeline, also of a loaded student, is wrapped by modiff.quantize_pipeline(pipe)."
-            )
+            raise TrajectoryError(messages.outside_of_any(name))
         self._require_evaluation(name)
         here = run.current
         call = self.calls.get(name, 0)
@@ -223,19 +213,14 @@ class ModulationState:
         if call >= len(caches):
             raise TrajectoryError(
                 f"Operator {name!r} is called more often in evaluation {here.total}{here} than in the first one. "
-                + SKIPPED
+                + messages.SKIPPED
             )
         cache = caches[call]
         shape = cache.shape
         if shape != x.shape:
             rows, *rest = shape
             if not (run.guidance_may_end and batched and [2 * x.shape[0], *x.shape[1:]] == [rows, *rest]):
-                raise TrajectoryError(
-                    f"The input of operator {name!r} has shape {list(x.shape)} in evaluation {here.total}{here}, but "
-                    f"had {list(shape)} in the first one. Keep the batch through a trajectory; open a new "
-                    "one for another batch. Where guidance in one batch switches off, so that its last half remains: "
-                    "modiff.trajectory(student, guidance_may_end=True)."
-                )
+                raise TrajectoryError(messages.other_shape(name, x.shape, shape, f"{here.total}{here}"))
             cache.keep_last_half()
         return cache
 
@@ -247,11 +232,7 @@ class ModulationState:
         """
         assert self.trajectory is not None
         if not self.trajectory.in_evaluation:
-            raise TrajectoryError(
-                f"Operator {name!r} was called outside its student, so no evaluation was counted. Call the student "
-                "itself. Where another method of it, such as forward_with_cfg, calls self.forward: quantize a wrapper, "
-                "a module that holds the denoiser and whose forward calls that method."
-            )
+            raise TrajectoryError(messages.outside_of_student(name))
 
     def peek_cache(self, name: str) -> OperatorCache | None:
         """The cache that the next call of operator ``name`` will get, if there is one."""

@@ -215,3 +215,25 @@ def test_copies_keep_what_they_know() -> None:
         model(X[0], 1, UNCOND)
         with pytest.raises(TrajectoryError, match="twice at one time step with different conditions"):
             model(X[0], 1, COND)
+
+
+def test_a_student_in_a_pipeline_that_was_not_wrapped_is_told_how() -> None:
+    """Such as one that was loaded into it, or that ``from_pipe`` took over."""
+    model = student()
+    with pytest.raises(
+        TrajectoryError, match=r"a pipeline, also of a loaded student, is wrapped by modiff\.quantize_p"
+    ):
+        model(X[0], 1, COND)
+
+
+def test_a_package_that_skips_modules_is_called_what_it_is() -> None:
+    model = student()
+    original = model.b
+    with modiff.trajectory(model):
+        model(X[0], 2, COND)
+        model.b = nn.Identity()  # what a cache makes of a block in some steps
+        with pytest.raises(
+            TrajectoryError, match="A package that skips modules, .* does not combine with modulation yet"
+        ):
+            model(X[1], 1, COND)
+    model.b = original

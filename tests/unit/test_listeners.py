@@ -9,8 +9,9 @@ from small_models import config, denoiser, noise, run, student
 import modiff
 from modiff import Modulation
 from modiff.trajectory.identity import KeptOutput
+from modiff.trajectory.listeners import Listener
 from modiff.trajectory.schedule import Answer, Schedule
-from modiff.trajectory.session import Listener, state_of
+from modiff.trajectory.session import state_of
 
 
 class Diary(Listener):

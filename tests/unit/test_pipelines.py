@@ -230,12 +230,10 @@ def test_two_calls_that_shall_share_one_state():
     assert (pipe.trajectories["unet"].total, pipe.trajectories["unet"].quantized) == (8, 7)
 
 
-@pytest.mark.parametrize(("calls", "guide_until", "made"), [(2, 2, 1), (3, 9, 3), (1, 9, 1)])
-def test_a_step_with_other_calls_than_were_named_is_refused(calls, guide_until, made):
+@pytest.mark.parametrize(("calls", "guide_until"), [(2, 2), (3, 9)])
+def test_a_step_with_other_calls_than_were_named_is_refused(calls, guide_until):
     pipe = modiff.quantize_pipeline(own(calls=calls), "w8a8-modiff", contexts=("uncond", "cond"))
-    with pytest.raises(
-        TrajectoryError, match=rf"A step made {made} denoiser calls, but contexts names 2: uncond, cond\. Where guid"
-    ):
+    with pytest.raises(TrajectoryError, match=r"different numbers of denoiser calls, and contexts names 2: uncond, co"):
         pipe(guide_until)
     assert type(pipe.parts["scheduler"]).__name__ == "DDIMScheduler"
     assert type(pipe.parts["scheduler"]).__module__.startswith("diffusers.")

@@ -55,7 +55,7 @@ def test_nested_and_concurrent_trajectories_are_refused_and_the_open_one_goes_on
     with modiff.trajectory(model) as counts:
         first = model(*inputs[0])
         with (
-            pytest.raises(TrajectoryError, match=r"already open on this student.*Close it first, or use a deepcopy"),
+            pytest.raises(TrajectoryError, match=r"already open on this student.*Close it first.*have a deepcopy each"),
             modiff.trajectory(model),
         ):
             pass

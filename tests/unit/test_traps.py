@@ -66,8 +66,8 @@ def test_trap_2_built_in_state_kept_between_batches(monkeypatch):
     kept = {}
     original = Trajectory.begin
 
-    def stale(self):
-        original(self)
+    def stale(self, call=None):
+        original(self, call)
         if self.current.caches is not kept:
             self.current.caches = kept
             self.current.total = 1 if kept else 0

@@ -18,6 +18,7 @@ from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
 from modiff.errors import CalibrationError, ConfigError, ModiffError
 from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.modules.precision import casting, dtype_of, in_dtype
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
 from modiff.lit.runs.control import stopping
@@ -27,7 +28,6 @@ from modiff.student.checkpoint import load
 from modiff.student.copies import shared_copy
 from modiff.student.swap import operators, quantize
 from modiff.student.tensors import slots
-from modiff.teachers.families import first_tensor
 from modiff.teachers.sampling.loop import sample, set_timesteps
 from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.sampling.schedulers import make_scheduler
@@ -58,6 +58,8 @@ class LitStudent(LightningModule):
         calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
         compile: Draw with the student compiled (:func:`modiff.compile`), never the teacher; where there is no compiler,
             one line says so. ``modiff bench`` compiles both, and compares them.
+        choose: Of the compiled student: ``measured`` leaves in full precision what integers make no faster.
+        compute_dtype: Of the compiled student between its operators: ``bfloat16``; None: as the teacher.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -77,6 +79,8 @@ class LitStudent(LightningModule):
         clip: str | None = None,
         calibration: CalibrationConfig | None = None,
         compile: bool = False,  # noqa: A002 (its name in recipes)
+        choose: Literal["measured"] | None = None,
+        compute_dtype: Literal["bfloat16"] | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -99,7 +103,11 @@ class LitStudent(LightningModule):
         self.guidance = teacher.entry.guidance if guidance is None else guidance
         self.calibration = calibration
         self.calibrated = calibration is None
-        self.use_compile = compile
+        if not compile and (choose is not None or compute_dtype is not None):
+            raise ConfigError(
+                "model.choose and model.compute_dtype are of compiled students. Add --model.compile true."
+            )
+        self.use_compile, self.compile_options = compile, {"choose": choose, "compute_dtype": compute_dtype}
         self.conditions: Conditions = lambda indices: None
         self.seed = 0
         self.ckpt: str | None = None
@@ -235,7 +243,7 @@ class LitStudent(LightningModule):
     def on_test_start(self) -> None:
         """Compile the student if asked to: on its device, after calibration, outside of trajectories."""
         if self.use_compile and self.student is not None:
-            compile_student(self.student)
+            compile_student(self.student, **self.compile_options)  # type: ignore[arg-type]
 
     on_predict_start = on_test_start
 
@@ -259,16 +267,10 @@ class LitStudent(LightningModule):
         trainer = self._trainer
         return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 
-    @property
-    def denoiser_dtype(self) -> torch.dtype:
-        """Of the denoisers' parameters: a true precision of the Trainer's changes it, autocast does not."""
-        assert self.teacher is not None
-        return next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), torch.float32)
-
     def noise(self, indices: Tensor, stream: int = 0) -> Tensor:
         """x_T (or the noise of a step) of samples ``indices`` ``[B]``, ``[B, C, H, W]``; at least float32."""
         noise = indexed_noise(self.seed, indices.tolist(), self.sample_shape, stream)
-        return noise.to(self.device, torch.promote_types(torch.float32, self.denoiser_dtype))
+        return noise.to(self.device, torch.promote_types(torch.float32, dtype_of(self.teacher)))
 
     def conditioning(self, indices: Tensor) -> dict[str, Tensor]:
         """Conditioning inputs of the denoiser for samples ``indices`` ``[B]``; the last batch's are cached."""
@@ -285,11 +287,7 @@ class LitStudent(LightningModule):
         """
         assert self.loaded is not None
 
-        def evaluate(*args: Any, **kwargs: Any) -> Tensor:
-            args, kwargs = in_dtype((args, kwargs), self.denoiser_dtype)
-            return first_tensor(denoiser(*args, **kwargs))
-
-        bound = self.loaded.bind(evaluate, self.conditioning(indices), self.guidance)
+        bound = self.loaded.bind(casting(denoiser), self.conditioning(indices), self.guidance)
 
         def predict(x: Tensor, t: Any) -> Tensor:
             with self.in_precision():
@@ -301,7 +299,7 @@ class LitStudent(LightningModule):
         """Arguments of one forward of the denoiser at time 0, for figures of cost."""
         assert self.loaded is not None
         found: tuple[tuple[Any, ...], dict[str, Any]] = in_dtype(
-            self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance), self.denoiser_dtype
+            self.loaded.inputs(x, 0, self.conditioning(indices), self.guidance), dtype_of(self.teacher)
         )
         return found
 
@@ -404,17 +402,3 @@ class LitStudent(LightningModule):
 def to_unit_range(images: Tensor) -> Tensor:
     """Images for metrics and pictures: [-1, 1] to [0, 1], clamped, not rounded."""
     return (images / 2 + 0.5).clamp(0, 1)
-
-
-def in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Arguments of a denoiser with every float tensor in a dtype; vectors stay, because time steps must not be rounded.
-
-    >>> x, t = in_dtype((torch.zeros(2, 3), torch.tensor([0.1])), torch.float64)
-    >>> x.dtype, t.dtype
-    (torch.float64, torch.float32)
-    """
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
-    if isinstance(value, dict):
-        return {key: in_dtype(item, dtype) for key, item in value.items()}
-    return type(value)(in_dtype(item, dtype) for item in value) if isinstance(value, (tuple, list)) else value

@@ -95,11 +95,12 @@ def _holds(value: Any) -> bool:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that every key has; ``model.diffusion_model.`` is CompVis', and stays."""
+    """Without the prefixes that every key has; those that converters of CompVis and Q-Diffusion look for stay."""
     for prefix in PREFIXES * 2:
         if state and all(key.startswith(prefix) for key in state):
             shorter = strip(state, prefix)
-            if not all(key.startswith("diffusion_model.") for key in shorter):
+            quantized = any("quantizer." in key for key in state)  # Q-Diffusion's, whose converter knows the prefix
+            if not quantized and not all(key.startswith("diffusion_model.") for key in shorter):
                 state = shorter
     return state
 
