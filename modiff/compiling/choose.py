@@ -158,12 +158,19 @@ def _clocks(chains: Mapping[str, nn.Module], spent: dict[str, float]) -> Iterato
 
 def _clocked(forward: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = _now()
         found = forward(*args, **kwargs)
-        spent[name] += time.perf_counter() - start
+        spent[name] += _now() - start
         return found
 
     return run
+
+
+def _now() -> float:
+    """The clock, read when a GPU has done what it was told to."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _rank() -> int:

@@ -66,13 +66,13 @@ class Regions(Listener):
             return
         for name, operator in self.operators.items():
             region = operator.region
-            if isinstance(operator, ModulatedOperator):
+            if isinstance(operator, ModulatedOperator) and not operator.in_float:
                 state.calls[name] = region.call
                 skipped = sum(region.reuses)
                 if skipped:
                     run.current.unchanged[name] = run.current.unchanged.get(name, 0) + skipped
             state.called.add(name)
-            if operator.activation_spec is not None:
+            if operator.activation_spec is not None and not operator.in_float:
                 state.quantized[0] += 1
                 state.quantized[1] += 1
             for cache in region.caches:
@@ -104,6 +104,8 @@ class Regions(Listener):
                 vars(module).pop("forward", None)
 
     def _has_state(self, operator: QuantizedOperator, here: Context) -> bool:
+        if operator.in_float:  # it keeps none
+            return True
         if operator.activation_spec is not None and operator.region.shape is None:
             return False
         if not isinstance(operator, ModulatedOperator):

@@ -119,6 +119,19 @@ def test_calibrated_scales_of_each_evaluation_are_copied_in() -> None:
     assert len(Again.made) == 1
 
 
+def test_operators_that_run_in_full_precision_are_recorded_too() -> None:
+    from modiff.compiling.choose import use_float
+
+    plain, graphed = pair()
+    for student in (plain, graphed):
+        use_float(student, ["conv_in"])
+    expected, counts = run(plain)
+    found, ours = run(graphed)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (ours.total, ours.quantized) == (counts.total, counts.quantized)
+    assert [each.replays for each in Again.made] == [7 - 1 - WARM_UPS]
+
+
 def test_too_many_shapes_run_as_they_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("modiff.compiling.graphs.RECORDINGS", 1)
     plain, graphed = pair()

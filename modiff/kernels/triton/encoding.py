@@ -19,6 +19,7 @@ FAR = tl.constexpr(512.0)  # beyond every code, with any zero point
 WIDE = tl.constexpr(4194303.0)  # 2^22 - 1, beyond every number of steps
 HUGE = tl.constexpr(3.0e38)
 
+# Functions return at their end only: what follows another return is compiled too.
 # fmt: off
 
 
@@ -41,26 +42,30 @@ def whole_quotient(value, divisor, inverse):
 def residual_of(value, held, step, center, place, inside):
     """``a - â`` and the number that stands for â; ``a`` itself where nothing is held."""
     if held is None:
-        return value, value
-    number = tl.load(held + place, inside, 0).to(tl.float32)
-    if step is None:
-        return value - number, number
-    unit = tl.load(step)
-    middle = tl.load(center)
-    low = (middle - INT16_TOP) * unit
-    high = (middle + INT16_TOP) * unit
-    return tl.maximum(tl.minimum(value, high), low) - (number + middle) * unit, number
+        number = value
+        residual = value
+    else:
+        number = tl.load(held + place, inside, 0).to(tl.float32)
+        if step is None:
+            residual = value - number
+        else:
+            unit = tl.load(step)
+            middle = tl.load(center)
+            low = (middle - INT16_TOP) * unit
+            high = (middle + INT16_TOP) * unit
+            residual = tl.maximum(tl.minimum(value, high), low) - (number + middle) * unit
+    return residual, number
 
 
 @triton.jit
 def whole_steps(scale, step, top):
     """The nearest whole multiple of an int16 grid's step; the largest spans the grid."""
-    if step is None:
-        return scale
-    unit = tl.load(step)
-    most = tl.ceil(tl.div_rn(65534.0, top))
-    ratio = tl.minimum(tl.div_rn(scale, unit), WIDE)
-    return tl.minimum(tl.maximum(nearest(ratio), 1.0), most) * unit
+    if step is not None:
+        unit = tl.load(step)
+        most = tl.ceil(tl.div_rn(65534.0, top))
+        ratio = tl.minimum(tl.div_rn(scale, unit), WIDE)
+        scale = tl.minimum(tl.maximum(nearest(ratio), 1.0), most) * unit
+    return scale
 
 
 @triton.jit
@@ -69,13 +74,15 @@ def scale_of(low, high, step, top, clip, factor, SYMMETRIC: tl.constexpr):
     if SYMMETRIC:
         scale = tl.maximum(-low, high) * factor
         scale = whole_steps(tl.where(scale < TINY, 1.0, scale), step, top)
-        return scale, scale * 0.0
-    low = tl.minimum(low, 0.0) * clip
-    high = tl.maximum(high, 0.0) * clip
-    scale = tl.div_rn(high - low, top)
-    scale = whole_steps(tl.where(scale < TINY, 1.0, scale), step, top)
-    zero = nearest(tl.minimum(tl.div_rn(-low, scale), FAR))
-    return scale, tl.minimum(tl.maximum(zero, 0.0), top)
+        zero = scale * 0.0
+    else:
+        low = tl.minimum(low, 0.0) * clip
+        high = tl.maximum(high, 0.0) * clip
+        scale = tl.div_rn(high - low, top)
+        scale = whole_steps(tl.where(scale < TINY, 1.0, scale), step, top)
+        zero = nearest(tl.minimum(tl.div_rn(-low, scale), FAR))
+        zero = tl.minimum(tl.maximum(zero, 0.0), top)
+    return scale, zero
 
 
 @triton.jit
@@ -110,20 +117,24 @@ def code_of(residual, width, middle, highest, SYMMETRIC: tl.constexpr, CLIPS: tl
 def advanced_of(code, value, number, width, step, center, COMPENSATES: tl.constexpr):
     """Equation (13): the codes that the state can take, and the next â as it is held."""
     if step is None:
+        if COMPENSATES:  # noqa: SIM108 (a branch that Triton takes when it compiles)
+            advanced = number + code * width
+        else:
+            advanced = value
+    else:
+        unit = tl.load(step)
+        multiple = nearest(tl.div_rn(width, unit + width * 0.0))
+        inverse = 1.0 / multiple
+        most = whole_quotient(-(number - INT16_TOP), multiple, inverse)
+        fewest = -whole_quotient(number + INT16_TOP, multiple, inverse)
+        code = tl.maximum(tl.minimum(code, most), fewest)
         if COMPENSATES:
-            return code, number + code * width
-        return code, value
-    unit = tl.load(step)
-    multiple = nearest(tl.div_rn(width, unit + width * 0.0))
-    inverse = 1.0 / multiple
-    most = whole_quotient(-(number - INT16_TOP), multiple, inverse)
-    fewest = -whole_quotient(number + INT16_TOP, multiple, inverse)
-    code = tl.maximum(tl.minimum(code, most), fewest)
-    if COMPENSATES:
-        return code, number + code * multiple
-    nearby = tl.minimum(tl.maximum(tl.div_rn(value, unit + value * 0.0), -WIDE), WIDE)
-    plain = nearest(nearby) - tl.load(center)
-    return code, tl.minimum(tl.maximum(plain, -INT16_TOP), INT16_TOP)
+            advanced = number + code * multiple
+        else:
+            nearby = tl.minimum(tl.maximum(tl.div_rn(value, unit + value * 0.0), -WIDE), WIDE)
+            plain = nearest(nearby) - tl.load(center)
+            advanced = tl.minimum(tl.maximum(plain, -INT16_TOP), INT16_TOP)
+    return code, advanced
 
 
 @triton.jit

@@ -12,28 +12,28 @@ import triton.language as tl
 def normalized(value, inside, channel, sample, mean, rstd, gamma, beta, gain, shift, channels, group_size, epsilon,
                NORM: tl.constexpr, SILU: tl.constexpr):
     """GroupNorm (1) with given moments, or LayerNorm (2) with those of the row, then what follows it; 0 outside."""
-    if NORM == 0:
-        return value
-    known = channel < channels
-    if NORM == 1:
-        group = sample * (channels // group_size) + channel // group_size
-        value = (value - tl.load(mean + group, known, 0.0)[None, :]) * tl.load(rstd + group, known, 0.0)[None, :]
-    else:
-        count = channels.to(tl.float32)
-        middle = tl.sum(value, 1)[:, None] / count
-        centered = tl.where(inside, value - middle, 0.0)
-        variance = tl.sum(centered * centered, 1)[:, None] / count
-        value = centered * tl.rsqrt(variance + epsilon)
-    if gamma is not None:
-        value = value * tl.load(gamma + channel, known, 0.0).to(tl.float32)[None, :]
-    if beta is not None:
-        value = value + tl.load(beta + channel, known, 0.0).to(tl.float32)[None, :]
-    if gain is not None:  # of an adaptive norm, one vector for each sample
-        value = value * (1.0 + tl.load(gain + sample * channels + channel, known, 0.0).to(tl.float32)[None, :])
-        value = value + tl.load(shift + sample * channels + channel, known, 0.0).to(tl.float32)[None, :]
-    if SILU:
-        value = value / (1.0 + tl.exp(-value))
-    return tl.where(inside, value, 0.0)
+    if NORM > 0:
+        known = channel < channels
+        if NORM == 1:
+            group = sample * (channels // group_size) + channel // group_size
+            value = (value - tl.load(mean + group, known, 0.0)[None, :]) * tl.load(rstd + group, known, 0.0)[None, :]
+        else:
+            count = channels.to(tl.float32)
+            middle = tl.sum(value, 1)[:, None] / count
+            centered = tl.where(inside, value - middle, 0.0)
+            variance = tl.sum(centered * centered, 1)[:, None] / count
+            value = centered * tl.rsqrt(variance + epsilon)
+        if gamma is not None:
+            value = value * tl.load(gamma + channel, known, 0.0).to(tl.float32)[None, :]
+        if beta is not None:
+            value = value + tl.load(beta + channel, known, 0.0).to(tl.float32)[None, :]
+        if gain is not None:  # of an adaptive norm, one vector for each sample
+            value = value * (1.0 + tl.load(gain + sample * channels + channel, known, 0.0).to(tl.float32)[None, :])
+            value = value + tl.load(shift + sample * channels + channel, known, 0.0).to(tl.float32)[None, :]
+        if SILU:
+            value = value / (1.0 + tl.exp(-value))
+        value = tl.where(inside, value, 0.0)
+    return value
 
 
 @triton.jit

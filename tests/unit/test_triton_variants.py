@@ -1,0 +1,73 @@
+"""Variants of the element-wise kernels that no table names, compiled for a GPU that is not there.
+
+The interpreter does not see what only the compiler refuses, such as code behind a return.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from modiff.kernels.triton import support
+
+if support.missing() is not None:
+    pytest.skip(f"{support.missing()}", allow_module_level=True)
+
+from modiff.kernels.triton import encoding, norms, proof
+
+SIZES = ("height", "width", "top_pad", "left_pad", "padded_height", "padded_width")
+GRID = {"held": "*i16", "step": "*fp32", "center": "*fp32"}
+TOKEN = {"PER": 2, "height": 1, "padded_height": 1}
+
+
+def quantize(**changes: Any) -> tuple[Any, dict[str, Any]]:
+    usual: dict[str, Any] = {"a": "*fp16", "held": "*fp32", "codes": "*i8", "lows": "*fp32", "highs": "*fp32"}
+    usual |= {"probes": "*fp32", "scale": "*fp32"}
+    usual |= dict.fromkeys(("zero", "units", "step", "center", "mean", "rstd", "gamma", "beta", "gain", "shift"))
+    usual |= dict.fromkeys(SIZES, "i32:1")
+    usual |= {"channels": "i32", "padded_channels": "i32", "a_row": "i32", "a_channel": 1, "held_row": "i32"}
+    usual |= {"held_channel": 1, "group_size": "i32:1", "epsilon": "fp32", "highest": "fp32", "clip": "fp32"}
+    usual |= {"factor": "fp32", "PER": 1, "SYMMETRIC": True, "CLIPS": True, "COMPENSATES": True, "MEASURES": False}
+    usual |= {"NORM": 0, "SILU": False, "BLOCK_R": 16, "BLOCK_C": 128}
+    return encoding.quantize_kernel, {**usual, **changes}
+
+
+def scale(**changes: Any) -> tuple[Any, dict[str, Any]]:
+    usual = {"lows": "*fp32", "highs": "*fp32", "scale": "*fp32", "zero": None, "probes": "*fp32", "step": None}
+    usual |= {"parts": "i32:1", "highest": "fp32", "clip": "fp32", "factor": "fp32", "margin": "fp32"}
+    return encoding.scale_kernel, {**usual, "SYMMETRIC": True, "BLOCK": 64, **changes}
+
+
+RANGE: dict[str, Any] = {"a": "*fp16", "held": "*fp32", "lows": "*fp32", "highs": "*fp32", "step": None, "center": None}
+RANGE |= {"rows": "i32:1", "channels": "i32", "a_row": 1, "a_channel": "i32", "held_row": 1, "held_channel": "i32"}
+RANGE |= {"PER_CHANNEL": False, "BLOCK_R": 16, "BLOCK_C": 128, "REPEATS": 4}
+MOMENTS: dict[str, Any] = {"a": "*fp16", "means": "*fp32", "squares": "*fp32", "rows": "i32:1", "channels": "i32"}
+MOMENTS |= {"a_row": "i32", "a_channel": 1, "BLOCK_R": 32, "BLOCK_C": 128}
+GROUP: dict[str, Any] = {"means": "*fp32", "squares": "*fp32", "mean": "*fp32", "rstd": "*fp32", "rows": "i32:1"}
+GROUP |= {"channels": "i32", "group_size": "i32:1", "blocks": "i32:1", "epsilon": "fp32"}
+GROUP |= {"BLOCK_R": 32, "BLOCK_P": 16, "BLOCK_C": 8}
+VARIANTS = {
+    "asymmetric": quantize(SYMMETRIC=False, zero="*fp32"),
+    "plain": quantize(held=None),
+    "plain, asymmetric, per token": quantize(held=None, SYMMETRIC=False, **TOKEN),
+    "uncompensated, int16": quantize(COMPENSATES=False, **GRID),
+    "uncompensated, float": quantize(COMPENSATES=False),
+    "asymmetric, per token, int16": quantize(SYMMETRIC=False, **GRID, **TOKEN),
+    "per sample and channel": quantize(PER=3, units="*fp32"),
+    "measures": quantize(PER=0, MEASURES=True),
+    "adaptive norm": quantize(NORM=2, gain="*fp16", shift="*fp16", **TOKEN),
+    "scale": scale(),
+    "scale, asymmetric, int16": scale(zero="*fp32", step="*fp32", SYMMETRIC=False),
+    "scale of one part": scale(parts=1),
+    "range": (encoding.range_kernel, RANGE),
+    "moments": (norms.moments_kernel, MOMENTS),
+    "groups": (norms.group_kernel, GROUP),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_compiles_without_spills(name: str) -> None:
+    kernel, arguments = VARIANTS[name]
+    assert proof.compile_kernel("sm_90", kernel, name, "", arguments, warps=4, stages=3).stack == 0
