@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from modiff.compiling.bfloat16 import Bfloat16
+from modiff.compiling.blocks import KINDS
+from modiff.compiling.choose import Measured, chains_of, use_float
+from modiff.compiling.fusion import Fusion
 from modiff.compiling.graphs import use_graphs
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
+from modiff.kernels.cpp import build
 from modiff.student.blocks import repeated_blocks
 from modiff.student.swap import operators
 from modiff.trajectory.session import state_of
 
 log = logging.getLogger("modiff")
 
-Mode = Literal["auto", "stages", "blocks", "whole"]
+Mode = Literal["auto", "fused", "stages", "blocks", "whole"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def compile(  # noqa: A001 (modiff.compile)
-    student: nn.Module, mode: Mode = "auto", cuda_graph: bool = False
+    student: nn.Module,
+    mode: Mode = "auto",
+    choose: Literal["measured"] | Sequence[str] | None = None,
+    compute_dtype: Literal["bfloat16"] | None = None,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """Compile a student, in place; it is compiled when it is first called.
 
-    ``stages``: only the element-wise stages around each product (difference, range, codes, reconstruction; scale and
-    add), once for all operators and shapes: seconds. ``blocks``: each repeated block of the denoiser. ``whole``: the
-    denoiser as one graph (``fullgraph=True`` where it allows that). In the last two the first evaluation of a
-    trajectory and refreshes run eagerly; all others share one graph for each shape. ``auto`` takes ``stages``, the
-    fastest of the three where they were measured, compile time left aside or not (``benchmarks/cpu.md``).
+    ``fused`` (on an x86 CPU): each operator is one C++ call, built once on this machine (less than 90 s), and takes the
+    norms, activations and residual additions of known blocks into its passes over memory
+    (:mod:`modiff.compiling.blocks`). ``stages``: only the element-wise stages around each product (difference, range,
+    codes, reconstruction; scale and add), once for all operators and shapes: seconds. ``blocks``: each repeated block
+    of the denoiser. ``whole``: the denoiser as one graph (``fullgraph=True`` where it allows that). In the last two the
+    first evaluation of a trajectory and refreshes run eagerly; all others share one graph for each shape. ``auto``
+    takes the fastest of them where they were measured (``benchmarks/peers.md``, ``benchmarks/cpu.md``): ``fused`` where
+    that can be, else ``stages``.
 
     Where no C++ compiler is installed (on the CPU), one line says so and the student stays as it is.
 
     Args:
         student: What :func:`modiff.quantize` or :func:`modiff.load` returned.
         mode: See above. Another mode replaces an earlier one.
+        choose: ``measured``: at the first call, time each operator or fused block in integers and in full precision,
+            and leave in full precision what is not at least 10 % faster in integers. A list of names, such as
+            :func:`modiff.compiling.choose.in_float` of another student returns: leave these. None: as loaded.
+        compute_dtype: ``bfloat16``: run what lies between the operators in bfloat16, from the first layer to the last
+            norm; the operators' states stay in float32.
         cuda_graph: Record whole evaluations as CUDA graphs, and replay them (:mod:`modiff.compiling.graphs`); with mode
             ``whole`` what is recorded is the compiled graph.
 
@@ -46,21 +63,31 @@ def compile(  # noqa: A001 (modiff.compile)
         The same student.
 
     Raises:
-        ConfigError: The mode is unknown, the denoiser has no repeated blocks, its offloading would be lost, or a CUDA
-            graph is asked for on another device.
+        ConfigError: An argument is unknown, the C++ operators that ``fused`` needs cannot be built, the denoiser has no
+            repeated blocks, its offloading would be lost, or a CUDA graph is asked for on another device.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     if mode not in MODES:
         raise ConfigError(f"mode is {mode!r}; allowed are {', '.join(MODES)}.")
+    _check_options(choose, compute_dtype)
     state = state_of(student)
     state.refuse_inside("compiled")
-    modules = [] if mode in ("auto", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    modules = [] if mode in ("auto", "fused", "stages") else [student] if mode == "whole" else repeated_blocks(student)
     if any("_hf_hook" in vars(module) for module in modules):
         raise ConfigError(
             f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "
             "take its place. Compile before enable_model_cpu_offload, or use mode 'stages'."
         )
     uncompile(student)
+    fusion = None if cuda_graph else _fuse(student, mode)
+    if compute_dtype is not None:
+        state.listeners.append(Bfloat16(student))
+    if choose == "measured":
+        state.listeners.append(Measured(student, chains_of(student, fusion.modules if fusion else [])))
+    elif choose is not None:
+        use_float(student, choose)
+    if fusion is not None:
+        return student
     missing = _missing_compiler(student)
     if missing:
         log.warning("modiff.compile: %s, so the student runs eagerly. Install one, such as g++.", missing)
@@ -88,15 +115,50 @@ def uncompile(student: nn.Module) -> nn.Module:
     state.refuse_inside("compiled")
     for operator in operators(student).values():
         operator.wrap_backend(None)
-    for regions in [listener for listener in state.listeners if isinstance(listener, Regions)]:
-        regions.removed(state)
-        state.listeners.remove(regions)
+        operator.prefer_backend(None)
+    for made in [listener for listener in state.listeners if isinstance(listener, MADE)]:
+        made.removed(state)
+        state.listeners.remove(made)
     return student
+
+
+def _check_options(choose: Any, compute_dtype: Any) -> None:
+    if compute_dtype not in (None, "bfloat16"):
+        raise ConfigError(f"compute_dtype is {compute_dtype!r}; allowed are 'bfloat16' and None.")
+    if isinstance(choose, str) and choose != "measured":
+        raise ConfigError(f"choose is {choose!r}; allowed are 'measured', a list of operators' names, and None.")
+
+
+def _fuse(student: nn.Module, mode: Mode) -> Fusion | None:
+    """C++ operators and fused blocks, where they are asked for and can be."""
+    if mode not in ("auto", "fused"):
+        return None
+    on_cpu = all(parameter.device.type == "cpu" for parameter in student.parameters())
+    problem = build.problem() if on_cpu else "they are for the CPU"
+    if problem is not None:
+        if mode == "fused":
+            raise ConfigError(f"mode 'fused' needs the C++ operators: {problem}. Use mode 'stages'.")
+        return None
+    for operator in operators(student).values():
+        operator.prefer_backend("cpp")
+        cpp = operator.choice(operator.module.weight.device).name == "cpp"
+        operator.wrap_backend(None if cpp else compiled_backend)
+    fusion = Fusion(student, KINDS)
+    state_of(student).listeners.append(fusion)
+    return fusion
+
+
+MADE = (Regions, Fusion, Bfloat16, Measured)
 
 
 def has_regions(student: nn.Module) -> bool:
     """Whether parts of a student run in graphs of their own (modes ``blocks`` and ``whole``)."""
     return any(isinstance(listener, Regions) for listener in state_of(student).listeners)
+
+
+def fused_blocks(student: nn.Module) -> Fusion | None:
+    """The fused blocks of a student, and why others are not; None where nothing is fused."""
+    return next((f for f in state_of(student).listeners if isinstance(f, Fusion)), None)
 
 
 class _Graph:

@@ -13,7 +13,7 @@ from modiff.errors import ConfigError
 
 __all__ = ["BACKENDS", "Modulation", "QuantConfig", "QuantSpec", "Rule", "Split"]
 
-BACKENDS = ["auto", "simulate", "onednn", "triton"]
+BACKENDS = ["auto", "simulate", "onednn", "cpp", "triton"]
 """Names that ``backend`` allows; a backend that registers itself adds its own."""
 
 

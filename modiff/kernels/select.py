@@ -9,6 +9,7 @@ import torch
 from modiff.kernels import float as _float  # noqa: F401 (registers itself)
 from modiff.kernels import onednn as _onednn  # noqa: F401
 from modiff.kernels.backend import BACKENDS, Backend, OperatorShape, Quantizer
+from modiff.kernels.cpp import backend as _cpp  # noqa: F401
 from modiff.kernels.triton import backend as _triton  # noqa: F401
 
 DEFINITION = "simulate"

@@ -104,6 +104,9 @@ class QuantizedOperator(WeightHolder):
         self.backend = backend
         self.shape = adapter.shape(module, weight)
         self.wrapper: Callable[[Backend], Backend] | None = None
+        self.preferred: str | None = None  # backend that modiff.compile chose in place of ``auto``
+        self.fused = ""  # what else runs in the same pass, for describe
+        self.in_float = False  # measured to be faster in full precision
         self.region = Region()
         self._executions: dict[tuple[Any, ...], Execution] = {}
         self._partitions: dict[int, Partition] = {}
@@ -112,7 +115,8 @@ class QuantizedOperator(WeightHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its weight for itself, and is not compiled."""
-        kept: dict[str, Any] = {"wrapper": None, "region": Region(), "_executions": {}, "traceable": False}
+        kept: dict[str, Any] = {"wrapper": None, "preferred": None, "fused": "", "traceable": False}
+        kept |= {"region": Region(), "_executions": {}}
         return {**self.__dict__, **kept}
 
     def use(self, packed: PackedWeight) -> None:
@@ -129,6 +133,16 @@ class QuantizedOperator(WeightHolder):
         self.wrapper = wrapper
         changed = {k: e._replace(backend=self._wrapped(BACKENDS[e.backend.name])) for k, e in self._executions.items()}
         self._executions = changed
+
+    def prefer_backend(self, name: str | None) -> None:
+        """Run on a backend that ``auto`` would not take by itself, where it can; None: as configured."""
+        if name is None and self.preferred is None:
+            return
+        self.preferred = None
+        self.forget_executions()
+        if name is not None and self.backend == "auto":
+            self.preferred = name
+            self.preferred = name if self.choice(self.module.weight.device).name == name else None
 
     def _wrapped(self, backend: Backend) -> Backend:
         return backend if self.wrapper is None else self.wrapper(backend)
@@ -207,7 +221,7 @@ class QuantizedOperator(WeightHolder):
         if self.activation_spec is not None:
             ndim = len(self.shape.kernel) + 2
             quantizer = self._quantizer(torch.empty((), dtype=dtype), self.partition(ndim), clip=None)
-        return choose(self.backend, self.shape, quantizer, device, dtype)
+        return choose(self.preferred or self.backend, self.shape, quantizer, device, dtype)
 
     @property
     def traced(self) -> bool:
@@ -263,7 +277,7 @@ class QuantizedOperator(WeightHolder):
         x = input
         self.check(x)
         a = compute_input(x)
-        if self.activation_spec is None:
+        if self.activation_spec is None or self.in_float:
             if not self.traced:
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))

@@ -86,6 +86,7 @@ def save(
         "shapes": {slot.name: list(slot.shape) for slot in slots(student)},
         "operators": packed,
         "calibrated_evaluations": lengths,
+        "in_float": [name for name, operator in operators(student).items() if operator.in_float],
         "remainder": remainder,
     }
     write(target, manifest, tensors, overwrite)
@@ -171,6 +172,7 @@ def _fill(
         for slot, _, new in changes:
             slot.put(new)
         for name, operator in operators(student).items():
+            operator.in_float = name in manifest.get("in_float", [])
             if operator.dropped and on_meta:
                 entry = manifest["operators"][name]
                 operator.drop_original(getattr(torch, entry["dtype"]), getattr(torch, entry["layout"]))

@@ -68,6 +68,7 @@ class Cost:
         state_mib_per_image: â and ô as allocated, of all contexts.
         peak_state_mib_per_image: State, and the int8 codes of the operator with the largest input: what a GPU holds at
             the same time on top of a teacher's activations, where ô is the operators' output without a copy.
+        integer_share: Share of the operators' multiply-accumulates whose inputs are quantized.
     """
 
     operators: tuple[OperatorCost, ...]
@@ -80,6 +81,7 @@ class Cost:
     weight_mib: float
     state_mib_per_image: float
     peak_state_mib_per_image: float
+    integer_share: float = 0.0
 
     def __str__(self) -> str:
         text = (
@@ -158,6 +160,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=state_mib,
         peak_state_mib_per_image=state_mib + _widest(found, counter) / images / 2**20,
+        integer_share=sum(r.macs for r in rows if _quantizes(found[r.name][0])) / max(1.0, sum(r.macs for r in rows)),
     )
 
 
@@ -165,6 +168,11 @@ def _widest(found: dict[str, tuple[nn.Module, OperatorAdapter]], counter: _Count
     """Elements of the largest input that is quantized."""
     quantized = (name for name, (module, _) in found.items() if getattr(module, "activation_spec", None) is not None)
     return max((counter.inputs.get(name, 0) for name in quantized), default=0)
+
+
+def _quantizes(module: Any) -> bool:
+    quantized = isinstance(module, QuantizedOperator) and not module.in_float
+    return quantized and module.activation_spec is not None
 
 
 def _count_one(
@@ -279,8 +287,9 @@ def _bit_operations(
         return bits, bits, macs * bits * bits
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
-    activation_bits = module.activation_spec.bits if module.activation_spec else full
-    modulation = module.modulation if isinstance(module, ModulatedOperator) else None
+    quantizes = module.activation_spec is not None and not module.in_float
+    activation_bits = module.activation_spec.bits if module.activation_spec and quantizes else full
+    modulation = module.modulation if isinstance(module, ModulatedOperator) and quantizes else None
     # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
     bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations

@@ -276,8 +276,11 @@ def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
     operator = found.get(row.name)
     if operator is None:
         return ""
+    if operator.in_float:
+        return "full precision (as chosen)"
     weight = operator.module.weight
-    return str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+    choice = str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
+    return f"{choice}, {operator.fused}" if operator.fused else choice
 
 
 def _share(found: list[Plan], quantized: dict[str, QuantizedOperator]) -> FullPrecisionShare:

@@ -163,7 +163,19 @@ def test_both_modes_take_turns_in_one_round(recipe, modiff, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
     monkeypatch.setattr("modiff.lit.bench.arms.compile_student", lambda module, mode: compiled.append(module) or module)
     monkeypatch.setattr(bench, "compiler_problem", lambda device: None)
-    options = ("--compile", "both", "--rounds", "2", "--evaluations", "1", "--batch_sizes", "1", "2")
+    options = (
+        "--compile",
+        "both",
+        "--bfloat16",
+        "false",
+        "--rounds",
+        "2",
+        "--evaluations",
+        "1",
+        "--batch_sizes",
+        "1",
+        "2",
+    )
     status, _, err = modiff("bench", recipe, *options, "--output", tmp_path / "out")
     assert status == 0, err
     one = ["eager/teacher", "eager/tiny", "compiled/teacher", "compiled/tiny"]
@@ -372,3 +384,35 @@ def test_sampled_memory_sees_what_stays(monkeypatch) -> None:
     found, how = peak_memory(lambda: kept.append(torch.ones(16 * 2**20)), CPU)
     assert found > 56
     assert how.endswith("sampled every millisecond")
+
+
+def test_the_teacher_in_bfloat16_is_timed_beside_the_compiled_one(recipe, modiff, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr("modiff.lit.bench.arms.compile_student", lambda module, mode: module)
+    monkeypatch.setattr(bench, "compiler_problem", lambda device: None)
+    options = (
+        "--compile",
+        "compiled",
+        "--bfloat16",
+        "true",
+        "--rounds",
+        "2",
+        "--evaluations",
+        "1",
+        "--batch_sizes",
+        "2",
+    )
+    status, said, err = modiff("bench", recipe, *options, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert "compiled/teacher in bfloat16" in said
+    entry = json.loads((tmp_path / "out" / "bench.json").read_text())["results"][0]
+    assert entry["students"]["teacher in bfloat16"]["ratio"]["median"] > 0
+    assert "teacher in bfloat16" in (tmp_path / "out" / "bench.md").read_text()
+
+
+def test_stages_of_fused_students_are_those_of_the_clocks_inside() -> None:
+    found = {"eager/teacher": Stages(10.0), "compiled/student": Stages(9.0, fused=(4.0, 1.0, 2.0))}
+    turns = {TEACHER: [[10.0]], "student": [[8.0]]}
+    stage = staged(COMPILED, turns, found)["student"]
+    assert (stage["products_s"], stage["modulation_s"], stage["rest_s"]) == (4.0, 2.0, 2.0)
+    assert "inside the C++ operators" in stage["how"]

@@ -79,7 +79,8 @@ def test_compile_compiles_the_student_once_before_anything_is_drawn(
     happened: list[str] = []
     draw = LitStudent.draw
     monkeypatch.setattr(
-        "modiff.lit.modules.student.compile_student", lambda student: happened.append(type(student).__name__)
+        "modiff.lit.modules.student.compile_student",
+        lambda student, **options: happened.append(type(student).__name__),
     )
     monkeypatch.setattr(LitStudent, "draw", lambda self, who, i: (happened.append(who), draw(self, who, i))[1])
     quick = ("--num_images", "4", "--output", tmp_path / "out")

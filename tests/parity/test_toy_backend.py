@@ -77,7 +77,7 @@ def test_a_registered_backend_can_be_asked_for_by_name(products):
 
 
 def test_a_backend_that_is_not_registered_is_refused():
-    with pytest.raises(ConfigError, match="backend is 'toy'; allowed are auto, simulate, onednn"):
+    with pytest.raises(ConfigError, match="backend is 'toy'; allowed are auto, simulate, onednn, cpp"):
         modiff.QuantConfig(backend="toy")
 
 

@@ -162,12 +162,12 @@ def test_one_graph_for_each_shape_and_no_more_over_a_trajectory(graphs, mode, mo
 
 
 def test_stages_compile_once_for_all_operators_and_shapes(graphs):
-    student = modiff.compile(modiff.quantize(denoiser(), config("w8a7-modiff")))
+    student = modiff.compile(modiff.quantize(denoiser(), config("w8a7-modiff")), "stages")
     run(student, noise(3))
     after_three = graphs()
     run(student, noise(50))
     assert graphs() == after_three
-    larger = modiff.compile(modiff.quantize(denoiser(1), config("w8a5-modiff")))
+    larger = modiff.compile(modiff.quantize(denoiser(1), config("w8a5-modiff")), "stages")
     run(larger, noise(3))
     run(larger, noise(50, batch=3))
     assert graphs() <= after_three + 2  # asymmetric codes: another way to a scale
@@ -268,7 +268,7 @@ def test_without_a_compiler_one_line_says_so_and_the_student_runs_eagerly(monkey
     student = modiff.quantize(denoiser(), config("w8a7-modiff"))
     expected, _ = run(student, noise(3))
     with caplog.at_level(logging.WARNING, logger="modiff"):
-        assert modiff.compile(student) is student
+        assert modiff.compile(student, "stages") is student
     assert [r.message for r in caplog.records] == [
         "modiff.compile: no C++ compiler is installed, so the student runs eagerly. Install one, such as g++."
     ]
@@ -287,7 +287,7 @@ def test_the_search_for_a_compiler_finds_none_where_there_is_none(monkeypatch):
 
 def test_wrong_modes_are_refused():
     student = modiff.quantize(denoiser(), config("w8a7-modiff"))
-    with pytest.raises(ConfigError, match=re.escape("mode is 'fast'; allowed are auto, stages, blocks, whole.")):
+    with pytest.raises(ConfigError, match=re.escape("mode is 'fast'; allowed are auto, fused, stages, blocks, whole.")):
         modiff.compile(student, "fast")
     with pytest.raises(ConfigError, match="Denoiser has no repeated blocks"):
         modiff.compile(student, "blocks")
@@ -321,7 +321,7 @@ def test_the_real_compiler(mode, monkeypatch):
 def test_small_tensors_go_through_eager_stages(graphs, monkeypatch):
     monkeypatch.setattr(compiled, "SMALL", 2 * 4 * 6 + 1)
     expected, _ = run(modiff.quantize(Blocks(), config("w8a7-modiff")), tokens(3))
-    found, _ = run(modiff.compile(modiff.quantize(Blocks(), config("w8a7-modiff"))), tokens(3))
+    found, _ = run(modiff.compile(modiff.quantize(Blocks(), config("w8a7-modiff")), "stages"), tokens(3))
     assert graphs() == 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

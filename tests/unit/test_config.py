@@ -125,7 +125,7 @@ def test_rule_refuses_a_broken_regular_expression():
         ({"modulation": QuantSpec()}, "modulation is QuantSpec("),
         ({"rules": "*"}, "rules is '*'; give a list of Rule."),
         ({"rules": ["*"]}, "rules is ('*',); give a list of Rule."),
-        ({"backend": "cuda"}, "backend is 'cuda'; allowed are auto, simulate, onednn."),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed are auto, simulate, onednn, cpp, triton."),
         (
             {"weight": QuantSpec(granularity="token")},
             "weight granularity is 'token'; allowed are tensor, channel, group.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -10,10 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from modiff.compiling.modes import compile, has_regions
+from modiff.compiling.modes import compile, fused_blocks, has_regions
 from modiff.errors import ConfigError
-from modiff.lit.bench.clocks import Call, Inputs, Stages, interleave, peak_memory, spread, stages, synchronize
+from modiff.lit.bench.clocks import (
+    Call,
+    Inputs,
+    Stages,
+    fused_stages,
+    interleave,
+    peak_memory,
+    spread,
+    stages,
+    synchronize,
+)
 from modiff.lit.modules.student import LitStudent
 from modiff.operators.adapters import find_adapter
 from modiff.student.cost import weight_bytes
@@ -27,6 +39,11 @@ REMAINS = (
     "compiled, so that no clock can stand within: products as eager clocks say; the teacher's rest is what remains of "
     "its evaluation, a student's rest is the teacher's, its modulation what remains"
 )
+FUSED = (
+    "clocks inside the C++ operators: products with what accumulates them; modulation with the norms and activations "
+    "that run in the same pass; the rest is what remains"
+)
+BFLOAT16 = "teacher in bfloat16"
 WARM = 2  # evaluations before the clock starts: a compiled student makes a graph for the first and one for later ones
 
 
@@ -129,6 +146,7 @@ class Bench:
         context: Makes the context of an evaluation, such as autocast.
         channels_last: The layout of x.
         compile_mode: As for :func:`modiff.compile`.
+        bfloat16: Time the compiled teacher cast to bfloat16 as well.
         tell: Called with a line about what goes on.
     """
 
@@ -138,6 +156,7 @@ class Bench:
     context: Callable[[], Any] = nullcontext
     channels_last: bool = False
     compile_mode: str = "auto"
+    bfloat16: bool = False
     tell: Callable[[str], None] = print
     arms: list[Arm] = field(default_factory=list)
 
@@ -149,11 +168,13 @@ class Bench:
             compiled = mode == COMPILED
             teacher = torch.compile(first.teacher, dynamic=False) if compiled else first.teacher
             self.arms.append(Arm(TEACHER, mode, teacher, first))
+            bfloat16 = [_in_bfloat16(first)] if compiled and self.bfloat16 else []
             for name, module in self.modules.items():
                 student = module.make_student() if compiled else module.student
                 assert student is not None
                 called = compile_student(student, self.compile_mode) if compiled else student
                 self.arms.append(Arm(name, mode, called, module, student))
+            self.arms += bfloat16
 
     @property
     def timed(self) -> list[Arm]:
@@ -270,7 +291,27 @@ class Bench:
                 for name, call in calls.items():
                     runs[name].ready(1)
                     found[name].append(stages(modules[name], lambda call=call: call(x, t), self.device))  # type: ignore[misc] # noqa: B023
+                    if runs[name].arm.student is not None and fused_blocks(runs[name].arm.student):
+                        runs[name].ready(1)
+                        found[name][-1].fused = fused_stages(lambda call=call: call(x, t))  # type: ignore[misc] # noqa: B023
         return {name: Stages.median(values) for name, values in found.items()}
+
+
+def _in_bfloat16(owner: LitStudent) -> Arm:
+    """The teacher as a user of a processor with bfloat16 would run it."""
+    assert owner.teacher is not None
+    model = torch.compile(copy.deepcopy(owner.teacher).to(torch.bfloat16), dynamic=False)
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(_to_bfloat16, (args, kwargs))
+        output = model(x.to(torch.bfloat16), *args, **kwargs)
+        return (output if isinstance(output, Tensor) else output[0]).to(x.dtype)
+
+    return Arm(BFLOAT16, COMPILED, run, owner)
+
+
+def _to_bfloat16(x: Any) -> Any:
+    return x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 else x
 
 
 def compile_student(student: nn.Module, mode: str) -> nn.Module:
@@ -296,11 +337,16 @@ def staged(mode: str, turns: Mapping[str, list[list[float]]], found: Mapping[str
     result = {}
     for name in turns:
         seen = found.get(f"{mode}/{name}")
-        if seen is not None:
+        if seen is not None and seen.fused is not None:
+            whole, before, products_inside = (medians[name] / seen.fused[0] * seconds for seconds in seen.fused)
+            result[name] = _stage(products_inside, before, whole - before - products_inside, FUSED)
+        elif seen is not None:
             scale = medians[name] / seen.whole
             result[name] = _stage(seen.products * scale, seen.modulation * scale, seen.rest * scale, CLOCKED)
         elif name == TEACHER:
             result[name] = _stage(products, 0.0, rest, REMAINS)
+        elif name == BFLOAT16:
+            result[name] = _stage(0.0, 0.0, medians[name], "compiled in another precision: not told apart")
         else:
             own = found[f"{EAGER}/{name}"].products
             result[name] = _stage(own, medians[name] - own - rest, rest, REMAINS)

@@ -129,10 +129,12 @@ class Stages:
     Args:
         whole: All of it.
         operators: By name.
+        fused: Seconds of an evaluation with fused blocks, of what ran before the products in it, and of these.
     """
 
     whole: float = 0.0
     operators: dict[str, OperatorTimes] = field(default_factory=dict)
+    fused: tuple[float, float, float] | None = None
 
     @classmethod
     def median(cls, found: Sequence[Stages]) -> Stages:
@@ -144,7 +146,9 @@ class Stages:
             )
             for name in found[0].operators
         }
-        return cls(middle(s.whole for s in found), operators)
+        fused = [s.fused for s in found if s.fused is not None]
+        medians = tuple(middle(values) for values in zip(*fused, strict=True)) if fused else None
+        return cls(middle(s.whole for s in found), operators, medians)  # type: ignore[arg-type]
 
     @property
     def products(self) -> float:
@@ -176,6 +180,18 @@ def stages(operators: Mapping[str, nn.Module], call: Callable[[], Any], device: 
     with _clocks(operators, found.operators, device):
         found.whole = seconds(call, device)
     return found
+
+
+def fused_stages(call: Callable[[], Any]) -> tuple[float, float, float]:
+    """Time one evaluation of a student with fused blocks by the clocks inside its C++ operators.
+
+    Returns:
+        Seconds of all of it, of what runs before the products in their operators, and of the products and what follows.
+    """
+    torch.ops.modiff.cpp_clocks()
+    whole = seconds(call, torch.device("cpu"))
+    before, products = torch.ops.modiff.cpp_clocks()
+    return whole, before, products
 
 
 @contextmanager

@@ -56,9 +56,15 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--compile_mode",
-        type=Literal["auto", "stages", "blocks", "whole"],
+        type=Literal["auto", "fused", "stages", "blocks", "whole"],
         default="auto",
         help="What modiff.compile compiles of the students; the teacher is compiled as a whole.",
+    )
+    parser.add_argument(
+        "--bfloat16",
+        type=bool | None,
+        default=None,
+        help="Time the compiled teacher in bfloat16 too; None: on CPUs that have it.",
     )
     parser.add_argument("--rounds", type=int, default=7, help="Turns of each denoiser.")
     parser.add_argument("--evaluations", type=int, default=3, help="Timed evaluations in a turn.")
@@ -80,7 +86,16 @@ def bench(args: Sequence[str]) -> int:
     check_shared(clis)
     settings = {
         key: options[key]
-        for key in ("batch_sizes", "compile", "compile_mode", "rounds", "evaluations", "channels_last", "threads")
+        for key in (
+            "batch_sizes",
+            "compile",
+            "compile_mode",
+            "bfloat16",
+            "rounds",
+            "evaluations",
+            "channels_last",
+            "threads",
+        )
     }
     identity = {"command": "bench", "recipes": {n: cli.identity() for n, cli in clis.items()}, "settings": settings}
     run = RunDirectory(Path(options.output), identity, options.overwrite)
@@ -194,11 +209,19 @@ def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Tra
     results: list[Any] = []
     with fresh_compiler_cache() if COMPILED in modes else nullcontext():
         context = trainer.precision_plugin.forward_context
-        arms = Bench(modules, modes, device, context, options.channels_last, options.compile_mode)
+        bfloat16 = COMPILED in modes and wants_bfloat16(options.bfloat16, device)
+        arms = Bench(modules, modes, device, context, options.channels_last, options.compile_mode, bfloat16)
         for size in options.batch_sizes:
             rank_zero(print, f"batch {size}: {options.rounds} rounds of {', '.join(a.key for a in arms.timed)}")
             results += arms.measure(size, options.rounds, options.evaluations)
     return results
+
+
+def wants_bfloat16(asked: bool | None, device: torch.device) -> bool:
+    """Whether the teacher in bfloat16 is timed too: as asked, else on CPUs that compute in it."""
+    if asked is not None:
+        return asked
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def modes_of(choice: str, device: torch.device) -> tuple[tuple[str, ...], str | None]:

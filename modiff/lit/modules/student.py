@@ -58,6 +58,8 @@ class LitStudent(LightningModule):
         calibration: How weights are found from the student's own trajectories; None: rounded to nearest.
         compile: Draw with the student compiled (:func:`modiff.compile`), never the teacher; where there is no compiler,
             one line says so. ``modiff bench`` compiles both, and compares them.
+        choose: Of the compiled student: ``measured`` leaves in full precision what integers make no faster.
+        compute_dtype: Of the compiled student between its operators: ``bfloat16``; None: as the teacher.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -77,6 +79,8 @@ class LitStudent(LightningModule):
         clip: str | None = None,
         calibration: CalibrationConfig | None = None,
         compile: bool = False,  # noqa: A002 (its name in recipes)
+        choose: Literal["measured"] | None = None,
+        compute_dtype: Literal["bfloat16"] | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -99,7 +103,11 @@ class LitStudent(LightningModule):
         self.guidance = teacher.entry.guidance if guidance is None else guidance
         self.calibration = calibration
         self.calibrated = calibration is None
-        self.use_compile = compile
+        if not compile and (choose is not None or compute_dtype is not None):
+            raise ConfigError(
+                "model.choose and model.compute_dtype are of compiled students. Add --model.compile true."
+            )
+        self.use_compile, self.compile_options = compile, {"choose": choose, "compute_dtype": compute_dtype}
         self.conditions: Conditions = lambda indices: None
         self.seed = 0
         self.ckpt: str | None = None
@@ -235,7 +243,7 @@ class LitStudent(LightningModule):
     def on_test_start(self) -> None:
         """Compile the student if asked to: on its device, after calibration, outside of trajectories."""
         if self.use_compile and self.student is not None:
-            compile_student(self.student)
+            compile_student(self.student, **self.compile_options)  # type: ignore[arg-type]
 
     on_predict_start = on_test_start
 

@@ -1,0 +1,257 @@
+"""Blocks in which norms, activations and residual additions run in the same passes as the operators between them.
+
+The blocks are those of diffusers, known by the names of their classes and of what they hold; whatever looks different
+runs as it is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all
+of its operators advance; the first one of a trajectory, refreshes, and whatever is unusual run in that ``forward``.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from modiff.kernels.cpp.backend import CppBackend
+from modiff.kernels.cpp.operators import After, Before
+from modiff.operators.modulated import ModulatedOperator
+from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.session import Listener, ModulationState
+
+NOTHING = Before()
+KEPT = After(dtype=None)
+"""The result is read from ô itself."""
+
+
+class Fused:
+    """Stands for the ``forward`` of a block.
+
+    A copy or pickle of the block gets its own forward back.
+
+    Args:
+        module: The block.
+        fusion: Says whether the fused form may run.
+    """
+
+    fuses: dict[str, str] = {}
+    """What runs in the pass of which operator: a sentence for ``describe``, by the operator's name in the block."""
+
+    def __init__(self, module: Any, fusion: Fusion) -> None:
+        self.module = module
+        self.fusion = fusion
+        self.eager: Callable[..., Any] = types.MethodType(type(module).forward, module)
+        self.fused_calls = 0
+        self.operators: list[ModulatedOperator] = [module.get_submodule(name) for name in self.fuses]
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        """Why a block of the right class is not fused; None where it is."""
+        raise NotImplementedError
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The fused form."""
+        raise NotImplementedError
+
+    def fits(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Whether the fused form is meant for these arguments."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward."""
+        if (
+            self.fusion.ready
+            and not torch.is_grad_enabled()
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and self.fits(x, *args, **kwargs)
+            and all(self.fusion.advances(operator) for operator in self.operators)
+        ):
+            self.fused_calls += 1
+            return self.run(x, *args, **kwargs)
+        return self.eager(x, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.MethodType, (type(self.module).forward, self.module)
+
+
+class Fusion(Listener):
+    """The fused blocks of a student.
+
+    Args:
+        student: What is searched for blocks.
+        kinds: Classes of :class:`Fused` by the name of the block's class.
+    """
+
+    def __init__(self, student: nn.Module, kinds: dict[str, type[Fused]]) -> None:
+        self.ready = False
+        self.modules: list[nn.Module] = []
+        self.obstacles: dict[str, str] = {}
+        for name, module in student.named_modules():
+            kind = kinds.get(type(module).__name__)
+            if kind is None or not type(module).__module__.startswith("diffusers."):
+                continue
+            reason = _common_obstacle(module, kind) or kind.obstacle(module)
+            if reason is not None:
+                self.obstacles[name] = reason
+                continue
+            module.forward = kind(module, self)  # type: ignore[method-assign, assignment]
+            self.modules.append(module)
+            for inner, sentence in kind.fuses.items():
+                module.get_submodule(inner).fused = sentence  # type: ignore[assignment]
+
+    @override
+    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
+        """Fused forms run after the first evaluation of a trajectory."""
+        self.ready = state.trajectory is not None and state.trajectory.current.total > 0
+
+    @override
+    def closed(self, state: ModulationState) -> None:
+        """Nothing runs fused outside of a trajectory."""
+        self.ready = False
+
+    @override
+    def moved(self, state: ModulationState) -> None:
+        """An evaluation that had begun goes on unfused."""
+        self.ready = False
+
+    @override
+    def removed(self, state: ModulationState) -> None:
+        """Put the blocks' own forwards back; accelerate's offloading, which came after, stays around them."""
+        for module in self.modules:
+            inner = vars(module).get("_old_forward")
+            if isinstance(inner, Fused):
+                module._old_forward = inner.eager  # type: ignore[assignment]
+            else:
+                vars(module).pop("forward", None)
+            for operator in module.modules():
+                if isinstance(operator, ModulatedOperator):
+                    operator.fused = ""
+
+    def advances(self, operator: ModulatedOperator) -> bool:
+        """Whether an operator's next call advances its state, on this backend, unobserved by hooks."""
+        cache = operator.state.peek_cache(operator.name)
+        execution = operator.region.execution
+        return (
+            cache is not None
+            and execution is not None
+            and isinstance(execution.backend, CppBackend)
+            and not operator.refreshes()
+            and not operator._forward_hooks
+            and not operator._forward_pre_hooks
+        )
+
+
+def call(operator: ModulatedOperator, x: Tensor, before: Before = NOTHING, after: After = KEPT) -> Tensor:
+    """One evaluation of an operator with what stands before and after it.
+
+    Args:
+        operator: It advances (:meth:`Fusion.advances`).
+        x: Float32 or bfloat16, in the shape of its input.
+        before: Makes its input from ``x``.
+        after: Makes the result from ô.
+
+    Returns:
+        The result; ô itself, which the caller may only read, where ``after`` asks for none.
+    """
+    cache = _next_cache(operator, x)
+    execution = operator.region.execution
+    assert execution is not None
+    backend: Any = execution.backend
+    quantizer = execution.quantizer.at(operator.fixed_scale(x))
+    if after.dtype is None and cache.o_hat.dtype != torch.float32:
+        after = After()
+    prepared = operator.prepared(execution)
+    out, probe = backend.advance_fused(x, cache.held, prepared, quantizer, cache.o_hat, before, after)
+    operator.note(probe, quantized=True)
+    return cache.o_hat if after.dtype is None else out
+
+
+def call_together(operators: Sequence[ModulatedOperator], x: Tensor, before: Before, after: After) -> list[Tensor]:
+    """Several Linears that read the same tensor; those that share â are given the first one's codes."""
+    caches = [operator.state.peek_cache(operator.name) for operator in operators]
+    leader = caches[0]
+    if any(cache is None or cache.leader is not leader for cache in caches[1:]):
+        return [call(operator, x, before, after) for operator in operators]
+    execution = operators[0].region.execution
+    assert execution is not None
+    backend: Any = execution.backend
+    found, encoded = [], None
+    for operator in operators:
+        cache = _next_cache(operator, x)
+        if encoded is None:
+            encoded = backend.encode_fused(x, cache.held, execution.quantizer, before)
+        execution = operator.region.execution
+        assert execution is not None
+        mine = After() if after.dtype is None and cache.o_hat.dtype != torch.float32 else after
+        out = backend.multiply_fused(operator.prepared(execution), encoded, cache.o_hat, mine)
+        operator.note(encoded.probe, quantized=True)
+        found.append(cache.o_hat if mine.dtype is None else out)
+    return found
+
+
+def _next_cache(operator: ModulatedOperator, x: Tensor) -> OperatorCache:
+    """The state of this call, laid out as rows of channels from the first fused call on."""
+    cache = operator.state.next_cache(operator.name, x, operator.shape.is_batched(x.ndim))
+    assert cache is not None
+    image = operator.shape.kind == "conv" and x.ndim == 4
+    layout = torch.channels_last if image else torch.contiguous_format
+    cache.held.a_hat = cache.held.a_hat.contiguous(memory_format=layout)
+    cache.o_hat = cache.o_hat.contiguous(memory_format=layout)
+    cache.source = None
+    return cache
+
+
+def _common_obstacle(module: Any, kind: type[Fused]) -> str | None:
+    for name in kind.fuses:
+        try:
+            operator = module.get_submodule(name)
+        except AttributeError:
+            return f"it has no {name}"
+        if not isinstance(operator, ModulatedOperator):
+            return f"{name} is not modulated"
+        if not operator.modulation.error_compensation:
+            return f"{name} is modulated without error compensation"
+    if "forward" in vars(module) or "_hf_hook" in vars(module):
+        return "its forward was replaced"
+    return None
+
+
+def plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, unhooked."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def group_norm(norm: Any, activation: str | None, shift: Tensor | None = None) -> Before:
+    """A :class:`torch.nn.GroupNorm` and what follows it."""
+    return Before("group", activation, norm.num_groups, _float(norm.weight), _float(norm.bias), shift, norm.eps)
+
+
+def layer_norm(norm: Any, scale: Tensor | None = None, shift: Tensor | None = None) -> Before:
+    """A :class:`torch.nn.LayerNorm`, times ``1 + scale``, plus ``shift`` (each ``[B, C]``)."""
+    mul, add = _float(norm.weight), _float(norm.bias)
+    if scale is not None and shift is not None:
+        factor = 1 + scale.float()
+        add = shift.float() if add is None else torch.addcmul(shift.float(), factor, add)
+        mul = factor if mul is None else factor * mul
+        mul, add = mul.contiguous(), add.contiguous()
+    return Before("layer", None, 1, mul, add, None, norm.eps)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
+
+
+def attend(module: Any, projected: Sequence[Tensor]) -> Tensor:
+    """Softmax attention of queries, keys and values ``[B, T, C]``; returns ``[B, T, C]``."""
+    batch, length, channels = projected[0].shape
+    heads = [x.view(batch, length, module.heads, channels // module.heads).transpose(1, 2) for x in projected]
+    found = F.scaled_dot_product_attention(*heads)
+    return found.transpose(1, 2).reshape(batch, length, channels)
+
+
+def kept_dtype(x: Tensor) -> After:
+    """ô itself in float32, else a copy in the dtype of the network around."""
+    return KEPT if x.dtype == torch.float32 else After(dtype=x.dtype)
