@@ -70,6 +70,7 @@ class Forks:
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command sets it before PyTorch is there
         command = [sys.executable, str(Path(__file__).with_name("fault_forks.py")), "modiff"]
         self._server = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -14,7 +14,7 @@ from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import Execution, QuantizedOperator
 from modiff.quantizers.held import Held, Int16Grid
-from modiff.trajectory.cache import OperatorCache, dense_like
+from modiff.trajectory.cache import OperatorCache, dense_like, static_room
 from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
@@ -142,7 +142,8 @@ class ModulatedOperator(QuantizedOperator):
         """Memory for this call's state; ô is allocated when its shape is known."""
         shared = self.sharing_key(self.execution(a))
         leader = None if shared is None else self.state.find_leader(shared, x)
-        kept = self.state.static_room(self.name, a)
+        assert self.state.trajectory is not None
+        kept = static_room(self.state.static, self.state.trajectory.caches, self.name, a)
         held, o_hat = (self.room(a), torch.empty(0)) if kept is None else (kept.held, kept.o_hat)
         cache = OperatorCache(held if leader is None else leader.held, o_hat, a.shape, leader=leader)
         if leader is not None:

@@ -150,7 +150,6 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], **seen))
     other_bops = counter.other.bops / images
     state_mib = sum(r.state_bytes for r in rows) / 2**20
-    codes = [counter.inputs.get(n, 0) for n, (m, _) in found.items() if getattr(m, "activation_spec", None) is not None]
     return Cost(
         operators=tuple(rows),
         other_macs=counter.other.macs / images,
@@ -161,9 +160,15 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         gbops_per_evaluation=(sum(r.bops for r in rows) + other_bops) / 1e9,
         weight_mib=(sum(r.weight_bytes for r in rows) + sum(weights.values())) / 2**20,
         state_mib_per_image=state_mib,
-        peak_state_mib_per_image=state_mib + max(codes, default=0) / images / 2**20,
+        peak_state_mib_per_image=state_mib + _widest(found, counter) / images / 2**20,
         integer_share=sum(r.macs for r in rows if _quantizes(found[r.name][0])) / max(1.0, sum(r.macs for r in rows)),
     )
+
+
+def _widest(found: dict[str, tuple[nn.Module, OperatorAdapter]], counter: _Counter) -> int:
+    """Elements of the largest input that is quantized."""
+    quantized = (name for name, (module, _) in found.items() if getattr(module, "activation_spec", None) is not None)
+    return max((counter.inputs.get(name, 0) for name in quantized), default=0)
 
 
 def _quantizes(module: Any) -> bool:

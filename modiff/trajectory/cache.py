@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,3 +79,20 @@ def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialized dense memory in the shape and layout of ``x``, usable in and out of inference mode."""
     with torch.inference_mode(False):
         return torch.empty_like(x, dtype=dtype)
+
+
+def static_room(
+    static: Mapping[str, list[OperatorCache]], caches: Mapping[str, list[OperatorCache]], name: str, a: Tensor
+) -> OperatorCache | None:
+    """In the first evaluation: a cache of an earlier trajectory whose memory fits; None: make a new one.
+
+    Args:
+        static: Caches whose memory CUDA graphs hold, by operator.
+        caches: Those of this trajectory so far.
+        name: The operator.
+        a: Its input.
+    """
+    kept, call = static.get(name, []), len(caches.get(name, []))
+    found = kept[call] if call < len(kept) else None
+    fits = found is not None and found.shape == a.shape and found.a_hat.device == a.device
+    return found if fits else None

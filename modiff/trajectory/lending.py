@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,17 @@ class Lent:
     def written(self) -> bool:
         """Whether somebody wrote to the tensor since."""
         return self.counter._version != self.version
+
+
+def without_lent(output: Any, lent: Set[int]) -> Any:
+    """The output of a denoiser with copies of what is the state of an operator; None: there is nothing to copy.
+
+    Args:
+        output: Nested tensors.
+        lent: Addresses of the storages of all states that were given away.
+    """
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage()._cdata in lent else tensor
+
+    return tree_map_only(Tensor, own, output) if lent else None

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from modiff.errors import TrajectoryError
 from modiff.trajectory.cache import OperatorCache
@@ -16,6 +15,7 @@ from modiff.trajectory.calls import Call, parameters_of, require_module, tensors
 from modiff.trajectory.contexts import Context, Trajectory, context_names
 from modiff.trajectory.graphs import in_graph
 from modiff.trajectory.identity import InputIdentity, KeptOutput
+from modiff.trajectory.lending import without_lent
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.probes import Probes
 from modiff.trajectory.remarks import Remarks
@@ -73,8 +73,7 @@ class ModulationState:
         self.called: set[str] = set()
         self.calls: dict[str, int] = {}
         self.quantized = [0, 0]
-        self.lent: set[int] = set()
-        self.static: dict[str, list[OperatorCache]] = {}
+        self.lent, self.static = set[int](), dict[str, list[OperatorCache]]()
         self._leaders: list[tuple[object, InputIdentity, OperatorCache]] = []
         self._leading: list[OperatorCache] = []
 
@@ -159,10 +158,7 @@ class ModulationState:
                 listener.before_evaluation(self, arguments)
 
     def end_evaluation(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Forward hook of the root module.
-
-        Returns:
-            The output; where it is the state of an operator, a copy, for samplers keep outputs.
+        """Forward hook of the root module; it copies what is an operator's state, for samplers keep outputs.
 
         Raises:
             TrajectoryError: A modulated operator was called more or less often than in the first evaluation.
@@ -184,26 +180,9 @@ class ModulationState:
         run.in_evaluation = False
         self._forget_codes()
         here.total += 1
-        done, all_ = self.quantized
-        here.quantized += int(all_ > 0 and done == all_)
+        here.quantized += int(self.quantized[1] > 0 and self.quantized[0] == self.quantized[1])
         run.probes.end(next(tensors_of(output), None))
-        return tree_map_only(Tensor, self._own, output) if self.lent else None
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage()._cdata in self.lent else tensor
-
-    def static_room(self, name: str, a: Tensor) -> OperatorCache | None:
-        """In the first evaluation: a cache of an earlier trajectory whose memory fits; None: make a new one.
-
-        Args:
-            name: The operator.
-            a: Its input.
-        """
-        assert self.trajectory is not None
-        kept, call = self.static.get(name, []), len(self.trajectory.current.caches.get(name, []))
-        found = kept[call] if call < len(kept) else None
-        fits = found is not None and found.shape == a.shape and found.a_hat.device == a.device
-        return found if fits else None
+        return without_lent(output, self.lent)
 
     def _forget_codes(self) -> None:
         """Drop what leaders encoded in this evaluation."""

@@ -53,6 +53,9 @@ def test_teacher_is_drawn_once_for_all(compared) -> None:
 def test_comparison_holds_table_picture_and_links(compared) -> None:
     out, _, said = compared
     assert {path.name for path in out.iterdir()} == {
+        ".holder.json",
+        ".lock",
+        "status.json",
         "compare.json",
         "compare.md",
         "compare.png",
@@ -133,12 +136,13 @@ def test_wrong_option_is_refused(recipes, modiff, tmp_path, args, message) -> No
 
 
 def test_forwarded_options_reach_every_recipe(recipes, tmp_path) -> None:
+    from modiff.lit.cli.sweeps import Arm
     from modiff.lit.commands.compare import _parse, make_parser, split_forwarded
 
     args = [str(recipes[0]), "--model.steps=2", "--model.config.modulation.refresh_every", "null", "--num_images", "3"]
     own, forwarded = split_forwarded(args)
     options = make_parser().parse_args(own)
-    cli = _parse("plain", str(recipes[0]), options, forwarded)
+    cli = _parse(Arm("plain", str(recipes[0])), options, forwarded)
     assert (cli.model.steps, cli.num_images, cli.config.seed) == (2, 3, 0)
 
 

@@ -79,9 +79,12 @@ class Agreement(Callback):
             votes = torch.tensor([int(asked)], dtype=torch.int32)
             distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._group)
             asked = bool(votes.item())
+        if (
+            asked or 0 < trainer.max_steps <= trainer.global_step
+        ):  # the last step's is what a longer training goes on from
+            keep_checkpoint(trainer)
         if not asked:
             return
-        keep_checkpoint(trainer)
         for _ in range(100):  # the reason may come a moment after the vote
             control.check()
             time.sleep(0.1)

@@ -248,7 +248,7 @@ class Control:
                 self.lose(base + local, how)
         for thread in threading.enumerate():
             if thread.name == "child-process-observer":  # Lightning's, which would kill this process without a word
-                thread._finished = True  # type: ignore[attr-defined]
+                thread._child_processes = []  # type: ignore[attr-defined]
 
     def _look_at_peers(self) -> None:
         if self.world_size == 1:

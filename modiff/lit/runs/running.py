@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -32,7 +33,7 @@ def running(run: RunDirectory | None) -> Iterator[None]:
 
 def interruptible(trainer: Trainer, work: Callable[[], Any]) -> None:
     """Run Lightning's work; after Ctrl-C raise KeyboardInterrupt, where Lightning would exit."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler, gradients = signal.getsignal(signal.SIGINT), torch.is_grad_enabled()
     try:
         work()
     except (RuntimeError, MemoryError) as error:
@@ -47,6 +48,8 @@ def interruptible(trainer: Trainer, work: Callable[[], Any]) -> None:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from error
+    finally:
+        torch.set_grad_enabled(gradients)  # Lightning's loops leave them off where they do not end by themselves
 
 
 def rank_zero(function: Callable[..., Any], *args: Any) -> None:
