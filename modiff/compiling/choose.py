@@ -146,14 +146,14 @@ def _clocks(chains: Mapping[str, nn.Module], spent: dict[str, float]) -> Iterato
     """Clocks around the forward of each chain."""
     before = {name: vars(module).get("forward") for name, module in chains.items()}
     for name, module in chains.items():
-        module.forward = _clocked(module.forward, name, spent)  # type: ignore[method-assign, assignment]
+        module.forward = _clocked(module.forward, name, spent)
     try:
         yield
     finally:
         for name, module in chains.items():
             vars(module).pop("forward")
             if before[name] is not None:
-                module.forward = before[name]  # type: ignore[method-assign, assignment]
+                module.forward = before[name]  # type: ignore[assignment]
 
 
 def _clocked(forward: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:

@@ -97,10 +97,10 @@ class Fusion(Listener):
             if reason is not None:
                 self.obstacles[name] = reason
                 continue
-            module.forward = kind(module, self)  # type: ignore[method-assign, assignment]
+            module.forward = kind(module, self)
             self.modules.append(module)
             for inner, sentence in kind.fuses.items():
-                module.get_submodule(inner).fused = sentence  # type: ignore[assignment]
+                module.get_submodule(inner).fused = sentence
 
     @override
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
@@ -247,8 +247,10 @@ def _float(x: Tensor | None) -> Tensor | None:
 def attend(module: Any, projected: Sequence[Tensor]) -> Tensor:
     """Softmax attention of queries, keys and values ``[B, T, C]``; returns ``[B, T, C]``."""
     batch, length, channels = projected[0].shape
-    heads = [x.view(batch, length, module.heads, channels // module.heads).transpose(1, 2) for x in projected]
-    found = F.scaled_dot_product_attention(*heads)
+    query, key, value = (
+        x.view(batch, length, module.heads, channels // module.heads).transpose(1, 2) for x in projected
+    )
+    found = F.scaled_dot_product_attention(query, key, value)
     return found.transpose(1, 2).reshape(batch, length, channels)
 
 

@@ -69,7 +69,7 @@ class BlockReuse(Listener):
         """
         hooks = [self.root.register_forward_pre_hook(self.note_time, with_kwargs=True)]
         for name, block in self.blocks.items():
-            block.forward = functools.partial(self.forward, name)  # type: ignore[method-assign]
+            block.forward = functools.partial(self.forward, name)
             shortcut = getattr(block, "conv_shortcut", None)
             if isinstance(shortcut, nn.Module):
                 hooks.append(shortcut.register_forward_hook(functools.partial(self.note_shortcut, name)))
