@@ -61,7 +61,7 @@ class Row:
     @property
     def name(self) -> str:
         """Such as ``w4a4-gptq``."""
-        return "-".join(filter(None, (self.preset.rpartition("-")[0], self.method, self.tag)))
+        return "-".join(filter(None, (self.preset.partition("-")[0], self.method, self.tag)))
 
     @property
     def uses_data(self) -> bool:
@@ -80,27 +80,27 @@ class Row:
 UNTUNED = {"tuning_iterations": 0}
 STATIC = {"range": "calibrated", "granularity": "tensor"}
 ROWS = (
-    Row("w4a4-modiff"),
-    Row("w8a4-modiff"),
-    Row("w4a4-modiff", "gptq"),
-    Row("w4a4-modiff", "gptq", "untuned", UNTUNED),
-    Row("w4a4-modiff", "lp"),
-    Row("w4a32-ptq"),
-    Row("w4a32-ptq", "lp"),
-    Row("w4a32-ptq", "gptq"),
-    Row("w4a3-modiff"),
-    Row("w8a3-modiff"),
-    Row("w4a3-modiff", "gptq"),
-    Row("w4a3-modiff", "lp"),
-    Row("w4a4-modiff", "brecq"),
-    Row("w4a4-modiff", "adaround"),
-    Row("w4a32-ptq", "brecq"),
-    Row("w4a3-modiff", "brecq"),
-    Row("w4a32-ptq", "adaround"),
-    Row("w4a3-modiff", "adaround"),
-    Row("w8a4-modiff", "nearest", "tensor", activation={"granularity": "tensor"}),
-    Row("w8a4-modiff", "nearest", "static", activation={**STATIC, "timestep_buckets": 1}),
-    Row("w8a4-modiff", "nearest", "static-buckets", activation={**STATIC, "timestep_buckets": 10}),
+    Row("w4a4-modiff-paper"),
+    Row("w8a4-modiff-paper"),
+    Row("w4a4-modiff-paper", "gptq"),
+    Row("w4a4-modiff-paper", "gptq", "untuned", UNTUNED),
+    Row("w4a4-modiff-paper", "lp"),
+    Row("w4a32-ptq-paper"),
+    Row("w4a32-ptq-paper", "lp"),
+    Row("w4a32-ptq-paper", "gptq"),
+    Row("w4a3-modiff-paper"),
+    Row("w8a3-modiff-paper"),
+    Row("w4a3-modiff-paper", "gptq"),
+    Row("w4a3-modiff-paper", "lp"),
+    Row("w4a4-modiff-paper", "brecq"),
+    Row("w4a4-modiff-paper", "adaround"),
+    Row("w4a32-ptq-paper", "brecq"),
+    Row("w4a3-modiff-paper", "brecq"),
+    Row("w4a32-ptq-paper", "adaround"),
+    Row("w4a3-modiff-paper", "adaround"),
+    Row("w8a4-modiff-paper", "nearest", "tensor", activation={"granularity": "tensor"}),
+    Row("w8a4-modiff-paper", "nearest", "static", activation={**STATIC, "timestep_buckets": 1}),
+    Row("w8a4-modiff-paper", "nearest", "static-buckets", activation={**STATIC, "timestep_buckets": 10}),
 )
 PAIRS = (("w4a4", "w8a4"), ("w4a3", "w8a3"))
 STATIC_TABLE = (
@@ -303,7 +303,8 @@ def markdown(results: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         "in `calibration.json`.",
         "",
         "All rows of data methods (GPTQ, AdaRound, BRECQ) have their scales and biases tuned on the denoiser's output, "
-        "but for those that say untuned. W4A4 and W4A3 are modulated.",
+        "but for those that say untuned. W4A4 and W4A3 are modulated. Presets are the paper's (`-paper`); with the "
+        "best known ones see `bits.md`.",
         "",
         "## Relative L2 error to the teacher's images (lower is better)",
         "",

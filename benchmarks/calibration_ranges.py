@@ -68,7 +68,7 @@ def rows() -> list[Row]:
 
 def config(row: Row) -> modiff.QuantConfig:
     """The preset's, but for its ranges."""
-    base = modiff.QuantConfig.preset(f"w8a{row.bits}-{'modiff' if row.modulated else 'ptq'}")
+    base = modiff.QuantConfig.preset(f"w8a{row.bits}-{'modiff' if row.modulated else 'ptq'}-paper")
     assert base.activation is not None
     kind = "dynamic" if row.ranges == "dynamic" else "calibrated"
     spec = dataclasses.replace(base.activation, granularity=row.granularity, range=kind, timestep_buckets=row.buckets)

@@ -29,7 +29,7 @@ from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 OUTPUT = Path(__file__).parent / "calibration_time.json"
-PRESET, IMAGES, SEED = "w4a4-modiff", 16, 1000
+PRESET, IMAGES, SEED = "w4a4-modiff-paper", 16, 1000
 ROWS: dict[str, tuple[TeacherSpec, str, int]] = {
     "mnist-gptq": (TeacherSpec("mnist"), "gptq", 50),
     "mnist-brecq": (TeacherSpec("mnist"), "brecq", 50),

@@ -76,7 +76,7 @@ def outputs(student: torch.nn.Module) -> torch.Tensor:
 
 def measure(bits: int, teacher: torch.nn.Module, full_mib: float, folder: Path, repeats: int) -> dict[str, Any]:
     """One row."""
-    config = modiff.QuantConfig.preset(f"w{bits}a6-modiff")
+    config = modiff.QuantConfig.preset(f"w{bits}a6-modiff-paper")
     student = modiff.quantize(copy.deepcopy(teacher), config)
     start = time.perf_counter()
     modiff.save(student, folder)

@@ -111,7 +111,7 @@ class Row:
         """What the row changes in its recipe."""
         found = ["--model.steps", str(self.steps), "--seed", str(self.seed)]
         if self.activation_bits is None:
-            found += ["--model.preset", f"w{self.weight_bits}a32-ptq"]
+            found += ["--model.preset", f"w{self.weight_bits}a32-ptq-paper"]
         if self.granularity != "sample":
             found += ["--model.config.activation.granularity", self.granularity]
         if self.refresh_every is not None:

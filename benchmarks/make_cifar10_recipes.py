@@ -68,10 +68,10 @@ def quantization(row: Row) -> str:
     assert row.activation_bits is not None
     if row.arm != "modiff_no_compensation" and row.granularity == "sample":
         found = "rounded to nearest, per channel" if row.weight_method == "nearest" else "per channel, calibrated"
-        return f"  preset: w{row.weight_bits}a{row.activation_bits}-{row.arm}   # weights: {found}"
+        return f"  preset: w{row.weight_bits}a{row.activation_bits}-{row.arm}-paper   # weights: {found}"
     compensation = "" if row.arm == "modiff" else "\n      error_compensation: false"
     modulation = "    modulation:" + (compensation or " {}")
-    preset = f"w{row.weight_bits}a{row.activation_bits}-modiff"
+    preset = f"w{row.weight_bits}a{row.activation_bits}-modiff-paper"
     other = "" if row.granularity == "sample" else "; another granularity"
     return f"""  config:                   # the preset {preset}, written out{other}
     weight:

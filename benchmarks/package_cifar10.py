@@ -28,11 +28,11 @@ An unconditional denoiser of 32x32 colour images, a teacher for measuring quanti
 
 | | |
 |---|---|
-| network | `diffusers.UNet2DModel`, {parameters:,} parameters, float16, {mib:.1f} MiB; computed in float32 |
+| network | `{network_class}`, {parameters:,} parameters, float16, {mib:.1f} MiB; computed in float32 |
 | predicts | the noise, {train_steps} training steps, {betas} betas from {beta_start:g} to {beta_end:g} |
 | data | CIFAR-10 (Krizhevsky 2009), 50,000 training images, mirrored at random: {flips} |
 | recipe | `modiff train --config recipes/cifar10/{recipe}.yaml` |
-| training | {steps:,} steps of {batch} images, AdamW, learning rate {rate:g} falling as a cosine, {precision} |
+| training | {steps:,} steps of {batch} images ({seen:,} in all), AdamW, rate {rate:g} {decay_of_rate}, {precision} |
 | weights | exponential moving average, decay {decay:g} |
 | machine | {machine} (of this card's figures) |
 | loss | noise prediction MSE on test images, averaged weights: {loss} |
@@ -66,7 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     work = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        facts = pack(args.run / "export", work, args.mib)
+        export = args.run / "export"
+        if args.checkpoint:
+            export = work / "from_checkpoint"
+            export_checkpoint(args.run, export)
+        facts = pack(export, work, args.mib)
+        shutil.rmtree(work / "from_checkpoint", ignore_errors=True)
         config = yaml.safe_load((args.run / "config.yaml").read_text())
         facts |= training_facts(config, loss_curve(args.run, work / "loss.png"))
         facts |= measure(work, args)
@@ -87,11 +92,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_reference", required=True, help="Its statistics of the test images.")
     parser.add_argument("--output", type=Path, required=True, help="Folder to write.")
     parser.add_argument("--mib", type=float, default=12.0, help="Largest file of weights.")
+    parser.add_argument("--checkpoint", action="store_true", help="Pack last.ckpt of a training that goes on.")
     parser.add_argument("--num_images", type=int, default=10_000)
     parser.add_argument("--batch_size", type=int, default=250)
     parser.add_argument("--steps", type=int, default=100, help="Quadratic DDIM steps.")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1.")
     return parser
+
+
+def export_checkpoint(run: Path, folder: Path) -> None:
+    """Write the pipeline of the averaged weights in ``last.ckpt``, as the end of a training writes it."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    from modiff.teachers.patched import make_denoiser
+
+    arguments = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    saved = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=False)["state_dict"]
+    denoiser = make_denoiser(arguments["denoiser"])
+    denoiser.load_state_dict({k.removeprefix("denoiser."): v for k, v in saved.items() if k.startswith("denoiser.")})
+    DDIMPipeline(unet=denoiser, scheduler=DDIMScheduler(**arguments["schedule"])).save_pretrained(folder)
 
 
 def pack(export: Path, folder: Path, limit: float) -> dict[str, Any]:
@@ -100,15 +119,22 @@ def pack(export: Path, folder: Path, limit: float) -> dict[str, Any]:
     Raises:
         SystemExit: The weights are too large.
     """
-    from diffusers import DDIMPipeline
+    from diffusers import DDIMPipeline, DDIMScheduler
 
-    pipeline = DDIMPipeline.from_pretrained(export, local_files_only=True)
-    pipeline.unet.half()
+    from modiff.teachers.zoo import TeacherSpec, load_teacher
+
+    teacher = load_teacher(TeacherSpec(path=str(export)))
+    scheduler = DDIMScheduler.from_config(teacher.scheduler_config)
+    pipeline = DDIMPipeline(unet=teacher.denoiser.half(), scheduler=scheduler)
     pipeline.save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 2**20
     if size > limit:
         raise SystemExit(f"The weights take {size:.1f} MiB in float16; allowed are {limit:g} (--mib).")
-    return {"mib": size, "parameters": sum(p.numel() for p in pipeline.unet.parameters())}
+    return {
+        "mib": size,
+        "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+        "network_class": type(pipeline.unet).__name__,
+    }
 
 
 def loss_curve(run: Path, path: Path) -> dict[str, dict[int, float]]:
@@ -138,15 +164,18 @@ def training_facts(config: dict[str, Any], curves: dict[str, dict[int, float]]) 
     """What the recipe says, and the last losses."""
     model, trainer = config["model"]["init_args"], config["trainer"]
     schedule, test = model["schedule"], sorted(curves["val/loss"].items())[-3:]
+    steps = max((step for curve in curves.values() for step in curve), default=0)
     return {
         "train_steps": schedule["num_train_timesteps"],
         "betas": schedule["beta_schedule"],
         "beta_start": schedule["beta_start"],
         "beta_end": schedule["beta_end"],
         "flips": "yes" if config["data"]["horizontal_flips"] else "no",
-        "steps": max((step for curve in curves.values() for step in curve), default=0),
+        "steps": steps,
+        "seen": steps * config["data"]["batch_size"],
         "batch": config["data"]["batch_size"],
         "rate": model["learning_rate"],
+        "decay_of_rate": "that stays" if model.get("decay") == "none" else "falling as a cosine",
         "precision": trainer["precision"],
         "decay": math.nan if config["ema_decay"] is None else config["ema_decay"],
         "loss": ", ".join(f"{loss:.4f} (step {step:,})" for step, loss in test) or "not measured",

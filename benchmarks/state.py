@@ -47,7 +47,7 @@ def main() -> None:
                 folder = args.output / f"seed{seed}" / f"a{bits}_{list(STATES).index(state)}"
                 shared = ["--seed", str(seed), "--num_images", str(args.num_images)]
                 shared += ["--timing_rounds", "0", "--error_images", "0", "--wandb", "disabled"]
-                command = ["--config", RECIPE, "--model.preset", f"w8a{bits}-modiff", *options, *shared]
+                command = ["--config", RECIPE, "--model.preset", f"w8a{bits}-modiff-paper", *options, *shared]
                 cli = StudentCLI("evaluate", [*command, "--output", str(folder)])
                 metrics = evaluate_recipe(cli, args.output / f"seed{seed}" / "teacher").as_json()
                 row = {"bits": bits, "state": state, "seed": seed, "psnr_db": metrics["student"]["psnr_db"]}

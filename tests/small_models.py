@@ -46,14 +46,14 @@ def noise(evaluations, batch=2, seed=0, dtype=torch.float32):
     return list(zip(xs, drift((batch, 4), evaluations, seed + 1, dtype), strict=True))
 
 
-def config(preset="w8a4-modiff", **modulation):
+def config(preset="w8a4-modiff-paper", **modulation):
     base = modiff.QuantConfig.preset(preset)
     if not modulation:
         return base
     return modiff.QuantConfig(base.weight, base.activation, modiff.Modulation(**modulation))
 
 
-def student(preset="w8a4-modiff", seed=0, **modulation):
+def student(preset="w8a4-modiff-paper", seed=0, **modulation):
     return modiff.quantize(denoiser(seed), config(preset, **modulation))
 
 

@@ -27,10 +27,11 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
 from modiff.storage.hashing import hash_tensors
 from modiff.student.copies import shared_copy
+from modiff.student.special import resolve
 from modiff.student.swap import convert, operators, plan
 from modiff.student.tensors import slots
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Of what a calibration finds from the same arguments. Raise it with every change that may move a bit of a result: kept
 calibrations and stages of other versions are not used any more."""
 
@@ -80,7 +81,7 @@ def calibrate(
     """
     settings, by = settings or CalibrationSettings(), weight_method(method)
     _check_seed(seed)
-    config, divisors = _prepare(teacher, config, run, settings, reducer)
+    config, divisors = _prepare(teacher, resolve(teacher, config), run, settings, reducer)
     reference = _rewritten_copy(teacher, config, divisors)
     specs = calibrated_specs(reference, config)
     if by.plain and not specs:

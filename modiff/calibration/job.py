@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modiff.calibration.guard import keep_the_better
 from modiff.calibration.loop.arguments import CallArguments
 from modiff.calibration.loop.capture import ClosedLoop
 from modiff.calibration.loop.samples import SampleStore
@@ -27,7 +28,7 @@ from modiff.config.quant import QuantSpec
 from modiff.operators.quantized import QuantizedOperator
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
-from modiff.quantizers.rounding import QuantizedWeight
+from modiff.quantizers.rounding import QuantizedWeight, round_nearest
 from modiff.student.swap import operators
 
 Weights = dict[str, PackedWeight]
@@ -86,6 +87,8 @@ class Job:
             weights |= self._codes(index, stage, trace)
         if tunes:  # after the codes: it makes up for what they leave
             weights = self._tuned(len(stages), weights, trace)
+        if weights and self.settings.compare_with_nearest:
+            weights = keep_the_better(self.loop, weights, {name: self._nearest(name) for name in weights})
         passed: dict[str, CalibratedRange] = {}
         for index in range(len(stages) + tunes, self._total):  # after the weights: residuals depend on them
             passed = self._ranges(index, ranges, index - len(stages) - tunes + 1)
@@ -193,6 +196,11 @@ class Job:
                 return {name: packed.to(CPU) for name, packed in found.items()}
 
             return reducer.once(tuned)
+
+    def _nearest(self, name: str) -> PackedWeight:
+        """The weight rounded to nearest, which the student began with, where its operator is."""
+        problem = self._problem(name)
+        return PackedWeight.pack(round_nearest(problem.weight, problem.spec), problem.spec)
 
     def _problem(self, name: str) -> WeightProblem:
         return weight_problem(name, operators(self.loop.student)[name])

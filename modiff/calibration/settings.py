@@ -37,6 +37,8 @@ class CalibrationSettings:
             output, after the codes are found; 0: not at all. It holds the activations of ``batch_size`` samples of
             the whole denoiser, and its quantized weights in float32.
         tuning_rate: Of Adam in these steps: relative changes of scales; falls to 0 by a cosine.
+        compare_with_nearest: After all, sample with the weights that were found and with those rounded to nearest, and
+            keep the ones whose trajectories end nearer to the teacher's: three more closed-loop runs.
         smoothing: α of SmoothQuant, 0 to 1: before anything else, outliers of input channels are moved into the weights
             of all Linears of which weight and input are quantized; None: not at all.
         split_concatenations: Operators whose input is a concatenation of two tensors along channels, such as a skip
@@ -72,6 +74,7 @@ class CalibrationSettings:
     beta: tuple[float, float] = (20.0, 2.0)
     tuning_iterations: int = 200
     tuning_rate: float = 0.002
+    compare_with_nearest: bool = True
     smoothing: float | None = None
     split_concatenations: bool = False
     ranges: Ranges = "minmax"
@@ -97,8 +100,10 @@ class CalibrationSettings:
             or self.tuning_iterations < 0
         ):
             raise ConfigError(f"tuning_iterations is {self.tuning_iterations!r}; give a whole number, 0 for no tuning.")
-        if not isinstance(self.split_concatenations, bool):
-            raise ConfigError(f"split_concatenations is {self.split_concatenations!r}; allowed are true and false.")
+        for name in ("split_concatenations", "compare_with_nearest"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}; allowed are true and false.")
         if self.smoothing is not None and (
             isinstance(self.smoothing, bool)
             or not isinstance(self.smoothing, (int, float))

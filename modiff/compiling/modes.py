@@ -19,6 +19,7 @@ from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
 from modiff.kernels.cpp import build
 from modiff.student.blocks import repeated_blocks
+from modiff.student.reuse import reuse_of
 from modiff.student.swap import operators
 from modiff.trajectory.session import state_of
 
@@ -103,6 +104,11 @@ def _use_options(student: nn.Module, fusion: Fusion | None, choose: Any, compute
 def _modules(student: nn.Module, mode: Mode) -> list[nn.Module]:
     """What becomes a graph of its own."""
     modules = [] if mode in ("auto", "fused", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    if modules and reuse_of(state_of(student)) is not None:
+        raise ConfigError(
+            f"The {type(student).__name__} has a reuse schedule, which mode {mode!r} cannot follow: its graphs hold "
+            "whole blocks. Use mode 'auto', 'fused' or 'stages'."
+        )
     if any("_hf_hook" in vars(module) for module in modules):
         raise ConfigError(
             f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "
@@ -112,7 +118,13 @@ def _modules(student: nn.Module, mode: Mode) -> list[nn.Module]:
 
 
 def _use_regions(student: nn.Module, modules: list[nn.Module], mode: Mode, cuda_graph: bool) -> None:
-    """Graphs in the place of forwards, and around all of them a recorded evaluation."""
+    """Graphs in the place of forwards, and around all of them a recorded evaluation.
+
+    Raises:
+        ConfigError: A recorded evaluation cannot follow a reuse schedule.
+    """
+    if cuda_graph and reuse_of(state_of(student)) is not None:
+        raise ConfigError("A reuse schedule cannot be recorded as a CUDA graph. Compile without cuda_graph.")
     if cuda_graph:
         use_graphs(student, inner=_Graph if mode == "whole" else None)
     if modules and not (cuda_graph and mode == "whole"):

@@ -1,7 +1,7 @@
 """What is asked for: specs, modulation, rules, presets."""
 
 from modiff.config.quant import QuantConfig
-from modiff.config.rules import Rule, Split
+from modiff.config.rules import Rule, Special, Split
 from modiff.config.specs import Modulation, QuantSpec
 
-__all__ = ["Modulation", "QuantConfig", "QuantSpec", "Rule", "Split"]
+__all__ = ["Modulation", "QuantConfig", "QuantSpec", "Rule", "Special", "Split"]

@@ -68,6 +68,35 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Special:
+    """What operators of a special kind get in place of the config's own specs; a rule that matches one still wins.
+
+    Args:
+        weight: A spec replaces the whole weight spec, None means full precision, ``"inherit"`` the config's own.
+        activation: Likewise for activations.
+        names: The operators; None: found when the student is made, from the structure of diffusers' networks or from
+            ``quantize(..., example_inputs=)``, else in the first evaluation, which decides for activations only.
+
+    Raises:
+        ConfigError: A field is of the wrong kind.
+    """
+
+    weight: QuantSpec | None | Literal["inherit"] = "inherit"
+    activation: QuantSpec | None | Literal["inherit"] = "inherit"
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        side("weight", self.weight, QuantSpec, allow_inherit=True)
+        side("activation", self.activation, QuantSpec, allow_inherit=True)
+        if isinstance(self.weight, QuantSpec):
+            check_weight(self.weight)
+        if self.names is not None:
+            if not isinstance(self.names, (list, tuple)) or not all(isinstance(name, str) for name in self.names):
+                raise ConfigError(f"names is {self.names!r}; give a list of qualified names of operators, or None.")
+            object.__setattr__(self, "names", tuple(self.names))
+
+
+@dataclass(frozen=True)
 class Split:
     """An operator whose input is a concatenation along channels, quantized in two halves (Q-Diffusion).
 

@@ -9,6 +9,7 @@ from modiff.config.checks import boolean, integer, member, shown
 from modiff.errors import ConfigError
 
 Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
+Scales = Literal["real", "power_of_two"]
 Range = Literal["dynamic", "calibrated"]
 Warmup = Literal["full", "refine"]
 StateDtype = Literal["float32", "float16", "bfloat16"]
@@ -43,6 +44,9 @@ class QuantSpec:
             Residuals shrink along a trajectory, so one range for all of it is wide at its end. n is the length that was
             calibrated: a longer trajectory is refused, a shorter one gets the first ranges only, so
             calibrate with the steps that are sampled.
+        scales: ``real``: any number; ``power_of_two``, for ``sample_channel`` activations: powers of two times one
+            scale per sample. Codes and exponents then share a container of 8 bits, so that products of integers stay
+            exact (docs/method.md); bits up to 7 when symmetric, up to 6 otherwise.
 
     Raises:
         ConfigError: A field is out of range, or fields contradict each other.
@@ -55,6 +59,7 @@ class QuantSpec:
     clip: float = 1.0
     group_size: int | None = None
     timestep_buckets: int = 1
+    scales: Scales = "real"
 
     def __post_init__(self) -> None:
         integer("bits", self.bits, low=2, high=8, hint="; for full precision set the whole spec to null")
@@ -83,6 +88,34 @@ class QuantSpec:
                 f"group_size is {shown(self.group_size)} but granularity is {self.granularity!r}. "
                 "Set granularity='group', or remove group_size."
             )
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        member("scales", self.scales, get_args(Scales))
+        if self.scales == "real":
+            return
+        if self.granularity != "sample_channel":
+            raise ConfigError(
+                f"scales is 'power_of_two' with granularity {self.granularity!r}; it exists for 'sample_channel' only. "
+                "Set granularity='sample_channel', or scales='real'."
+            )
+        if self.spare_bits < 1:
+            raise ConfigError(
+                f"scales is 'power_of_two' with bits={self.bits}: such codes fill their container of 8 bits, and no "
+                f"exponent fits beside them. Use at most {7 if self.symmetric else 6} bits, or granularity='sample' "
+                "with scales='real'."
+            )
+
+    @property
+    def spare_bits(self) -> int:
+        """Bits that the container of 8 leaves for exponents: E, the largest exponent of ``power_of_two`` scales.
+
+        >>> [QuantSpec(bits).spare_bits for bits in (2, 4, 7)]
+        [6, 4, 1]
+        >>> [QuantSpec(bits, symmetric=False).spare_bits for bits in (2, 4, 6)]
+        [5, 3, 1]
+        """
+        return (8 if self.symmetric else 7) - self.bits
 
     @property
     def code_range(self) -> tuple[int, int]:

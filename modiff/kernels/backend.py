@@ -97,11 +97,12 @@ class Quantizer:
 
     @property
     def span(self) -> int:
-        """The largest ``|code - zero point|``.
+        """The largest ``|code - zero point|``, times the largest power where scales are powers of two.
 
-        It is 63 for 7 bits and for 6 asymmetric ones, and 255 for 8 asymmetric bits.
+        It is 63 for 7 bits and for 6 asymmetric ones, 255 for 8 asymmetric bits, and up to 127 with powers of two.
         """
-        return self.spec.code_range[1]
+        spec = self.spec
+        return spec.code_range[1] << (spec.spare_bits if spec.scales == "power_of_two" else 0)
 
 
 @dataclass
@@ -250,20 +251,28 @@ def register(speed: float) -> Callable[[_Class], _Class]:
 
 
 FACTORS_OUT = tuple(name for name, cls in GRANULARITIES.items() if cls.factors_out)
-"""Granularities whose scale is the same for all inputs of an output, so that it can be applied to the sum."""
+"""Granularities whose scale is the same for all inputs of an output, so that it can be applied to the sum.
+
+With scales in powers of two so does ``sample_channel``.
+"""
 
 
-def integer_obstacle(shape: OperatorShape, quantizer: Quantizer, keeps_zero: bool = False) -> str | None:
+def integer_obstacle(
+    shape: OperatorShape, quantizer: Quantizer, keeps_zero: bool = False, powers: bool = False
+) -> str | None:
     """Why no product of int8 codes gives an operator's exact sums; None where one does.
 
     Args:
         shape: The operator.
         quantizer: Of its input.
         keeps_zero: The backend takes codes with their zero point in them, and corrects the sums.
+        powers: Whether the backend encodes scales that are powers of two times one per sample.
     """
     weight, activation = shape.weight, quantizer.spec
     assert weight is not None
-    if activation.granularity not in FACTORS_OUT:
+    if activation.scales == "power_of_two" and not powers:
+        return "this backend does not encode scales in powers of two"
+    if activation.scales == "real" and activation.granularity not in FACTORS_OUT:
         return f"scales per {activation.granularity} do not factor out of the sum; {', '.join(FACTORS_OUT)} do"
     if weight.granularity == "group":
         return "weight scales per group do not factor out of the sum; channel and tensor do"

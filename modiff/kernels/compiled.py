@@ -138,6 +138,8 @@ def _encode_rows(
     partition = quantizer.partition
     if a.numel() == 0 or partition.group_dim is not None or partition.keep != tuple(range(len(partition.keep))):
         return None
+    if partition.shared is not None:  # rows of a sample would have to know of each other
+        return None
     a_hat, grid = (None, None) if held is None else (held.a_hat, held.grid)
     if a_hat is None:
         a = a if is_dense(a) else a.contiguous()

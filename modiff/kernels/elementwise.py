@@ -43,7 +43,12 @@ def encode(
         Inf where ``a`` holds either.
     """
     residual, step = _difference(a, held), None if held is None else held.step
-    if fixed is None:
+    power: Tensor | None = None
+    if fixed is None and partition is not None and partition.shared is not None:
+        low, high = partition.range(residual)
+        probe = (high - low).sum()
+        scale, zero_point, power, unit = limits.shared_scale(low, high, partition, step)
+    elif fixed is None:
         low, high = _range(residual, partition)
         probe = (high - low).sum()
         scale, zero_point = limits.scale(low, high, step)
@@ -54,11 +59,13 @@ def encode(
         probe = residual.sum()  # clamping would hide an Inf
         scale, zero_point = limits.calibrated(*fixed, step)
     codes = codes_(residual, scale, zero_point, limits, limits.clips or step is not None)
-    if held is None:
-        return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
-    if step is not None:
+    if held is not None and step is not None:
         codes = held.within(codes, scale)
         probe = a.sum()  # what was clipped may have been infinite
+    if power is not None:  # from here on in units of what all of a sample's scales are multiples of
+        codes, scale = codes.mul_(power), unit
+    if held is None:
+        return (codes.mul_(scale) if zero is None else _as_uint8(codes, zero)), scale, probe
     if torch.compiler.is_compiling() and held.compensates and not alone:
         found = codes * scale if zero is None else _as_uint8(codes, zero)
         advance(held.a_hat, found, scale, step, zero)

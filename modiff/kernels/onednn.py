@@ -258,7 +258,8 @@ class OneDNN(ElementwiseBackend):
             return "float64 models are simulated"
         if not available():
             return "this PyTorch has no oneDNN operators for int8"
-        reason = integer_obstacle(shape, quantizer, keeps_zero=shape.kind != "conv_transpose")
+        keeps_zero = shape.kind != "conv_transpose"
+        reason = integer_obstacle(shape, quantizer, keeps_zero, powers=True)
         if reason is not None:
             return reason
         if quantizer.span > 63 and not exact_8bit():

@@ -13,14 +13,12 @@ from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.quantized import Execution, QuantizedOperator
+from modiff.operators.vectors import is_vector
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like, static_room
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
 from modiff.trajectory.schedule import Answer
-
-VECTOR = 4096
-"""Most channels of a vector whose state stays in float32: 16 KiB."""
 
 
 class ModulatedOperator(QuantizedOperator):
@@ -38,6 +36,8 @@ class ModulatedOperator(QuantizedOperator):
     def __init__(self, *args: Any, modulation: Modulation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.modulation = modulation
+        self.block = ""  # of a reuse schedule: what advances in other evaluations shares no â
+        self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
         self.state.stateful = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
@@ -162,14 +162,8 @@ class ModulatedOperator(QuantizedOperator):
         return Held(dense_like(a, torch.int16), grid, compensates)
 
     def reads_vector(self, a: Tensor) -> bool:
-        """Whether each sample is one vector, of at most :data:`VECTOR` channels (a time embedding).
-
-        Its state stays in float32: it takes few bytes, and its errors are the same at every place of an image, so they
-        add up in the mean where those of pixels cancel out (benchmarks/state.md).
-        """
-        linear = self.shape.kind == "linear"
-        places, channels = (a.shape[1:-1], a.shape[-1]) if linear else (a.shape[2:], a.shape[1])
-        return self.shape.is_batched(a.ndim) and a.ndim > 1 and places.numel() == 1 and channels <= VECTOR
+        """Whether each sample is one vector; its state stays in float32."""
+        return is_vector(a, self.shape.kind, self.shape.is_batched(a.ndim))
 
     @property
     def widens(self) -> bool:
@@ -188,7 +182,8 @@ class ModulatedOperator(QuantizedOperator):
         """
         if self.modulation.warmup != "full" or self.calibrated is not None or self.apart:
             return None
-        return self.activation_spec, self.modulation, self.shape.kind, len(self.shape.kernel), execution.backend.name
+        shape, backend = self.shape, execution.backend.name
+        return self.block, self.activation_spec, self.modulation, shape.kind, len(shape.kernel), backend
 
     def full(self, a: Tensor, cache: OperatorCache) -> Tensor:
         """Full-precision activations: â = a (equation 8), ô = A(a) + bias (equation 9)."""

@@ -17,6 +17,7 @@ from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
+from modiff.operators.vectors import is_vector
 from modiff.operators.weight import WeightHolder
 from modiff.quantizers.affine import Limits, frees_zero
 from modiff.quantizers.calibrated import CalibratedRange
@@ -78,6 +79,11 @@ class QuantizedOperator(WeightHolder):
         packed: The quantized weight, if it is known already; else the original's is rounded to nearest.
         backend: Name of a backend, or ``auto``: the fastest that is exact.
 
+    Attributes:
+        undecided: The activation spec that it gets if its first input turns out to be one vector per sample; None: what
+            it reads is known.
+        found_vector: It was.
+
     Raises:
         ConfigError: The weight is on the meta device, or holds NaN or Inf.
     """
@@ -99,6 +105,8 @@ class QuantizedOperator(WeightHolder):
         super().__init__(module, name, adapter, weight, packed)
         self.activation_spec = activation
         self.state = state
+        self.undecided: QuantSpec | None = None
+        self.found_vector = False
         state.names.add(name)
         self.calibrated: CalibratedRange | None = None  # outside the buffers: a dtype change must not round it
         self.backend = backend
@@ -127,6 +135,16 @@ class QuantizedOperator(WeightHolder):
     def forget_executions(self) -> None:
         """Choose and prepare anew at the next call."""
         self._executions = {}
+
+    def decide(self, x: Tensor) -> None:
+        """In the first call: take the spec of vectors where ``x`` is one vector per sample.
+
+        The weight stays as it is: it was quantized before anyone knew.
+        """
+        spec, self.undecided = self.undecided, None
+        if is_vector(x, self.shape.kind, self.shape.is_batched(x.ndim)):
+            self.activation_spec, self.found_vector, self._partitions = spec, True, {}
+            self.forget_executions()
 
     def wrap_backend(self, wrapper: Callable[[Backend], Backend] | None) -> None:
         """Run by ``wrapper(backend)`` from now on; None: by the backend itself."""
@@ -328,7 +346,7 @@ class QuantizedOperator(WeightHolder):
         return self._partitions[ndim]
 
     def check(self, x: Tensor) -> None:
-        """Refuse what could only give wrong numbers.
+        """Refuse what could only give wrong numbers; decide what the first input decides.
 
         Raises:
             TypeError: The input is not floating point.
@@ -341,6 +359,8 @@ class QuantizedOperator(WeightHolder):
                 f"Operator {self.name!r} got an input that requires a gradient; a student has none (rounding has no "
                 "slope). Run it under torch.no_grad()."
             )
+        if self.undecided is not None and not torch.compiler.is_compiling():
+            self.decide(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.state.refuse_move(casts=fn(torch.empty(1)).dtype != torch.float32)

@@ -7,7 +7,9 @@ tensors, each set is quantized by itself, and products run through a copy of the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,6 +110,10 @@ class ReferenceOperator:
         assert self.activation is not None
         labels = activation_labels(x.shape, self.activation, self.with_bias)
         clip = self.activation.clip if clip is None else clip
+        if self.activation.scales == "power_of_two":
+            by_sample = replace(self.activation, granularity="sample", scales="real")
+            samples = activation_labels(x.shape, by_sample, self.with_bias)
+            return quantize_by_exponents(x, labels, samples, self.activation, clip)
         return quantize(x, labels, self.activation, clip, residual and frees_zero(self.activation))
 
 
@@ -118,6 +124,42 @@ def quantize(x: Tensor, labels: Tensor, spec: QuantSpec, clip: float, free: bool
         members = labels == label
         result[members] = quantize_freely(x[members], spec, clip) if free else quantize_set(x[members], spec, clip)
     return result
+
+
+def quantize_by_exponents(x: Tensor, labels: Tensor, samples: Tensor, spec: QuantSpec, clip: float) -> Tensor:
+    """``Q(x)`` with scales that are powers of two times one scale per sample, as METHOD.md defines them.
+
+    Each set (a sample and channel) has the scale of its own range; s is the largest of the sample's sets, and the set's
+    final scale is s times 2 to the power -e, with e the whole part of log2(s / own), at least 0 and at most E.
+
+    Args:
+        x: Input or difference.
+        labels: Number of the set of each element.
+        samples: Number of the sample of each element.
+        spec: The quantizer.
+        clip: Share of the range.
+    """
+    most = (8 if spec.symmetric else 7) - spec.bits
+    own = {int(label): own_scale(x[labels == label], spec, clip) for label in labels.unique()}
+    result = torch.empty_like(x)
+    for sample in samples.unique():
+        members = labels[samples == sample].unique().tolist()
+        shared = max(own[label] for label in members)
+        for label in members:
+            e = most if own[label] == 0 else min(max(math.floor(math.log2(shared / own[label])), 0), most)
+            scale = (shared or 1.0) * 2.0**-e
+            values = x[labels == label]
+            low = clip * min(float(values.min()), 0.0)
+            zero_point = 0.0 if spec.symmetric else min(max(round(-low / scale), 0), 2**spec.bits - 1)
+            result[labels == label] = quantize_with(values, scale, zero_point, spec)
+    return result
+
+
+def own_scale(x: Tensor, spec: QuantSpec, clip: float) -> float:
+    """The scale of the range of elements ``[N]``; 0 where all of them are 0."""
+    if spec.symmetric:
+        return clip * float(x.abs().max()) / (2 ** (spec.bits - 1) - 1)
+    return clip * (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (2**spec.bits - 1)
 
 
 def quantize_set(x: Tensor, spec: QuantSpec, clip: float) -> Tensor:

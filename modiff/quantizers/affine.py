@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modiff.config.specs import QuantSpec
+from modiff.quantizers.exponents import exponents
 from modiff.quantizers.granularity import Partition
 from modiff.quantizers.held import INT16_TOP
 
@@ -24,6 +25,8 @@ class Limits:
         clips: Codes can fall outside: clipped, or a range that is not the residual's own.
         codes: Lowest and highest code as Python numbers, for eager mode and for kernels of other languages.
         ratio: ``clip`` as a Python number.
+        powers: 1, 2, 4 .. of scales that are powers of two times one per sample, up to the largest that codes leave
+            room for in a container of 8 bits; 1 where scales are any numbers.
         free: The range need not contain 0, and the zero point may lie outside of the codes: a residual's 0 needs no
             code of its own.
     """
@@ -35,6 +38,7 @@ class Limits:
     clips: bool
     codes: tuple[int, int]
     ratio: float
+    powers: Tensor
     free: bool = False
 
     @classmethod
@@ -49,7 +53,9 @@ class Limits:
         """
         clip, top = spec.clip if clip is None else clip, spec.code_range[1]
         made = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
-        return cls(made[0], made[1], made[2], spec.symmetric, clip < 1 or fixed, spec.code_range, clip)
+        spare = spec.spare_bits if spec.scales == "power_of_two" else 0
+        powers = torch.tensor([2.0**e for e in range(spare + 1)], dtype=like.dtype, device=like.device)
+        return cls(made[0], made[1], made[2], spec.symmetric, clip < 1 or fixed, spec.code_range, clip, powers)
 
     def scale(self, low: Tensor, high: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scale, and zero point of an asymmetric quantizer, from the smallest and largest values.
@@ -85,6 +91,37 @@ class Limits:
         scale = torch.maximum((high - low) / self.top, torch.maximum(-low, high) / 2**15)
         scale = self._whole_steps(scale.masked_fill_(scale < torch.finfo(low.dtype).tiny, 1.0), step)
         return scale, (-low / scale).round_()
+
+    def shared_scale(
+        self, low: Tensor, high: Tensor, partition: Partition, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Scales that are powers of two times one per sample (:mod:`modiff.quantizers.exponents`).
+
+        Args:
+            low: Smallest values of each sample and channel.
+            high: Largest values, same shape.
+            partition: Says which of them share a scale.
+            step: As for :meth:`scale`; the smallest scale is a whole multiple of it, rounded up, and so are all.
+
+        Returns:
+            Scale, zero point (None when symmetric), and the power that takes codes into the container, all in the shape
+            of ``low``; and the unit of the container, so that ``scale = unit * power``.
+        """
+        if self.symmetric:
+            own = torch.maximum(-low, high) * self.factor
+        else:
+            low, high = low.clamp(max=0) * self.clip, high.clamp(min=0) * self.clip
+            own = (high - low) / self.top
+        most = len(self.powers) - 1
+        unit = partition.largest(own) / self.powers[most]
+        unit = torch.where(unit < torch.finfo(low.dtype).tiny, 1.0, unit)
+        if step is not None:
+            largest = (2 * INT16_TOP / (self.top * self.powers[most])).ceil()
+            unit = torch.minimum((unit / step).ceil().clamp(min=1), largest) * step
+        power = self.powers[most - exponents(own, unit * self.powers[most], most).long()]
+        scale = unit * power
+        zero_point = None if self.symmetric else torch.minimum((-low / scale).round_().clamp_(min=0), self.top)
+        return scale, zero_point, power, unit
 
     def calibrated(self, scale: Tensor, zero_point: Tensor | None, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A calibrated scale in whole steps; the zero point follows (trap 6), since low is ``-scale * zero_point``."""

@@ -21,6 +21,7 @@ class Partition:
         keep: Dims that keep scales of their own; all others are reduced.
         group_dim: Dim of which ``group_size`` consecutive entries share a scale (it is also in ``keep``).
         group_size: Size of such a group; the last one may be short.
+        shared: Dims that keep one scale of which those of the sets are powers of two; None: scales are any numbers.
 
     >>> x = torch.arange(12.0).reshape(2, 6)
     >>> Partition(keep=(0,)).range(x)
@@ -35,6 +36,18 @@ class Partition:
     keep: tuple[int, ...] = ()
     group_dim: int | None = None
     group_size: int | None = None
+    shared: tuple[int, ...] | None = None
+
+    def largest(self, scales: Tensor) -> Tensor:
+        """The largest of the sets' scales that share one, keeping every dim.
+
+        >>> Partition(keep=(0, 1), shared=(0,)).largest(torch.tensor([[1.0, 3.0], [5.0, 2.0]]))
+        tensor([[3.],
+                [5.]])
+        """
+        assert self.shared is not None
+        dims = [dim for dim in builtins.range(scales.ndim) if dim not in self.shared]
+        return scales.amax(dims, keepdim=True) if scales.numel() else scales.sum(dims, keepdim=True)
 
     def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each set, keeping every dim (size 1, or the number of groups)."""
@@ -204,6 +217,22 @@ class PerSampleAndChannel(Granularity):
         return Partition(keep=(0, channel) if batched else (channel,))
 
 
+class PerSampleAndChannelInPowers(PerSampleAndChannel):
+    """Scales for each channel of each sample that are powers of two times one scale of the sample.
+
+    Where each sample is one vector, every number would get a scale of its own: there it is one for each sample.
+    """
+
+    factors_out = True
+
+    def inputs(self, ndim: int, channel: int, batched: bool) -> Partition:
+        """One set for each channel of each row; for vectors one for each row."""
+        keep = (0,) if batched else ()
+        if ndim == len(keep) + 1:
+            return Partition(keep=keep)
+        return Partition(keep=(*keep, channel), shared=keep)
+
+
 class PerToken(Granularity):
     """One scale for each vector that a Linear multiplies."""
 
@@ -251,6 +280,8 @@ GRANULARITIES: dict[str, type[Granularity]] = {
 
 def granularity_of(spec: QuantSpec) -> Granularity:
     """The granularity of a spec."""
+    if spec.scales == "power_of_two":
+        return PerSampleAndChannelInPowers()
     return GRANULARITIES[spec.granularity](spec.group_size)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from modiff.config.schedule import ReuseSchedule
 from modiff.errors import ConfigError
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
@@ -38,6 +39,70 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
             "Use mode 'stages' or 'whole'."
         )
     return found
+
+
+RESIDUAL_BLOCKS = ("ResnetBlock", "TransformerBlock", "Attention", "AttentionBlock", "ResBlock", "TemporalBlock")
+"""Ends of the names of classes whose output is their input (or a shortcut of it) and a branch."""
+
+
+def reusable_blocks(model: nn.Module, schedule: ReuseSchedule) -> dict[str, nn.Module]:
+    """The blocks that a reuse schedule skips, outermost ones only: residual blocks, or the deep half of a UNet.
+
+    Where patterns match no residual block, they may name other modules, whose whole output is then kept.
+
+    Args:
+        model: Teacher or student.
+        schedule: Says which of them.
+
+    Raises:
+        ConfigError: There are none, or a name that the schedule was calibrated for is missing.
+    """
+    found = deep_half(model) if schedule.part == "deep" else residual_blocks(model)
+    everything = dict(model.named_modules())
+    if schedule.skipped is not None:
+        missing = [name for name, _ in schedule.skipped if name not in everything]
+        if missing:
+            raise ConfigError(
+                f"The reuse schedule names block {missing[0]!r}, which {type(model).__name__} does not have. Calibrate "
+                "the schedule for this model."
+            )
+        return {name: everything[name] for name, times in schedule.skipped if times}
+    chosen = {name: module for name, module in found.items() if schedule.matches(name)}
+    if not chosen and schedule.blocks != ("*",):
+        chosen = {name: module for name, module in everything.items() if name and schedule.matches(name)}
+        chosen = {n: m for n, m in chosen.items() if not any(n.startswith(f"{other}.") for other in chosen)}
+    if not chosen:
+        names = list(found)
+        raise ConfigError(
+            f"schedule.blocks {list(schedule.blocks)} matches no block of {type(model).__name__}. "
+            + (f"Its blocks are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}." if names else "")
+            + ("" if names else "It has no residual blocks that are known here: name modules, such as 'layers.*'.")
+        )
+    return chosen
+
+
+def residual_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Outermost resnet, attention and transformer blocks by name, found by the names of their classes."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(f"{other}.") for other in found):
+            continue
+        kind = type(module).__name__.removesuffix("2D").removesuffix("1D").removesuffix("3D").removesuffix("CondNorm")
+        if kind.endswith(RESIDUAL_BLOCKS) and next(module.parameters(), None) is not None:
+            found[name] = module
+    return found
+
+
+def deep_half(model: nn.Module) -> dict[str, nn.Module]:
+    """The deeper resolutions of a UNet, whose outputs are kept whole (as in DeepCache)."""
+    down, up = getattr(model, "down_blocks", None), getattr(model, "up_blocks", None)
+    if not isinstance(down, nn.ModuleList) or not isinstance(up, nn.ModuleList):
+        return {}
+    first = max(len(down) // 2, 1)
+    names = [f"down_blocks.{i}" for i in range(first, len(down))]
+    names += ["mid_block"] if isinstance(getattr(model, "mid_block", None), nn.Module) else []
+    names += [f"up_blocks.{i}" for i in range(len(up) - first)]
+    return {name: model.get_submodule(name) for name in names}
 
 
 def _contains(module: nn.Module, other: nn.Module) -> bool:

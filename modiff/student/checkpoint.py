@@ -22,6 +22,7 @@ from modiff.operators.rewrites import rewrite, undo
 from modiff.quantizers.calibrated import ranges_from_tensors, ranges_to_tensors
 from modiff.quantizers.packing import PackedWeight
 from modiff.storage.folder import check_target, dtype_name, read_manifest, read_tensors, write
+from modiff.student.special import settled
 from modiff.student.swap import RECORD, Record, convert, operators, plan
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.session import require_module, state_of, tensors_of
@@ -82,7 +83,7 @@ def save(
         "denoiser": _denoiser(student),
         "teacher": teacher,
         "origin": None if origin is None else dict(origin),
-        "quant_config": dataclasses.asdict(record.config),
+        "quant_config": dataclasses.asdict(settled(record.config, operators(student))),
         "shapes": {slot.name: list(slot.shape) for slot in slots(student)},
         "operators": packed,
         "calibrated_evaluations": lengths,

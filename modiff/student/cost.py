@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count, shape_wrapper
 
 from modiff.config.specs import Modulation
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.products import ProductCounter
+from modiff.student.reuse import reuse_of
 from modiff.student.tensors import slots
 from modiff.trajectory.session import ATTRIBUTE, Trajectory, require_module, state_of, trajectory
 
@@ -30,6 +30,8 @@ class OperatorCost:
         weight_bits: Width of its weight codes; in full precision, of the dtype its product runs in.
         activation_bits: Width of its input codes; in full precision, likewise.
         bops: Bit operations per image and evaluation (MACs x weight bits x activation bits), warm-up averaged in.
+        container_bops: The same at the bits that a product is given: 8 for codes that share a container with exponents
+            (``scales="power_of_two"``), else those of the codes.
         state_bytes: â and ô as allocated, per image, of all contexts; memory that operators share counts for the first
             of them.
         weight_bytes: Its weight, scales, bias and calibrated range, as stored; tied ones count for the first.
@@ -48,6 +50,7 @@ class OperatorCost:
     constant: bool = False
     uncalled: bool = False
     quantized: bool = False
+    container_bops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Cost:
         other_weight_bytes: Parameters outside the operators (norms, embeddings), as stored.
         evaluations: Length of the trajectory over which the warm-ups are averaged.
         contexts: Contexts of the trajectory, each with a warm-up and a state of its own.
-        gbops_per_evaluation: Bit operations per image, ``other_bops`` included.
+        gbops_per_evaluation: Bit operations per image at the bits of the codes, ``other_bops`` included.
+        container_gbops_per_evaluation: The same at the bits that products are given; see :class:`OperatorCost`.
         weight_mib: Weights with quantized ones packed at their width, scales included: the tensors of
             :func:`modiff.save` without buffers.
         state_mib_per_image: â and ô as allocated, of all contexts.
@@ -81,11 +85,15 @@ class Cost:
     weight_mib: float
     state_mib_per_image: float
     peak_state_mib_per_image: float
+    container_gbops_per_evaluation: float
     integer_share: float = 0.0
 
     def __str__(self) -> str:
+        container = ""
+        if self.container_gbops_per_evaluation != self.gbops_per_evaluation:
+            container = f" ({self.container_gbops_per_evaluation:.2f} at the 8 bits of containers)"
         text = (
-            f"{self.gbops_per_evaluation:.2f} GBOPs per image and evaluation (mean of {self.evaluations}), "
+            f"{self.gbops_per_evaluation:.2f} GBOPs{container} per image and evaluation (mean of {self.evaluations}), "
             f"{self.weight_mib:.2f} MiB of weights, {self.state_mib_per_image:.2f} MiB of state per image; "
             f"{self.full_precision_share:.1%} of the multiply-accumulates in full precision"
         )
@@ -136,22 +144,23 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if contexts is None else contexts
     if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
         raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
-    counter, state = _count_one(model, found, args, kwargs)
+    counter, state, branches = _count_one(model, found, args, kwargs)
     weights = stored_bytes(model)
+    skipped = _skipped(model, evaluations, contexts)
     rows = []
     for name, (module, _) in found.items():
         macs, bits = counter.macs.get(name, 0) / images, counter.bits.get(name)
-        weight_bits, activation_bits, bops = _bit_operations(
-            module, macs, bits, (evaluations, contexts), name in constant
-        )
-        held = weights.pop(name, 0.0), contexts * state.get(name, 0) / images
+        times = skipped.get(counter.block_of.get(name, ""), 0)
+        counted = _bit_operations(module, macs, bits, (evaluations, contexts), name in constant, times)
+        held = contexts * state.get(name, 0) / images, weights.pop(name, 0.0)
         seen = {"constant": name in constant, "uncalled": name not in counter.macs, "quantized": _is_quantized(module)}
-        rows.append(OperatorCost(name, macs, weight_bits, activation_bits, bops, held[1], held[0], **seen))
-    other_bops = counter.other.bops / images
-    state_mib = sum(r.state_bytes for r in rows) / 2**20
+        rows.append(OperatorCost(name, macs, *counted[:3], *held, **seen, container_bops=counted[3]))
+    shares = {block: 1 - count / evaluations for block, count in skipped.items()}
+    other_macs, other_bops = (total / images for total in counter.others(shares))
+    state_mib = (sum(r.state_bytes for r in rows) + contexts * branches / images) / 2**20
     return Cost(
         operators=tuple(rows),
-        other_macs=counter.other.macs / images,
+        other_macs=other_macs,
         other_bops=other_bops,
         other_weight_bytes=sum(weights.values()),
         evaluations=evaluations,
@@ -161,10 +170,11 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         state_mib_per_image=state_mib,
         peak_state_mib_per_image=state_mib + _widest(found, counter) / images / 2**20,
         integer_share=sum(r.macs for r in rows if _quantizes(found[r.name][0])) / max(1.0, sum(r.macs for r in rows)),
+        container_gbops_per_evaluation=(sum(r.container_bops for r in rows) + other_bops) / 1e9,
     )
 
 
-def _widest(found: dict[str, tuple[nn.Module, OperatorAdapter]], counter: _Counter) -> int:
+def _widest(found: dict[str, tuple[nn.Module, OperatorAdapter]], counter: ProductCounter) -> int:
     """Elements of the largest input that is quantized."""
     quantized = (name for name, (module, _) in found.items() if getattr(module, "activation_spec", None) is not None)
     return max((counter.inputs.get(name, 0) for name in quantized), default=0)
@@ -177,9 +187,10 @@ def _quantizes(module: Any) -> bool:
 
 def _count_one(
     model: nn.Module, found: dict[str, tuple[nn.Module, OperatorAdapter]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[_Counter, dict[str, int]]:
-    """Run one evaluation: its products, and the bytes of the state by operator."""
-    counter = _Counter()
+) -> tuple[ProductCounter, dict[str, int], int]:
+    """Run one evaluation: its products, the bytes of the state by operator, and those of kept branches."""
+    counter = ProductCounter()
+    reuse = reuse_of(state_of(model)) if hasattr(model, ATTRIBUTE) else None
     student = state_of(model) if hasattr(model, ATTRIBUTE) else None
     before = None if student is None else (student.last, student.called)
     with ExitStack() as stack:
@@ -187,12 +198,27 @@ def _count_one(
             stack.enter_context(student.remarks.muted())  # measuring is no trajectory of the user's
         run = None if student is None else stack.enter_context(trajectory(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(counter.watch(found))
+        stack.enter_context(counter.watch(found, {} if reuse is None else reuse.blocks))
         model(*args, **kwargs)
         state = {} if run is None else _state_bytes(run)
+        branches = 0 if run is None else run.branch_bytes
+    if reuse is not None and reuse.schedule.mode == "extrapolate":
+        branches *= 2  # from the second evaluation on, two are kept
     if student is not None and before is not None:
         student.last, student.called = before
-    return counter, state
+    return counter, state, branches
+
+
+def _skipped(model: nn.Module, evaluations: int, contexts: int) -> dict[str, int]:
+    """Evaluations of a trajectory, in all contexts, in which a static schedule skips a block, by block."""
+    reuse = reuse_of(state_of(model)) if hasattr(model, ATTRIBUTE) else None
+    if reuse is None:
+        return {}
+    lengths = [evaluations // contexts + (i < evaluations % contexts) for i in range(contexts)]
+    return {
+        name: sum(sum(reuse.schedule.skips(name, t) for t in range(length)) for length in lengths)
+        for name in reuse.blocks
+    }
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -270,8 +296,8 @@ def warm_evaluations(modulation: Modulation | None, evaluations: int, contexts: 
 
 
 def _bit_operations(
-    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool
-) -> tuple[int, int, float]:
+    module: Any, macs: float, bits: int | None, length: tuple[int, int], constant: bool, skipped: int = 0
+) -> tuple[int, int, float, float]:
     """Bits of both sides, and bit operations per evaluation, warm-up and refreshes averaged in.
 
     Args:
@@ -280,20 +306,30 @@ def _bit_operations(
         bits: Of the dtype in which a full-precision product of it was seen to run; None: it was not called.
         length: Evaluations of the trajectory, and its contexts.
         constant: Its input is constant.
+        skipped: Evaluations in which a reuse schedule skips it; a refresh among them counts as an ordinary one.
+
+    Returns:
+        Both bits, the bit operations, and these with codes that share a container with exponents at its 8 bits.
     """
     evaluations, contexts = length
     if not isinstance(module, QuantizedOperator):
         bits = 8 * module.weight.element_size() if bits is None else bits
-        return bits, bits, macs * bits * bits
+        bops = macs * bits * bits * (1 - skipped / evaluations)
+        return bits, bits, bops, bops
     full = 8 * module.module.weight.element_size()
     weight_bits = module.weight_spec.bits if module.weight_spec else full
     quantizes = module.activation_spec is not None and not module.in_float
     activation_bits = module.activation_spec.bits if module.activation_spec and quantizes else full
+    shares = quantizes and module.activation_spec is not None and module.activation_spec.scales == "power_of_two"
     modulation = module.modulation if isinstance(module, ModulatedOperator) and quantizes else None
     # A constant input is computed in the (full) warm-up, and neither advanced nor refreshed.
     at_full, at_low = (contexts, 0) if constant else warm_evaluations(modulation, evaluations, contexts)
-    bops = macs * weight_bits * (at_full * full + at_low * activation_bits) / evaluations
-    return weight_bits, activation_bits, bops
+    at_low = max(at_low - skipped, 0)
+    bops, container = (
+        macs * weight_bits * (at_full * full + at_low * bits) / evaluations
+        for bits in (activation_bits, 8 if shares else activation_bits)
+    )
+    return weight_bits, activation_bits, bops, container
 
 
 def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
@@ -311,70 +347,3 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, OperatorAdapter]]:
             if adapter is not None:
                 found[name] = (module, adapter)
     return found
-
-
-@dataclass
-class _Sum:
-    macs: float = 0.0
-    bops: float = 0.0
-
-
-class _Counter:
-    """Counts the multiply-accumulates of one evaluation: operators' from shapes, all others by PyTorch's counter."""
-
-    def __init__(self) -> None:
-        # PyTorch's registry lacks the attention of the CPU.
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops)}
-        formulas = {op: self._recorded(formula) for op, formula in {**flop_registry, **attention}.items()}
-        self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
-        self._depth = 0
-        self.macs: dict[str, int] = {}
-        self.bits: dict[str, int] = {}
-        self.inputs: dict[str, int] = {}
-        self.other = _Sum()
-
-    def _recorded(self, formula: Callable[..., int]) -> Callable[..., int]:
-        """A formula that also sees the tensors: outside of operators, their dtype makes the bit operations."""
-
-        def raw(*args: Any, **kwargs: Any) -> int:
-            flops = int(formula(*args, **kwargs))
-            if not self._depth:
-                size = next((a.element_size() for a in args if isinstance(a, Tensor)), 4)
-                self.other.macs += flops / 2  # PyTorch counts two operations for each multiply-accumulate
-                self.other.bops += flops / 2 * (8 * size) ** 2
-            return flops
-
-        raw._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then hands over tensors, not shapes
-        return raw
-
-    @contextmanager
-    def watch(self, found: dict[str, tuple[nn.Module, OperatorAdapter]]) -> Iterator[None]:
-        """Count what runs inside; fused attention layers, which hide their products, are off."""
-        handles = [handle for name, (module, adapter) in found.items() for handle in self._hook(name, module, adapter)]
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with self._flops:
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name: str, module: nn.Module, adapter: OperatorAdapter) -> list[Any]:
-        original = module.module if isinstance(module, QuantizedOperator) else module
-
-        def before(_: nn.Module, __: Any) -> None:
-            self._depth += 1
-
-        def after(_: nn.Module, args: Any, output: Tensor) -> None:
-            self._depth -= 1
-            self.inputs[name] = max(self.inputs.get(name, 0), *(a.numel() for a in args if isinstance(a, Tensor)))
-            self.macs[name] = self.macs.get(name, 0) + adapter.macs(original, output)
-            self.bits[name] = 8 * output.element_size()
-
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))

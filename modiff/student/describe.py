@@ -23,6 +23,8 @@ class Row:
         constant: Its input was constant throughout the last trajectory, so it was computed once in each context.
         uncalled: It was never called in the last trajectory: its input was not quantized.
         backend: Its execution and, where that is not in integers, why.
+        special: ``vector``: it reads one vector per sample; ``end``: it is the denoiser's first or last operator;
+            ``undecided``: what it reads is not known before the first evaluation.
     """
 
     name: str
@@ -35,13 +37,20 @@ class Row:
     constant: bool = False
     uncalled: bool = False
     backend: str = ""
+    special: str = ""
 
 
 @dataclass(frozen=True)
 class Description:
-    """One row for every linear operator of a student; prints as a table."""
+    """One row for every linear operator of a student; prints as a table.
+
+    Args:
+        rows: By operator.
+        schedule: Which blocks a reuse schedule skips, and when; empty where there is none.
+    """
 
     rows: tuple[Row, ...]
+    schedule: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -50,7 +59,9 @@ class Description:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [("operator", "type", "weight", "activation", "modulation", "backend", "rule", "skipped because")]
+        cells = [
+            ("operator", "type", "weight", "activation", "modulation", "backend", "special", "rule", "skipped because")
+        ]
         cells += [
             (
                 row.name,
@@ -61,19 +72,23 @@ class Description:
                 if row.skipped
                 else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",
                 row.backend,
+                row.special,
                 row.rule or "",
                 row.skipped or "",
             )
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return "\n".join([*lines, *([self.schedule] if self.schedule else [])])
 
 
 def _spec_text(spec: QuantSpec | None) -> str:
     if spec is None:
         return "full precision"
     parts = [f"{spec.bits} bit", spec.granularity, "symmetric" if spec.symmetric else "asymmetric"]
+    if spec.scales == "power_of_two":
+        parts.append("scales in powers of two")
     if spec.clip != 1:
         parts.append(f"clip {spec.clip:g}")
     if spec.range == "calibrated":

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from modiff.config.quant import QuantConfig, Rule
+from modiff.config import QuantConfig, QuantSpec, Rule, Special
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported, own_linear
 from modiff.operators.rewrites import RewrittenOperator
 from modiff.quantizers.granularity import activation_partition
 from modiff.student.describe import Description, Row
+
+UNDECIDED = "undecided"
+"""An operator of which the first evaluation will show whether it reads one vector per sample."""
 
 
 @dataclass
@@ -107,10 +110,14 @@ def _decide(plan: Plan, config: QuantConfig) -> Row:
             f"modiff.quantize, or exclude it with Rule({name!r}, skip=True)."
         )
     weight, activation, modulation = config.weight, config.activation, config.modulation
+    special, part = _special(plan, config)
+    for exception in (part, rule):  # the rule has the last word
+        if exception is not None:
+            weight = weight if isinstance(exception.weight, str) else exception.weight
+            activation = activation if isinstance(exception.activation, str) else exception.activation
     if rule is not None:
-        weight = config.weight if isinstance(rule.weight, str) else rule.weight
-        activation = config.activation if isinstance(rule.activation, str) else rule.activation
-        modulation = config.modulation if isinstance(rule.modulation, str) else rule.modulation
+        modulation = modulation if isinstance(rule.modulation, str) else rule.modulation
+        special = "" if special == UNDECIDED and not isinstance(rule.activation, str) else special
     if activation is None:
         modulation = None
     else:
@@ -118,4 +125,16 @@ def _decide(plan: Plan, config: QuantConfig) -> Row:
             activation_partition(activation, 3, plan.adapter.kind)
         except ConfigError as error:
             raise ConfigError(f"Operator {name!r} ({kind}): {error}") from error
-    return Row(name, kind, weight, activation, modulation, pattern)
+    return Row(name, kind, weight, activation, modulation, pattern, special=special)
+
+
+def _special(plan: Plan, config: QuantConfig) -> tuple[str, Special | None]:
+    """Of which special kind an operator is, in a word for the table, and what it therefore gets."""
+    names = {*plan.names, *plan.wholes}
+    for kind, part in (("end", config.ends), ("vector", config.vectors)):
+        if part is not None and part.names is not None and names & set(part.names):
+            return kind, part
+    vectors, own = config.vectors, config.activation
+    if vectors is None or vectors.names is not None or not isinstance(vectors.activation, QuantSpec):
+        return "", None
+    return (UNDECIDED if own is not None and own.range == "dynamic" else ""), None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from modiff.config.quant import QuantConfig
+from modiff.config.quant import QuantConfig, QuantSpec
 from modiff.errors import ConfigError
 from modiff.kernels.scratch import free_scratch
 from modiff.operators.adapters import adapter_of_type, find_adapter
@@ -19,12 +20,14 @@ from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, rewritten, undo
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.packing import PackedWeight
-from modiff.student.blocks import prompt_modules
+from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
 from modiff.student.guard import Guard
-from modiff.student.match import Plan, plan, plans
+from modiff.student.match import UNDECIDED, Plan, plan, plans
 from modiff.student.refusals import allow_methods, refuse_methods
+from modiff.student.reuse import install_schedule, reuse_of
 from modiff.student.share import FullPrecisionShare
+from modiff.student.special import resolve
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.session import ATTRIBUTE, ModulationState, require_module, state_of
@@ -57,13 +60,19 @@ class Record:
     replaced: list[tuple[Slot, torch.Tensor]] = field(default_factory=list)
 
 
-def quantize(model: nn.Module, config: QuantConfig | str, keep_teacher: bool = True) -> nn.Module:
+def quantize(
+    model: nn.Module, config: QuantConfig | str, keep_teacher: bool = True, example_inputs: Any = None
+) -> nn.Module:
     """Swap the linear operators of a denoiser for quantized ones, in place.
 
     Args:
         model: Any module; its forward is one evaluation.
         config: What to quantize, and how; or a preset's name, such as ``w8a4-modiff``.
         keep_teacher: Keep the original weights, so that :func:`restore` works without the teacher.
+        example_inputs: Arguments of the denoiser's forward, a tuple or a mapping of keywords: one evaluation shows
+            which operators read one vector per sample, and which are the first and the last (``config.vectors`` and
+            ``config.ends``). Not needed for diffusers' networks, which are known. Without it, vectors are recognized
+            in the first evaluation, after weights are quantized; :func:`describe` calls them undecided until then.
 
     Returns:
         The same module, now the student.
@@ -72,7 +81,9 @@ def quantize(model: nn.Module, config: QuantConfig | str, keep_teacher: bool = T
         ConfigError: The model is a pipeline, has no linear operators or is a student already, a rule's pattern matches
             nothing, a granularity does not exist for an operator, or a weight is no number; the model is unchanged.
     """
-    return convert(model, QuantConfig.preset(config) if isinstance(config, str) else config, keep_teacher)
+    config = QuantConfig.preset(config) if isinstance(config, str) else config
+    _require_quantizable(model, config)
+    return convert(model, resolve(model, config, example_inputs), keep_teacher)
 
 
 def convert(
@@ -104,7 +115,7 @@ def convert(
     # Everything is built before anything is swapped: an error leaves the model as it was.
     try:
         found = plans(model, config)
-        built = [(p, _build(p, state, weights, config.backend)) for p in found if p.row.skipped is None]
+        built = [(p, _build(p, state, weights, config)) for p in found if p.row.skipped is None]
         for planned, operator in built:
             _require_backend(operator, config.backend)
             operator.use_range((ranges or {}).get(planned.row.name))
@@ -112,10 +123,14 @@ def convert(
         if changed:
             undo(model)
         raise
+    if config.schedule is not None:
+        reusable_blocks(model, config.schedule)  # refuses what matches nothing, before anything is swapped
     record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
     record.hooks = _watch(model, state, record.names)
     state.listeners.append(_share(found, {planned.row.name: operator for planned, operator in built}))
+    if config.schedule is not None:
+        record.hooks += install_schedule(model, config.schedule, state)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
     refuse_methods(model)
@@ -264,18 +279,30 @@ def describe(student: nn.Module) -> Description:
     constant = state.last.constant if state.last else frozenset()
     found = operators(student)
     uncalled = state.names - state.called if state.last and state.last.total else frozenset()
+    reuse = reuse_of(state)
     return Description(
         tuple(
-            replace(row, constant=row.name in constant, uncalled=row.name in uncalled, backend=_backend(found, row))
+            replace(
+                _as_it_is(found[row.name], row) if row.name in found else row,
+                constant=row.name in constant,
+                uncalled=row.name in uncalled,
+            )
             for row in rows
-        )
+        ),
+        "" if reuse is None else str(reuse),
     )
 
 
-def _backend(found: Mapping[str, QuantizedOperator], row: Row) -> str:
-    operator = found.get(row.name)
-    if operator is None:
-        return ""
+def _as_it_is(operator: QuantizedOperator, row: Row) -> Row:
+    """The row with what evaluations showed, and the execution."""
+    special = row.special
+    if special == UNDECIDED and operator.undecided is None:
+        special = "vector" if operator.found_vector else ""
+    return replace(row, activation=operator.activation_spec, backend=_backend(operator), special=special)
+
+
+def _backend(operator: QuantizedOperator) -> str:
+    """The execution of an operator where it is now, in float32."""
     if operator.in_float:
         return "full precision (as chosen)"
     weight = operator.module.weight
@@ -296,15 +323,21 @@ def operators(student: nn.Module) -> dict[str, QuantizedOperator]:
 
 
 def _build(
-    plan: Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, backend: str
+    plan: Plan, state: ModulationState, weights: Mapping[str, PackedWeight] | None, config: QuantConfig
 ) -> QuantizedOperator:
     row = plan.row
     assert plan.adapter is not None
     packed = None if weights is None or row.weight is None else weights[row.name]
-    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed, backend)
+    args = (plan.module, row.name, plan.adapter, row.weight, row.activation, state, packed, config.backend)
     if row.modulation is None:
-        return QuantizedOperator(*args)
-    return ModulatedOperator(*args, modulation=row.modulation)
+        operator = QuantizedOperator(*args)
+    else:
+        operator = ModulatedOperator(*args, modulation=row.modulation)
+    if row.special == UNDECIDED:
+        assert config.vectors is not None
+        assert isinstance(config.vectors.activation, QuantSpec)
+        operator.undecided = config.vectors.activation
+    return operator
 
 
 def _require_backend(operator: QuantizedOperator, backend: str) -> None:

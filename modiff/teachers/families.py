@@ -187,8 +187,10 @@ _SANA = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "pixel": Family(("UNet2DModel", "FixedHeadsUNet2DModel"), _unet, latent=False, schedule=_LINEAR),
-    "latent": Family(("UNet2DModel", "FixedHeadsUNet2DModel"), _unet, schedule=_LDM),
+    "pixel": Family(
+        ("UNet2DModel", "FixedHeadsUNet2DModel", "PatchedUNet2DModel"), _unet, latent=False, schedule=_LINEAR
+    ),
+    "latent": Family(("UNet2DModel", "FixedHeadsUNet2DModel", "PatchedUNet2DModel"), _unet, schedule=_LDM),
     "dit": Family(
         ("DiTTransformer2DModel", "Transformer2DModel", "OriginalDiTTransformer2DModel"),
         _dit,

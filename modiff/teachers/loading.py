@@ -18,11 +18,12 @@ from modiff.teachers.catalog import ZOO, TeacherSpec
 from modiff.teachers.convert.dit import OriginalDiTTransformer2DModel
 from modiff.teachers.convert.ldm import FixedHeadsUNet2DModel
 from modiff.teachers.families import FAMILIES, Family
+from modiff.teachers.patched import PatchedUNet2DModel
 from modiff.teachers.teacher import Teacher, decoder_factor
 from modiff.teachers.text import make_encoder
 from modiff.teachers.tiny import tiny_model
 
-_OWN = {cls.__name__: cls for cls in (FixedHeadsUNet2DModel, OriginalDiTTransformer2DModel)}
+_OWN = {cls.__name__: cls for cls in (FixedHeadsUNet2DModel, OriginalDiTTransformer2DModel, PatchedUNet2DModel)}
 _DECODERS = ("AutoencoderKL", "AutoencoderDC", "VQModel")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modiff.errors import TrajectoryError
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
@@ -73,6 +74,86 @@ class OperatorCache:
             self.held.a_hat = self.held.a_hat[rows:].clone()
         self.shape = torch.Size([rows, *self.shape[1:]])
         self.source = self.lent = None
+
+
+@dataclass
+class BranchCache:
+    """What one call site of a block keeps of the evaluations that computed it.
+
+    Args:
+        shape: Of the block's first input.
+        kept: The last branches (what the outputs add to their sources), newest last, with their time step and number
+            of the evaluation.
+        sources: Where each output's base is found: an index among the input tensors, ``shortcut``, or None where the
+            output itself is kept.
+        structure: How the outputs are nested.
+        calls: Calls of each operator inside.
+        input: The block's first input when it was last computed, for dynamic schedules.
+    """
+
+    shape: torch.Size | None = None
+    kept: list[tuple[tuple[Any, ...], Tensor | None, int]] = field(default_factory=list)
+    sources: tuple[Any, ...] = ()
+    structure: Any = None
+    calls: dict[str, int] = field(default_factory=dict)
+    input: Tensor | None = None
+
+    def fit(self, x: Tensor, may_halve: bool, name: str) -> None:
+        """Check the batch; where guidance in one batch has ended, keep the last half of the rows.
+
+        Raises:
+            TrajectoryError: The shape changed otherwise.
+        """
+        if self.shape is None or self.shape == x.shape:
+            self.shape = x.shape
+            return
+        if not may_halve or torch.Size([2 * x.shape[0], *x.shape[1:]]) != self.shape:
+            raise TrajectoryError(
+                f"The input of block {name!r} has shape {list(x.shape)}, but had {list(self.shape)} when its branch "
+                "was kept. Keep the batch through a trajectory; open a new one for another batch."
+            )
+        rows = x.shape[0]
+        halves = lambda t: t[rows:].clone() if isinstance(t, Tensor) and len(t) == 2 * rows else t  # noqa: E731
+        self.kept = [(tuple(map(halves, branches)), time, number) for branches, time, number in self.kept]
+        self.input = None if self.input is None else halves(self.input)
+        self.shape = x.shape
+
+    def keep(self, branches: tuple[Any, ...], time: Tensor | None, evaluation: int, both: bool) -> None:
+        """Keep the branches of a computed evaluation, and of the one before where the schedule extrapolates."""
+        self.kept = [*(self.kept[-1:] if both else []), (branches, time, evaluation)]
+
+    def branches(self, mode: str, time: Tensor | None, evaluation: int) -> tuple[Any, ...]:
+        """The branches that stand in for those of a skipped evaluation.
+
+        Args:
+            mode: ``reuse``: the last ones; ``extrapolate``: on the line through the last two in the time step.
+            time: Of the evaluation; None: its number takes the time's place.
+            evaluation: Its number.
+        """
+        last, last_time, last_number = self.kept[-1]
+        if mode == "reuse" or len(self.kept) < 2:
+            return last
+        first, first_time, first_number = self.kept[0]
+        if time is None or last_time is None or first_time is None:
+            step: Any = (evaluation - last_number) / (last_number - first_number)
+        else:  # solvers of higher order evaluate a time step twice: the line then has no slope
+            gap = last_time - first_time
+            step = torch.where(gap == 0, 0.0, (time - last_time) / torch.where(gap == 0, 1.0, gap))
+        return tuple(_on_line(old, new, step) for old, new in zip(first, last, strict=True))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the branches."""
+        tensors = [t for branches, _, _ in self.kept for t in branches if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _on_line(old: Any, new: Any, step: Any) -> Any:
+    if not isinstance(new, Tensor):
+        return new
+    wide = torch.promote_types(new.dtype, torch.float32)
+    step = step.to(device=new.device, dtype=wide) if isinstance(step, Tensor) else step
+    return (new.to(wide) + (new.to(wide) - old.to(wide)) * step).to(new.dtype)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:

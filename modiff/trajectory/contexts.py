@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from modiff.errors import ConfigError, TrajectoryError
-from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.cache import BranchCache, OperatorCache
 from modiff.trajectory.calls import Call
 from modiff.trajectory.identity import KeptOutput
 from modiff.trajectory.probes import Probes
@@ -29,6 +29,8 @@ class Context:
         unchanged: Calls of each operator that were not computed, because the input was the last one's.
         shapes: Shape and dtype of each tensor among the denoiser's arguments in the first evaluation.
         outputs: What modules between a constant input and operators returned for it, by module.
+        reused: Calls in which any block was skipped by a reuse schedule.
+        branches: What such a schedule keeps, by block, one for each call site.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Context:
     unchanged: dict[str, int] = field(default_factory=dict, repr=False)
     shapes: tuple[object, ...] = field(default=(), repr=False)
     outputs: dict[str, KeptOutput | None] = field(default_factory=dict, repr=False)
+    reused: int = 0
+    branches: dict[str, list[BranchCache]] = field(default_factory=dict, repr=False)
     start: int = 0
     call: Call | None = field(default=None, repr=False)
 
@@ -49,7 +53,8 @@ class Context:
 
     def begin_again(self) -> None:
         """Forget the state: the next call is a warm-up."""
-        self.caches, self.outputs, self.calls, self.start = {}, {}, None, self.total
+        self.caches, self.outputs, self.branches = {}, {}, {}
+        self.calls, self.start = None, self.total
 
     def __str__(self) -> str:
         return f" of context {self.name!r}" if self.name else ""
@@ -94,6 +99,17 @@ class Trajectory:
     def quantized(self) -> int:
         """Calls in which every operator that quantizes activations quantized its input, in all contexts."""
         return sum(context.quantized for context in self.contexts.values())
+
+    @property
+    def reused(self) -> int:
+        """Calls in which any block was skipped by a reuse schedule, in all contexts."""
+        return sum(context.reused for context in self.contexts.values())
+
+    @property
+    def branch_bytes(self) -> int:
+        """Bytes that a reuse schedule holds in all contexts, for the whole batch."""
+        sites = (sites for context in self.contexts.values() for sites in context.branches.values())
+        return sum(cache.num_bytes for caches in sites for cache in caches)
 
     @property
     def caches(self) -> dict[str, list[OperatorCache]]:
@@ -266,7 +282,7 @@ class Trajectory:
     def close(self) -> None:
         """Free the state; the counts stay."""
         for context in self.contexts.values():
-            context.caches, context.outputs, context.call = {}, {}, None
+            context.caches, context.outputs, context.branches, context.call = {}, {}, {}, None
         self.last_call = None
         self.closed = True
         self.in_evaluation = False

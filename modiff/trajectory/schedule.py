@@ -11,8 +11,9 @@ from enum import Enum
 
 from torch import Tensor
 
+from modiff.config.schedule import ReuseSchedule
 from modiff.config.specs import Modulation
-from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.cache import BranchCache, OperatorCache
 from modiff.trajectory.identity import KeptOutput
 
 
@@ -49,6 +50,26 @@ class Schedule:
         if cache.source is not None and cache.source.matches(x):
             return Answer.REUSE
         return Answer.COMPUTE if self.refreshes(evaluation, modulation) else Answer.ADVANCE
+
+    def block(self, plan: ReuseSchedule, name: str, evaluation: int, cache: BranchCache, x: Tensor) -> Answer:
+        """Whether a block runs, or its kept branch stands in for it.
+
+        Args:
+            plan: Which blocks may be skipped, and when.
+            name: Of the block.
+            evaluation: From 0, in the current context.
+            cache: Of this call.
+            x: The block's first input.
+        """
+        needed = 2 if plan.mode == "extrapolate" else 1
+        if len(cache.kept) < needed:
+            return Answer.COMPUTE
+        if plan.threshold is None:
+            return Answer.REUSE if plan.skips(name, evaluation) else Answer.COMPUTE
+        if cache.input is None or evaluation < plan.warmup:
+            return Answer.COMPUTE
+        changed = (x - cache.input).float().norm() / cache.input.float().norm().clamp_min(1e-12)
+        return Answer.REUSE if bool(changed < plan.threshold) else Answer.COMPUTE
 
     def refreshes(self, evaluation: int, modulation: Modulation) -> bool:
         """Whether an evaluation is a full-precision refresh."""

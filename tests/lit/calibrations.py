@@ -11,7 +11,7 @@ from modiff.teachers.zoo import TeacherSpec
 RANGES = "{bits: 4, granularity: tensor, range: calibrated}"
 
 
-def module_of(teacher: Path, preset="w3a4-modiff", **options) -> LitStudent:
+def module_of(teacher: Path, preset="w3a4-modiff-paper", **options) -> LitStudent:
     calibration = CalibrationConfig(**{"num_images": 6, "images_per_batch": 4, "positions": 200} | options)
     module = LitStudent(TeacherSpec(path=str(teacher)), preset=preset, steps=3, calibration=calibration)
     module.configure_model()

@@ -31,9 +31,9 @@ def recipes(tmp_path_factory, recipe_text) -> list[Path]:
     """Two recipes of one teacher."""
     folder = tmp_path_factory.mktemp("recipes")
     paths = []
-    for name, preset in (("plain", "w8a4-ptq"), ("modulated", "w8a4-modiff")):
+    for name, preset in (("plain", "w8a4-ptq-paper"), ("modulated", "w8a4-modiff-paper")):
         paths.append(folder / f"{name}.yaml")
-        paths[-1].write_text(recipe_text.replace("w8a4-modiff", preset))
+        paths[-1].write_text(recipe_text.replace("w8a4-modiff-paper", preset))
     return paths
 
 
@@ -213,7 +213,7 @@ def test_without_a_compiler_one_line_says_so(recipe, modiff, tmp_path, monkeypat
         (("--threads", "0"), "--threads is 0; allowed are whole numbers, 1 or more."),
         (("--num_images", "4", "--batch_sizes", "4"), "--num_images and --batch_sizes are both given. Remove one"),
         (("--compile", "twice"), "compile"),
-        (("--model.preset", "null"), "quantizes nothing: give --model.preset, for example w8a6-modiff"),
+        (("--model.preset", "null"), "quantizes nothing: give --model.preset, for example w8a6-modiff-paper"),
         (("--ckpt", "nowhere"), "nowhere does not exist. Give a directory that modiff.save wrote"),
         (("--trainer.devices", "2"), "modiff bench runs on one device, not 2. Add --trainer.devices 1."),
     ],
@@ -287,7 +287,7 @@ def test_clocks_tell_products_from_what_is_around_them(monkeypatch, backend) -> 
         return now[0]
 
     monkeypatch.setattr(timing.time, "perf_counter", tick)
-    model = library.quantize(denoiser(), dataclasses.replace(config("w8a4-modiff"), backend=backend))
+    model = library.quantize(denoiser(), dataclasses.replace(config("w8a4-modiff-paper"), backend=backend))
     owner, method = type(BACKENDS[backend]), "multiply"
     plain = getattr(owner, method)
     spent = lambda self, *a, **k: (now.__setitem__(0, now[0] + 100), plain(self, *a, **k))[1]  # noqa: E731

@@ -205,7 +205,11 @@ def test_content_hash_is_of_all_that_the_result_depends_on(tiny_teacher, tmp_pat
     tensors = load_file(str(weights))
     tensors["conv_in.bias"][0] += 1e-3
     save_file(tensors, str(weights), {"format": "pt"})
-    changed = [module_of(other), module_of(tiny_teacher, "w4a4-modiff"), module_of(tiny_teacher, "w3a4-ptq")]
+    changed = [
+        module_of(other),
+        module_of(tiny_teacher, "w4a4-modiff-paper"),
+        module_of(tiny_teacher, "w3a4-ptq-paper"),
+    ]
     changed += [module_of(tiny_teacher, **{name: 1}) for name in ("seed", "num_images", "stage_size", "evaluations")]
     steps = module_of(tiny_teacher)
     steps.steps = 4

@@ -113,7 +113,8 @@ def test_preset_expands_before_overrides(recipe, capsys) -> None:
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["config"]["activation"]["bits"] == 3
-    assert printed["model"]["config"]["activation"]["granularity"] == "sample"
+    assert printed["model"]["config"]["activation"]["granularity"] == "sample_channel"
+    assert printed["model"]["config"]["vectors"]["activation"]["bits"] == 8
     assert printed["model"]["config"]["modulation"]["error_compensation"] is True
 
 

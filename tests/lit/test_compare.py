@@ -18,9 +18,9 @@ def recipes(tmp_path_factory, recipe_text) -> list[Path]:
     """Two recipes that differ in their quantization."""
     folder = tmp_path_factory.mktemp("recipes")
     paths = []
-    for name, preset in (("plain", "w8a4-ptq"), ("modulated", "w8a4-modiff")):
+    for name, preset in (("plain", "w8a4-ptq-paper"), ("modulated", "w8a4-modiff-paper")):
         paths.append(folder / f"{name}.yaml")
-        text = recipe_text.replace("w8a4-modiff", preset).replace("timing_rounds: 1", "timing_rounds: 0")
+        text = recipe_text.replace("w8a4-modiff-paper", preset).replace("timing_rounds: 1", "timing_rounds: 0")
         paths[-1].write_text(text)
     return paths
 

@@ -86,7 +86,7 @@ def test_data_set_that_is_not_here_fails_fast(monkeypatch) -> None:
 
 
 def draw(name: str, labels: list[int] | None, guidance: float | None = None) -> torch.Tensor:
-    module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff", steps=2, guidance=guidance)
+    module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff-paper", steps=2, guidance=guidance)
     module.prepare(conditions=SampleDataModule(labels=labels).conditions)
     with modiff.trajectory(module.student):
         return module.draw("student", torch.arange(2))[0]
@@ -112,7 +112,7 @@ def recipe_of_classes(tmp_path) -> Path:
 
 
 def test_packed_student_of_a_conditional_teacher_draws_the_same_images(recipe_of_classes, tmp_path, modiff) -> None:
-    recipe, preset = ("--config", recipe_of_classes), ("--model.preset", "w4a4-modiff")
+    recipe, preset = ("--config", recipe_of_classes), ("--model.preset", "w4a4-modiff-paper")
     for command in (
         ("quantize", *recipe, *preset, "--output", tmp_path / "packed"),
         ("sample", *recipe, *preset, "--output", tmp_path / "made"),
@@ -142,7 +142,7 @@ def test_recipes_of_other_conditions_are_not_compared(recipe_of_classes, tmp_pat
     other.write_text(recipe_of_classes.read_text().replace(*change))
     for pair in ((recipe_of_classes, other), (other, recipe_of_classes)):
         status, _, err = modiff(
-            "compare", *pair, "--model.preset", "w8a4-modiff", "--output", tmp_path / "out", "--wandb", "disabled"
+            "compare", *pair, "--model.preset", "w8a4-modiff-paper", "--output", tmp_path / "out", "--wandb", "disabled"
         )
         assert status == 1
         assert message in err or message.replace("3.0 and 2.0", "2.0 and 3.0") in err

@@ -26,7 +26,7 @@ def images(
     teacher: Path, num_images: int, batch_size: int, world_size: int = 1, dtype: torch.dtype = torch.float32, **options
 ) -> torch.Tensor:
     """The student's images 0 .. num_images - 1, as the ranks of a run draw them."""
-    module = LitStudent(TeacherSpec(path=str(teacher)), preset="w8a4-modiff", steps=3, **options)
+    module = LitStudent(TeacherSpec(path=str(teacher)), preset="w8a4-modiff-paper", steps=3, **options)
     module.prepare(seed=7)
     module.student.to(dtype)
     noise = module.noise
@@ -131,4 +131,4 @@ def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> N
 
 
 def test_config_is_kept_as_given() -> None:
-    assert LitStudent(preset="w8a4-modiff").config == QuantConfig.preset("w8a4-modiff")
+    assert LitStudent(preset="w8a4-modiff-paper").config == QuantConfig.preset("w8a4-modiff-paper")

@@ -115,7 +115,7 @@ def test_a_saved_pipeline_is_loaded_quantized_sampled_twice_and_restored(name, t
     modiff.quantize_pipeline(pipe, modiff.QuantConfig(modulation=modiff.Modulation()))
     assert torch.equal(draw(pipe, arguments), expected)
     modiff.restore_pipeline(pipe)
-    modiff.quantize_pipeline(pipe, "w8a6-modiff")
+    modiff.quantize_pipeline(pipe, "w8a6-modiff-paper")
     images = draw(pipe, arguments)
     assert torch.equal(draw(pipe, arguments), images)
     assert not torch.equal(images, expected)
@@ -216,7 +216,7 @@ def test_text_to_image_without_transformers_names_the_extra(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["sd-v1-4", "sdxl", "pixart-sigma", "sana"])
 def test_keys_and_values_of_the_prompt_are_constant_in_a_teacher_of_the_zoo(name) -> None:
-    module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff", steps=STEPS)
+    module = LitStudent(TeacherSpec(name, tiny=True), preset="w8a4-modiff-paper", steps=STEPS)
     module.configure_model()
     args, kwargs = module.inputs(module.noise(INDICES), INDICES)
     before = modiff.cost(module.student, *args, evaluations=STEPS, **kwargs)

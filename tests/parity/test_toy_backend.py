@@ -56,7 +56,7 @@ def test_students_on_the_toy_follow_the_reference(products, case):
     assert bool(products) == (exact and (symmetric or bits < 8))
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a8-modiff", "w4a4-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a8-modiff", "w4a4-ptq-paper"])
 def test_whole_students_on_the_toy_agree_with_the_simulation(products, preset):
     expected, _ = run(modiff.quantize(denoiser(), config(preset)), noise(6))
     assert products
@@ -82,6 +82,6 @@ def test_a_backend_that_is_not_registered_is_refused():
 
 
 def test_a_device_without_integer_backends_is_simulated_and_says_why():
-    model = modiff.quantize(denoiser(), config("w8a4-modiff"))
+    model = modiff.quantize(denoiser(), config("w8a4-modiff-paper"))
     choice = model.conv_in.choice(torch.device("meta"))
     assert str(choice) == "simulate (onednn runs on cpu, not on meta)"

@@ -17,7 +17,9 @@ from modiff.config.quant import QuantConfig
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FOLDER = Path(__file__).parents[2] / "recipes"
 OTHERS = ("sweeps", "trainer", "kubernetes")  # grids over recipes, overlays, and manifests
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in OTHERS)
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in OTHERS)
+SEARCHES = [path for path in FILES if path.stem == "search"]
+RECIPES = [path for path in FILES if path not in SEARCHES]
 TRAINED = [path for path in RECIPES if "class_path" in yaml.safe_load(path.read_text())["model"]]
 ALL_DRAWN = [path for path in RECIPES if path not in TRAINED]
 # Of the paper's rows, which are generated and checked one by one elsewhere, the first of each teacher.
@@ -41,7 +43,18 @@ def test_all_recipes_of_the_first_release_are_there() -> None:
     }
 
 
-@pytest.mark.parametrize("path", RECIPES, **IDS)
+@pytest.mark.parametrize("path", SEARCHES, **IDS)
+def test_search_recipes_parse_and_their_schedules_exist(path) -> None:
+    from modiff.lit.commands.search import make_parser
+    from modiff.lit.search.space import SearchSpace
+
+    options = make_parser().parse_args(["--config", str(path), "--budget", "1m"])
+    space = SearchSpace(**options.space.as_dict())
+    assert options.budget == "1m"
+    assert set(space.steps) == set(yaml.safe_load(path.read_text())["space"]["steps"])
+
+
+@pytest.mark.parametrize("path", FILES, **IDS)
 def test_recipe_is_flat_and_commented(path) -> None:
     text = path.read_text()
     assert text.startswith("# ")
@@ -65,7 +78,7 @@ def test_recipe_is_built_by_train(path) -> None:
     cli = make_cli(["--config", str(path)])
     assert type(cli.model).__name__ in ("LitTeacher", "LitClassifier")
     parameters = sum(p.numel() for p in cli.model.parameters())
-    limits = {"mnist": 2_000_000, "teacher_small": 6_000_000, "teacher": 35_746_307}
+    limits = {"mnist": 2_000_000, "teacher_tiny": 4_000_000, "teacher_small": 6_000_000, "teacher": 35_746_307}
     assert parameters <= limits["mnist" if path.parent.name == "mnist" else path.stem]
 
 
@@ -97,6 +110,7 @@ def test_calibrated_recipes_are_what_they_are_called(bits) -> None:
     plain, preset = found["qdiffusion"].config, QuantConfig.preset(f"{bits}-ptq")
     assert plain.modulation is None
     assert (plain.weight, plain.rules) == (preset.weight, preset.rules)
+    assert (plain.vectors, plain.ends) == (preset.vectors, preset.ends)
     assert (plain.activation.bits, plain.activation.symmetric) == (preset.activation.bits, preset.activation.symmetric)
     assert (plain.activation.range, plain.activation.granularity) == ("calibrated", "tensor")
     assert {kind: model.calibration.method for kind, model in found.items()} == {
@@ -164,11 +178,13 @@ def test_invariant_5_both_arms_quantize_the_same_operators_at_the_same_bits(bits
         cli = build(FOLDER / "mnist" / f"{bits}_{arm}.yaml")
         student = modiff.quantize(tiny_unet(), cli.model.config)
         rows[arm] = [
-            (row.name, row.type, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
+            (row.name, row.special, row.weight and row.weight.bits, row.activation and row.activation.bits, row.skipped)
             for row in modiff.describe(student)
         ]
     assert rows["ptq"] == rows["modiff"]
-    assert all(row[2] == int(bits[1]) and row[3] == int(bits[3]) for row in rows["ptq"])
+    named = (int(bits[1]), int(bits[3]))
+    assert all(row[2:4] == ((8, 8) if row[1] else named) for row in rows["ptq"])
+    assert {row[1] for row in rows["ptq"]} == ({""} if bits == "w8a8" else {"", "vector", "end"})
 
 
 @pytest.mark.parametrize("path", DRAWN, **IDS)

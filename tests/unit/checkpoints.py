@@ -60,7 +60,7 @@ def meta(width: int = 8) -> Denoiser:
         return Denoiser(width)
 
 
-def saved(path, config="w4a4-modiff", dtype=None, **kwargs):
+def saved(path, config="w4a4-modiff-paper", dtype=None, **kwargs):
     config = QuantConfig.preset(config) if isinstance(config, str) else config
     student = modiff.quantize(Denoiser(**kwargs), config)
     modiff.save(student, path, dtype=dtype)

@@ -22,6 +22,6 @@ def sampler(evaluations=4, batch=2, seed=0, trajectories=1):
     return run
 
 
-def config(name="w3a4-modiff", *rules):
+def config(name="w3a4-modiff-paper", *rules):
     base = modiff.QuantConfig.preset(name)
     return modiff.QuantConfig(base.weight, base.activation, base.modulation, rules)

@@ -59,14 +59,14 @@ def test_nan_names_the_operator_the_evaluation_and_the_time_step(method):
     model = timed()
     message = r"NaN or Inf in the input of operator 'conv_in' in evaluation 1 \(from 0\), time step 450\. Check the"
     with pytest.raises(CalibrationError, match=message):
-        calibrate(model, QuantConfig.preset("w4a4-modiff"), lambda s: run_timed(s, 1), method, settings=FAST)
+        calibrate(model, QuantConfig.preset("w4a4-modiff-paper"), lambda s: run_timed(s, 1), method, settings=FAST)
     assert type(model.conv_in) is nn.Conv2d
 
 
 def broken_teacher(run=run_timed):
     """A loop whose teacher answers NaN, and its student does not."""
     teacher = timed()
-    closed = ClosedLoop(modiff.quantize(shared_copy(teacher), QuantConfig.preset("w4a32-ptq")), teacher, run)
+    closed = ClosedLoop(modiff.quantize(shared_copy(teacher), QuantConfig.preset("w4a32-ptq-paper")), teacher, run)
     trace = closed.trace()
     teacher.block.register_forward_hook(lambda module, args, output: output * float("nan"))
     return closed, trace
@@ -89,7 +89,7 @@ def test_nan_in_the_teachers_answer_names_the_evaluation(tmp_path):
 
 def test_moments_beyond_float32_name_the_operator():
     model = denoiser()
-    student = modiff.quantize(model, QuantConfig.preset("w4a32-ptq"))
+    student = modiff.quantize(model, QuantConfig.preset("w4a32-ptq-paper"))
     moments = Moments.empty(student.time)
     moments.update(torch.full((1, 1, 4), 1e30), torch.ones(1, 1, 8))
     message = r"The moments of operator 'time' are not finite.*Rule\('time', weight=None\)"
@@ -113,7 +113,7 @@ def test_stage_of_other_operators_is_refused(tmp_path):
 
 
 def test_models_that_a_checkpoints_rewrites_or_operators_do_not_fit(tmp_path):
-    base = QuantConfig.preset("w4a4-modiff")
+    base = QuantConfig.preset("w4a4-modiff-paper")
     config = QuantConfig(base.weight, base.activation, base.modulation, splits=(Split("conv_in", 1),))
     saved(tmp_path / "split", config)
     other = Denoiser()

@@ -328,7 +328,7 @@ def test_a_student_that_was_not_calibrated_is_not_saved(tmp_path):
 
 
 def test_a_checkpoint_of_before_calibrated_ranges_is_read(tmp_path):
-    model = modiff.quantize(denoiser(), QuantConfig.preset("w4a4-modiff"))
+    model = modiff.quantize(denoiser(), QuantConfig.preset("w4a4-modiff-paper"))
     path = modiff.save(model, tmp_path / "ckpt")
     manifest = json.loads((path / CONFIG).read_text())
     for gone in ("sha256", "calibrated_evaluations"):

@@ -57,7 +57,7 @@ def codes(student):
     return torch.cat([op.packed.codes for op in operators(student).values() if op.packed is not None])
 
 
-@pytest.mark.parametrize("preset", ["w3a32-ptq", "w3a4-ptq", "w3a4-modiff"])
+@pytest.mark.parametrize("preset", ["w3a32-ptq-paper", "w3a4-ptq-paper", "w3a4-modiff-paper"])
 @pytest.mark.parametrize("method", DATA)
 def test_calibrated_students_are_closer_to_the_teacher_and_saved_bit_for_bit(method, preset, tmp_path):
     make = residual_net
@@ -110,7 +110,7 @@ def test_killed_and_started_again_gives_the_same_bits(method, tmp_path):
     assert torch.equal(codes(again), whole)
     assert done == [1, 2]
     assert [call[0] for call in calls] == list(range(1, calls[0][1] + 1))
-    assert len(runs) == 1 + calls[0][1] - 2  # the trace, and the stages that were missing
+    assert len(runs) == 1 + calls[0][1] - 2 + 3  # the trace, the stages that were missing, and the comparison
     assert sorted(os.listdir(tmp_path)) == [f"stage-{i:04d}" for i in range(calls[0][1])]
 
 
@@ -132,7 +132,7 @@ def test_samples_that_spill_change_nothing(tmp_path, monkeypatch):
     ("change", "field"),
     [
         ({"teacher": True}, "teacher"),
-        ({"config": config("w4a4-modiff")}, "config"),
+        ({"config": config("w4a4-modiff-paper")}, "config"),
         ({"seed": 1}, "seed"),
         ({"run": sampler(seed=9)}, "run"),
         ({"settings": CalibrationSettings(iterations=31)}, "settings"),
@@ -179,14 +179,14 @@ def test_an_operator_that_is_never_called_is_named():
     model = Unused().eval().requires_grad_(False)
     with pytest.raises(CalibrationError, match="No data captured for operator 'extra'.*skip=True"):
         calibrate(model, config(), sampler(), "gptq", settings=FAST)
-    calibrate(model, config("w3a4-modiff", modiff.Rule("extra", skip=True)), sampler(), "gptq", settings=FAST)
+    calibrate(model, config("w3a4-modiff-paper", modiff.Rule("extra", skip=True)), sampler(), "gptq", settings=FAST)
 
 
 def test_runs_that_cannot_be_used_are_refused():
     with pytest.raises(CalibrationError, match="never called the student"):
         calibrate(residual_net(), config(), lambda student: None, "gptq", settings=FAST)
     with pytest.raises(CalibrationError, match="outside a trajectory"):
-        calibrate(residual_net(), config("w4a32-ptq"), lambda s: s(*noise(1)[0]), "gptq", settings=FAST)
+        calibrate(residual_net(), config("w4a32-ptq-paper"), lambda s: s(*noise(1)[0]), "gptq", settings=FAST)
     with pytest.raises(ConfigError, match="method 'gptq' needs data"):
         calibrate(residual_net(), config(), method="gptq")
     with pytest.raises(ConfigError, match="method is 'best'; allowed are adaround, brecq"):
@@ -206,5 +206,5 @@ def test_methods_without_data():
 
 
 def test_full_precision_weights_need_no_data():
-    student = calibrate(residual_net(), config("w32a4-modiff"), sampler(), "gptq")
+    student = calibrate(residual_net(), config("w32a4-modiff-paper"), sampler(), "gptq")
     assert all(op.packed is None for op in operators(student).values())

@@ -74,7 +74,7 @@ def block_sampler(rank=0, world=1):
 
 
 def ranges_config(ranges):
-    base = QuantConfig.preset("w4a4-modiff")
+    base = QuantConfig.preset("w4a4-modiff-paper")
     spec = QuantSpec(4, "channel", symmetric=False, range="calibrated", timestep_buckets=2)
     return QuantConfig(base.weight, spec, base.modulation), CalibrationSettings(
         samples=12, batch_size=4, lsq_iterations=5, stage_size=2, ranges=ranges, bins=64
@@ -86,7 +86,7 @@ def found_by(method, rank=0, world=1, reducer=None, folder=None, progress=None):
     if method == "brecq":
         student = calibrate(
             blocks(),
-            QuantConfig.preset("w3a4-modiff"),
+            QuantConfig.preset("w3a4-modiff-paper"),
             block_sampler(rank, world),
             method,
             settings=FAST,
@@ -100,7 +100,7 @@ def found_by(method, rank=0, world=1, reducer=None, folder=None, progress=None):
             denoiser(), config, sampler(rank, world), "nearest", settings=settings, reducer=reducer, folder=folder
         )
     else:
-        config = QuantConfig.preset("w3a4-modiff")
+        config = QuantConfig.preset("w3a4-modiff-paper")
         student = calibrate(
             denoiser(), config, sampler(rank, world), method, settings=FAST, reducer=reducer, folder=folder
         )
@@ -117,7 +117,7 @@ def found_by(method, rank=0, world=1, reducer=None, folder=None, progress=None):
 
 def moments_by(folder, rank=0, world=1, reducer=None):
     teacher = denoiser()
-    student = convert(shared_copy(teacher), QuantConfig.preset("w4a4-modiff"), True)
+    student = convert(shared_copy(teacher), QuantConfig.preset("w4a4-modiff-paper"), True)
     loop = ClosedLoop(student, teacher, sampler(rank, world), reducer)
     trace = loop.trace()
     generator = torch.Generator().manual_seed(5)
@@ -132,7 +132,7 @@ def rows_of(store):
 
 def samples_by(folder, rank=0, world=1, reducer=None):
     teacher = blocks()
-    student = convert(shared_copy(teacher), QuantConfig.preset("w4a4-modiff"), True)
+    student = convert(shared_copy(teacher), QuantConfig.preset("w4a4-modiff-paper"), True)
     loop = ClosedLoop(student, teacher, block_sampler(rank, world), reducer)
     trace = loop.trace()
     with SampleStore(folder / f"samples-{rank}", 2**15, "1") as store:  # some rows go to disk
@@ -143,7 +143,7 @@ def samples_by(folder, rank=0, world=1, reducer=None):
 def failing(rank, world, reducer):
     try:
         run = sampler(rank, world, fail=(1, 2))  # trajectory 1 is the second process's
-        calibrate(denoiser(), QuantConfig.preset("w3a4-modiff"), run, "gptq", settings=FAST, reducer=reducer)
+        calibrate(denoiser(), QuantConfig.preset("w3a4-modiff-paper"), run, "gptq", settings=FAST, reducer=reducer)
     except CalibrationError as error:
         return str(error)
     return None
@@ -257,7 +257,7 @@ def test_moments_of_several_processes_are_those_of_one_bit_for_bit(two, tmp_path
 def test_sums_are_taken_in_the_order_of_trajectories_whoever_has_them(tmp_path):
     """Terms whose float sum depends on its order: 2^24 + 1 + 1 is 2^24, and 1 + 1 + 2^24 is not."""
     teacher = nn.Linear(1, 1, bias=False)
-    student = modiff.quantize(nn.Sequential(teacher), QuantConfig.preset("w4a4-ptq"))
+    student = modiff.quantize(nn.Sequential(teacher), QuantConfig.preset("w4a4-ptq-paper"))
     operator = operators(student)
     terms = {0: 2.0**12, 1: 1.0, 2: 1.0}
 

@@ -22,7 +22,7 @@ from modiff.student.copies import shared_copy
 from modiff.student.swap import convert, operators
 
 
-def loop(preset="w4a4-modiff", run=None, teacher=None):
+def loop(preset="w4a4-modiff-paper", run=None, teacher=None):
     teacher = teacher or denoiser()
     return ClosedLoop(convert(shared_copy(teacher), config(preset), True), teacher, run or sampler())
 
@@ -35,7 +35,7 @@ def test_trace_counts_trajectories_evaluations_and_order():
     assert trace.lengths == [5, 5]
     assert trace.order == ["conv_in", "time", "conv_out"]
     assert trace.calls == {"conv_in": 1, "time": 1, "conv_out": 1}
-    assert trace.digest == loop(preset="w2a8-ptq", run=sampler(5, trajectories=2)).trace().digest
+    assert trace.digest == loop(preset="w2a8-ptq-paper", run=sampler(5, trajectories=2)).trace().digest
     assert trace.digest != loop(run=sampler(5, trajectories=2, seed=1)).trace().digest
 
 
@@ -50,7 +50,7 @@ def test_evaluations_are_sampled_evenly(count, expected):
 
 def test_moments_are_of_the_reconstruction_that_the_weight_is_applied_to(tmp_path):
     """Trap 7: the input of a modulated operator is â of the closed loop, so that A(â) + bias is its output."""
-    closed = loop("w4a3-modiff")
+    closed = loop("w4a3-modiff-paper")
     seen = []
 
     def hook(operator, args, output):
@@ -73,7 +73,7 @@ def test_moments_are_of_the_reconstruction_that_the_weight_is_applied_to(tmp_pat
 
 
 def test_targets_are_the_teachers_answers_to_the_students_images(tmp_path):
-    closed = loop("w2a32-ptq")
+    closed = loop("w2a32-ptq-paper")
     moments = closed.moments(["conv_out"], closed.trace(), 2, 10**6, torch.Generator(), tmp_path, 0)["conv_out"]
     teacher, power = denoiser(), 0.0
     for args in [noise(4)[0], noise(4)[3]]:
@@ -212,7 +212,7 @@ def test_blocks_of_a_diffusers_unet_are_its_resnets_attentions_and_embedding():
         with modiff.trajectory(student):
             student(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 5)
 
-    closed = loop("w4a32-ptq", run, unet)
+    closed = loop("w4a32-ptq-paper", run, unet)
     trace = closed.trace()
     blocks = find_blocks(unet, trace.order, trace.usable)
     types = {type(unet.get_submodule(name)).__name__ for name in blocks}
@@ -224,7 +224,7 @@ def test_blocks_of_a_diffusers_unet_are_its_resnets_attentions_and_embedding():
 
 
 def test_stages_respect_size_and_memory():
-    closed = loop("w4a32-ptq")
+    closed = loop("w4a32-ptq-paper")
     trace, found = closed.trace(), operators(closed.student)
     stages = plan_stages(closed.teacher, found, trace.order, trace, weight_method("gptq"), FAST)
     assert [stage.operators for stage in stages] == [("conv_in", "time"), ("conv_out",)]
@@ -233,7 +233,7 @@ def test_stages_respect_size_and_memory():
     assert [stage.operators for stage in stages] == [("conv_in",), ("time",), ("conv_out",)]
     wide = nn.Sequential(nn.Linear(600, 600))
     tight = CalibrationSettings(memory_mib=1)
-    closed = ClosedLoop(convert(shared_copy(wide), config("w4a32-ptq"), True), wide, _linear_run)
+    closed = ClosedLoop(convert(shared_copy(wide), config("w4a32-ptq-paper"), True), wide, _linear_run)
     with pytest.raises(CalibrationError, match="moments of operator '0' take 3 MiB, but memory_mib is 1"):
         plan_stages(wide, operators(closed.student), ["0"], closed.trace(), weight_method("gptq"), tight)
 

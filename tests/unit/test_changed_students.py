@@ -55,7 +55,7 @@ def run(student: nn.Module, x: torch.Tensor, evaluations: int = 1) -> torch.Tens
     return out
 
 
-@pytest.mark.parametrize("name", ["w4a32-modiff", "w4a8-ptq"])
+@pytest.mark.parametrize("name", ["w4a32-modiff-paper", "w4a8-ptq-paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_read_past_its_operator_is_the_quantized_one_everywhere(tmp_path, name, dtype) -> None:
     one = modiff.quantize(ReadsWeight(0).to(dtype), QuantConfig.preset(name))
@@ -72,7 +72,7 @@ def test_a_weight_read_past_its_operator_is_the_quantized_one_everywhere(tmp_pat
 
 
 def test_operators_that_are_never_called_are_reported(caplog) -> None:
-    student = modiff.quantize(ReadsWeight(), QuantConfig.preset("w4a8-ptq"))
+    student = modiff.quantize(ReadsWeight(), QuantConfig.preset("w4a8-ptq-paper"))
     assert not any(row.uncalled for row in modiff.describe(student))
     with caplog.at_level(logging.WARNING, "modiff"):
         run(student, X)
@@ -115,7 +115,7 @@ def exchanged_rows(student: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [ema, data, data_of_the_operator, in_place, exchanged_rows])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["w8a7-modiff", "w8a7-ptq"])
+@pytest.mark.parametrize("name", ["w8a7-modiff-paper", "w8a7-ptq-paper"])
 def test_a_weight_that_was_written_to_is_refused_when_the_next_trajectory_opens(change, backend, name) -> None:
     student = modiff.quantize(Conv(), preset(name, backend))
     run(student, IMAGE, 2)
@@ -126,7 +126,7 @@ def test_a_weight_that_was_written_to_is_refused_when_the_next_trajectory_opens(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_what_a_student_does_to_its_own_weights_is_no_change(tmp_path, dtype) -> None:
-    student = modiff.quantize(Conv(), QuantConfig.preset("w8a7-modiff"))
+    student = modiff.quantize(Conv(), QuantConfig.preset("w8a7-modiff-paper"))
     run(student, IMAGE)
     run(copy.deepcopy(student), IMAGE)
     run(student.to(memory_format=torch.channels_last), IMAGE)
@@ -247,7 +247,7 @@ def test_a_convolution_with_code_of_its_own_is_left_as_it_is(backend, make) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["w8a7-ptq", "w8a7-modiff"])
+@pytest.mark.parametrize("name", ["w8a7-ptq-paper", "w8a7-modiff-paper"])
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize(
     ("attribute", "value"),

@@ -53,7 +53,7 @@ def test_rules_skips_and_full_precision_sides_survive(tmp_path):
 
 
 def test_config_json_says_what_the_checkpoint_is(tmp_path):
-    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a32-ptq"))
+    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a32-ptq-paper"))
     where = modiff.save(student, tmp_path / "ckpt", teacher="hub/teacher")
     assert where == (tmp_path / "ckpt").resolve()
     manifest = json.loads((where / CONFIG).read_text())
@@ -62,7 +62,7 @@ def test_config_json_says_what_the_checkpoint_is(tmp_path):
     assert manifest["denoiser"]["class"].endswith("Denoiser")
     assert manifest["denoiser"]["config"]["width"] == 8
     assert manifest["quant_config"]["activation"] is None
-    assert QuantConfig.from_dict(manifest["quant_config"]) == QuantConfig.preset("w4a32-ptq")
+    assert QuantConfig.from_dict(manifest["quant_config"]) == QuantConfig.preset("w4a32-ptq-paper")
     assert manifest["versions"]["torch"] == torch.__version__
     tensors = load_file(where / TENSORS)
     assert set(manifest["tensors"]) == set(tensors)
@@ -92,7 +92,7 @@ def test_the_remainder_takes_the_dtype_asked_for(tmp_path):
 
 
 def test_a_half_precision_student_comes_back_in_half_precision(tmp_path):
-    student = modiff.quantize(Denoiser().to(torch.bfloat16), QuantConfig.preset("w4a6-modiff"))
+    student = modiff.quantize(Denoiser().to(torch.bfloat16), QuantConfig.preset("w4a6-modiff-paper"))
     modiff.save(student, tmp_path / "ckpt")
     for model in (meta(), Denoiser(seed=3).to(torch.bfloat16)):
         loaded = modiff.load(tmp_path / "ckpt", model)
@@ -101,7 +101,7 @@ def test_a_half_precision_student_comes_back_in_half_precision(tmp_path):
 
 
 def test_a_double_precision_student_comes_back_in_double_precision(tmp_path):
-    student = modiff.quantize(Denoiser().double(), QuantConfig.preset("w7a6-modiff"))
+    student = modiff.quantize(Denoiser().double(), QuantConfig.preset("w7a6-modiff-paper"))
     assert student.conv_in.quantized_weight().dtype == torch.float64
     modiff.save(student, tmp_path / "ckpt")
     for model in (meta(), Denoiser(seed=3).double()):
@@ -110,7 +110,7 @@ def test_a_double_precision_student_comes_back_in_double_precision(tmp_path):
 
 
 def test_layout_is_kept_from_a_meta_model_and_by_moves(tmp_path):
-    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a6-ptq")).to(memory_format=torch.channels_last)
+    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a6-ptq-paper")).to(memory_format=torch.channels_last)
     assert student.conv_in.quantized_weight().is_contiguous(memory_format=torch.channels_last)
     modiff.save(student, tmp_path / "ckpt")
     loaded = modiff.load(tmp_path / "ckpt", meta()).to(torch.float32)
@@ -154,7 +154,7 @@ class DataConfig:
 def test_configurations_of_every_habit_are_written(tmp_path, config, expected):
     model = Denoiser()
     model.config = config
-    modiff.save(modiff.quantize(model, QuantConfig.preset("w4a4-ptq")), tmp_path / "ckpt")
+    modiff.save(modiff.quantize(model, QuantConfig.preset("w4a4-ptq-paper")), tmp_path / "ckpt")
     assert json.loads((tmp_path / "ckpt" / CONFIG).read_text())["denoiser"]["config"] == expected
     other = Denoiser()
     other.config = config
@@ -177,7 +177,7 @@ def test_buffers_of_every_kind_survive(tmp_path):
             denoiser.register_buffer(name, fill(value), persistent=name != "mask")
         return denoiser
 
-    modiff.save(modiff.quantize(model(lambda v: v), QuantConfig.preset("w4a4-ptq")), tmp_path / "ckpt")
+    modiff.save(modiff.quantize(model(lambda v: v), QuantConfig.preset("w4a4-ptq-paper")), tmp_path / "ckpt")
     for fill in (torch.zeros_like, lambda v: v.to("meta")):
         loaded = modiff.load(tmp_path / "ckpt", model(fill))
         for name, value in values.items():
@@ -192,7 +192,7 @@ def test_a_diffusers_network_under_inference_mode(tmp_path):
         with modiff.trajectory(student):
             return torch.stack([student(x / i, torch.tensor(i)).sample for i in (3, 2, 1)])
 
-    student = modiff.quantize(tiny_unet(), QuantConfig.preset("w3a4-modiff"))
+    student = modiff.quantize(tiny_unet(), QuantConfig.preset("w3a4-modiff-paper"))
     modiff.save(student, tmp_path / "ckpt")
     with torch.device("meta"):
         empty = tiny_unet()
@@ -222,7 +222,7 @@ def test_state_dicts_of_loaded_students(tmp_path):
         assert torch.equal(sample(loaded), wanted)
         with pytest.raises(RuntimeError, match="size mismatch for conv_out.module.weight"):
             loaded.load_state_dict({**student.state_dict(), "conv_out.module.weight": torch.zeros(1)})
-        other = modiff.quantize(Denoiser(seed=9), QuantConfig.preset("w4a4-modiff"))
+        other = modiff.quantize(Denoiser(seed=9), QuantConfig.preset("w4a4-modiff-paper"))
         loaded.load_state_dict(other.state_dict())
         assert torch.equal(loaded.conv_in.quantized_weight(), other.conv_in.quantized_weight())
         assert loaded.conv_in.dropped == (loaded.conv_in.module.weight.numel() == 0)
@@ -261,7 +261,7 @@ def test_a_model_that_was_the_teacher_restores_from_itself(tmp_path):
 
 
 def test_saving_inside_a_trajectory_or_without_a_student_is_refused(tmp_path):
-    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a4-modiff"))
+    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a4-modiff-paper"))
     with modiff.trajectory(student), pytest.raises(TrajectoryError, match="cannot be saved inside a trajectory"):
         modiff.save(student, tmp_path / "ckpt")
     with pytest.raises(TrajectoryError, match="is not a student"):
@@ -311,8 +311,8 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, when, e
 
 def test_dropping_the_teacher_leaves_tied_weights_alone():
     teacher = Denoiser()
-    student = modiff.quantize(Denoiser(), QuantConfig.preset("w3a32-ptq"), keep_teacher=False)
+    student = modiff.quantize(Denoiser(), QuantConfig.preset("w3a32-ptq-paper"), keep_teacher=False)
     assert torch.equal(student.embedding.weight, teacher.embedding.weight)
-    kept = modiff.quantize(Denoiser(), QuantConfig.preset("w3a32-ptq"))
+    kept = modiff.quantize(Denoiser(), QuantConfig.preset("w3a32-ptq-paper"))
     assert torch.equal(sample(student), sample(kept))
     assert torch.equal(sample(modiff.restore(student, teacher=teacher)), sample(teacher))

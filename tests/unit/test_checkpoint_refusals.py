@@ -134,7 +134,7 @@ def test_other_networks_with_the_same_tensors_are_refused(tmp_path):
 
 
 def test_a_quantization_of_a_later_release_is_refused(tmp_path, monkeypatch):
-    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a4-ptq"))
+    student = modiff.quantize(Denoiser(), QuantConfig.preset("w4a4-ptq-paper"))
     real = dataclasses.asdict
     monkeypatch.setattr(
         "modiff.student.checkpoint.dataclasses.asdict", lambda config: {**real(config), "sparsity": 0.5}
@@ -148,13 +148,13 @@ def test_students_and_meta_models_where_they_cannot_serve(tmp_path):
     with pytest.raises(ConfigError, match="is a student already"):
         modiff.load(tmp_path / "ckpt", student)
     with pytest.raises(ConfigError, match=r"'conv_in' is on the meta device.*modiff.load"):
-        modiff.quantize(meta(), QuantConfig.preset("w4a4-ptq"))
+        modiff.quantize(meta(), QuantConfig.preset("w4a4-ptq-paper"))
     broken = Denoiser()
     with torch.no_grad():
         broken.conv_out.weight[0, 0] = float("nan")
     before = sample(Denoiser())
     with pytest.raises(ConfigError, match="weight of operator 'conv_out' holds NaN or Inf"):
-        modiff.quantize(broken, QuantConfig.preset("w4a4-ptq"), keep_teacher=False)
+        modiff.quantize(broken, QuantConfig.preset("w4a4-ptq-paper"), keep_teacher=False)
     with torch.no_grad():
         broken.conv_out.weight.copy_(Denoiser().conv_out.weight)
     assert torch.equal(sample(broken), before)

@@ -151,13 +151,52 @@ def test_unknown_preset(name):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_presets_follow_the_definition(bits):
-    modiff, ptq = QuantConfig.preset(f"w{bits}a{bits}-modiff"), QuantConfig.preset(f"w{bits}a{bits}-ptq")
+def test_paper_presets_follow_the_definition(bits):
+    modiff, ptq = (QuantConfig.preset(f"w{bits}a{bits}-{arm}-paper") for arm in ("modiff", "ptq"))
     assert modiff.weight == ptq.weight == QuantSpec(bits, "channel", symmetric=True)
     assert ptq.activation == QuantSpec(bits, "sample", symmetric=False)
     assert modiff.activation == QuantSpec(bits, "sample", symmetric=bits >= 6)
     assert modiff.modulation == Modulation()
     assert ptq.modulation is None
+    assert (modiff.vectors, modiff.ends, ptq.vectors, ptq.ends) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("activation", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("weight", [4, 8])
+def test_best_presets_follow_the_definition(weight, activation):
+    modiff, ptq = (QuantConfig.preset(f"w{weight}a{activation}-{arm}") for arm in ("modiff", "ptq"))
+    assert modiff.weight == ptq.weight == QuantSpec(weight, "channel", symmetric=weight == 8)
+    if activation >= 6:
+        assert ptq.activation == QuantSpec(activation, "sample", symmetric=False)
+        assert modiff.activation == QuantSpec(activation, "sample", symmetric=activation > 6)
+    else:
+        spec = QuantSpec(activation, "sample_channel", symmetric=False, scales="power_of_two")
+        assert ptq.activation == spec
+        assert modiff.activation == (dataclasses.replace(spec, clip=0.8) if activation == 2 else spec)
+    assert (modiff.modulation, ptq.modulation) == (Modulation(), None)
+    for config in (modiff, ptq):
+        assert config.vectors == config.ends
+        if weight == activation == 8:
+            assert config.vectors is None
+            continue
+        wide = QuantSpec(8, "sample", symmetric=config is modiff)
+        assert config.vectors.weight == ("inherit" if weight == 8 else QuantSpec(8, "channel"))
+        assert config.vectors.activation == ("inherit" if activation == 8 else wide)
+
+
+def test_presets_survive_dictionaries():
+    for name in ("w4a2-modiff", "w8a4-ptq", "w4a8-modiff-paper"):
+        config = QuantConfig.preset(name)
+        assert QuantConfig.from_dict(dataclasses.asdict(config)) == config
+
+
+def test_errors_of_special_parts_say_where():
+    with pytest.raises(ConfigError, match="vectors: activation: bits is 9; allowed are whole numbers, 2 to 8"):
+        QuantConfig.from_dict({"vectors": {"activation": {"bits": 9}}})
+    with pytest.raises(
+        ConfigError, match="ends: Special has no field 'modulation'; allowed are weight, activation, names"
+    ):
+        QuantConfig.from_dict({"ends": {"modulation": None}})
 
 
 def test_preset_32_leaves_a_side_untouched():
@@ -204,12 +243,12 @@ def test_from_dict_is_the_inverse_of_asdict():
         (
             {"weigth": None},
             "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, splits, smoothed, "
-            "backend.",
+            "vectors, ends, backend.",
         ),
         (
             {"activation": {"bit": 4}},
             "activation: QuantSpec has no field 'bit'; allowed are bits, granularity, symmetric, range, clip, "
-            "group_size, timestep_buckets.",
+            "group_size, timestep_buckets, scales.",
         ),
         ({"modulation": {"warmup": "x"}}, "modulation: warmup is 'x'; allowed are full, refine."),
         ({"rules": [{"pattern": "a"}, {"skip": True}]}, "rules[1]: Rule needs the field 'pattern'. Set it."),

@@ -119,7 +119,7 @@ def test_contexts_are_different_names(names):
         pass
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a8-modiff"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a8-modiff"])
 @pytest.mark.parametrize("modulation", [{}, {"state_dtype": "float16"}])
 def test_a_batch_whose_guidance_ends_goes_on_with_its_last_half(preset, modulation):
     both = [tuple(torch.cat(parts) for parts in zip(u, c, strict=True)) for u, c in zip(UNCOND, COND, strict=True)]

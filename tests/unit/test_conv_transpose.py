@@ -65,7 +65,7 @@ def test_as_a_convolution_of_a_stuffed_input(rank, geometry) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:3])
-@pytest.mark.parametrize("name", ["w8a8-modiff", "w8a7-ptq", "w4a4-modiff"])
+@pytest.mark.parametrize("name", ["w8a8-modiff", "w8a7-ptq-paper", "w4a4-modiff-paper"])
 def test_executions_agree_and_the_invariant_holds(rank, geometry, name) -> None:
     preset = QuantConfig.preset(name)
     activation = QuantSpec(preset.activation.bits, "sample")
@@ -92,7 +92,7 @@ def test_executions_agree_and_the_invariant_holds(rank, geometry, name) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_files_and_the_way_back(tmp_path, keep) -> None:
-    student = modiff.quantize(Model(2, GEOMETRIES[1]), QuantConfig.preset("w4a4-modiff"), keep_teacher=keep)
+    student = modiff.quantize(Model(2, GEOMETRIES[1]), QuantConfig.preset("w4a4-modiff-paper"), keep_teacher=keep)
     modiff.save(student, tmp_path / "s")
     other = Model(2, GEOMETRIES[1])
     nn.init.normal_(other.up.weight)
@@ -133,7 +133,7 @@ def test_calibration(method) -> None:
 
 def test_cost_counts_them_and_says_what_stays_in_full_precision(caplog) -> None:
     model = nn.Sequential(Model(2, GEOMETRIES[0]), nn.Conv2d(6, 6, 3))
-    student = modiff.quantize(model, QuantConfig.preset("w4a8-ptq"))
+    student = modiff.quantize(model, QuantConfig.preset("w4a8-ptq-paper"))
     cost = modiff.cost(student, image(2))
     assert {row.name for row in cost.operators} == {"0.a", "0.up", "1"}
     assert cost.full_precision_share == 0

@@ -16,7 +16,7 @@ from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.student.swap import operators
 
-BASE = QuantConfig.preset("w8a4-modiff")
+BASE = QuantConfig.preset("w8a4-modiff-paper")
 
 
 def with_rules(*rules):
@@ -50,7 +50,7 @@ def test_quantize_swaps_every_operator_in_place_and_returns_the_module():
 
 
 def test_plain_quantization_swaps_in_plain_operators():
-    assert type(student("w8a4-ptq").conv_in) is QuantizedOperator
+    assert type(student("w8a4-ptq-paper").conv_in) is QuantizedOperator
 
 
 def test_quantized_operators_still_look_like_their_originals():
@@ -175,7 +175,10 @@ def test_what_is_not_a_config_is_refused():
 
 
 def test_a_preset_is_taken_by_its_name():
-    named, made = modiff.quantize(denoiser(), "w8a4-modiff"), modiff.quantize(denoiser(), config("w8a4-modiff"))
+    named, made = (
+        modiff.quantize(denoiser(), "w8a4-modiff-paper"),
+        modiff.quantize(denoiser(), config("w8a4-modiff-paper")),
+    )
     for found, wanted in zip(run(named, noise(3))[0], run(made, noise(3))[0], strict=True):
         assert torch.equal(found, wanted)
     with pytest.raises(ConfigError, match="unknown preset 'w9a9-modiff'"):
@@ -206,7 +209,9 @@ def test_operators_that_cannot_be_swapped_are_listed_with_the_reason():
 def test_describe_prints_a_table():
     text = str(modiff.describe(modiff.quantize(denoiser(), with_rules(Rule("time", skip=True)))))
     lines = text.splitlines()
-    assert " ".join(lines[0].split()) == "operator type weight activation modulation backend rule skipped because"
+    assert (
+        " ".join(lines[0].split()) == "operator type weight activation modulation backend special rule skipped because"
+    )
     assert "8 bit, channel, symmetric" in lines[1]
     assert "4 bit, sample, asymmetric" in lines[1]
     assert "compensated, full warm-up" in lines[1]
@@ -285,13 +290,13 @@ def test_restore_takes_given_weights_even_if_its_own_were_kept():
 @pytest.mark.parametrize("keep_teacher", [True, False])
 def test_weights_loaded_into_a_student_are_quantized(keep_teacher):
     """Otherwise it would go on with the old ones, or with those in full precision."""
-    model = modiff.quantize(denoiser(seed=0), config("w3a32-ptq"), keep_teacher=keep_teacher)
-    other = modiff.quantize(denoiser(seed=1), config("w3a32-ptq"))
+    model = modiff.quantize(denoiser(seed=0), config("w3a32-ptq-paper"), keep_teacher=keep_teacher)
+    other = modiff.quantize(denoiser(seed=1), config("w3a32-ptq-paper"))
     args = noise(1)[0]
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(*args), other(*args))
     copied = copy.deepcopy(model)
-    copied.load_state_dict(modiff.quantize(denoiser(seed=2), config("w3a32-ptq")).state_dict())
+    copied.load_state_dict(modiff.quantize(denoiser(seed=2), config("w3a32-ptq-paper")).state_dict())
     assert torch.equal(model(*args), other(*args))
     assert not torch.equal(copied(*args), other(*args))
 
@@ -335,7 +340,7 @@ def test_a_unet_of_diffusers_is_quantized_unchanged():
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([500, 500])
     expected = unet(x, t).sample
     linear = [name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    model = modiff.quantize(unet, QuantConfig.preset("w8a6-modiff"))
+    model = modiff.quantize(unet, QuantConfig.preset("w8a6-modiff-paper"))
     assert [row.name for row in modiff.describe(model)] == linear
     assert all(row.skipped is None for row in modiff.describe(model))
     inputs = [(sample, t - 10 * i) for i, sample in enumerate(drift((2, 1, 8, 8), 6))]

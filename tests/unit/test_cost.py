@@ -50,7 +50,7 @@ def test_a_teacher_in_half_precision_by_hand():
 )
 def test_a_student_by_hand_with_warm_up_and_refreshes(modulation, full, low):
     """Ten evaluations: ``full`` ones at 32 bits, ``low`` products at 4 bits; weights at 8 bits in all."""
-    cost = modiff.cost(student("w8a4-modiff", **modulation), *ARGS, evaluations=10)
+    cost = modiff.cost(student("w8a4-modiff-paper", **modulation), *ARGS, evaluations=10)
     for row in cost.operators:
         assert row.macs == MACS[row.name]
         assert row.bops == pytest.approx(MACS[row.name] * 8 * (full * 32 + low * 4) / 10)
@@ -64,13 +64,13 @@ def test_a_student_by_hand_with_warm_up_and_refreshes(modulation, full, low):
 )
 def test_each_context_warms_up_and_holds_a_state(modulation, full, low):
     """Eleven calls in two contexts, of six and five: guidance in two calls per step that ends in the last one."""
-    model = student("w8a4-modiff", **modulation)
+    model = student("w8a4-modiff-paper", **modulation)
     with modiff.trajectory(model) as counts:
         for i, args in enumerate(noise(11, batch=2)):
             with counts.context(("cond", "uncond")[i % 2]):
                 model(*args)
         allocated = counts.state_bytes
-    given = modiff.cost(student("w8a4-modiff", **modulation), *ARGS, evaluations=11, contexts=2)
+    given = modiff.cost(student("w8a4-modiff-paper", **modulation), *ARGS, evaluations=11, contexts=2)
     found = modiff.cost(model, *ARGS, evaluations=11)  # those of its last trajectory
     assert found == given
     assert full == counts.total - counts.quantized
@@ -86,7 +86,7 @@ def test_each_context_warms_up_and_holds_a_state(modulation, full, low):
 @pytest.mark.parametrize("contexts", [0, 6, True, 1.5])
 def test_impossible_contexts_are_refused(contexts):
     with pytest.raises(ConfigError, match=r"contexts is .*; allowed are whole numbers from 1 to evaluations \(5\)"):
-        modiff.cost(student("w8a4-modiff"), *ARGS, evaluations=5, contexts=contexts)
+        modiff.cost(student("w8a4-modiff-paper"), *ARGS, evaluations=5, contexts=contexts)
 
 
 def test_refreshes_and_warm_up_that_are_counted_are_those_that_happen():
@@ -101,7 +101,7 @@ def test_refreshes_and_warm_up_that_are_counted_are_those_that_happen():
 
 
 def test_plain_quantization_has_no_warm_up_and_no_state():
-    cost = modiff.cost(student("w8a4-ptq"), *ARGS)
+    cost = modiff.cost(student("w8a4-ptq-paper"), *ARGS)
     assert cost.gbops_per_evaluation == pytest.approx(sum(MACS.values()) * 8 * 4 / 1e9)
     assert cost.state_mib_per_image == 0
 
@@ -124,7 +124,7 @@ def test_skipped_operators_count_at_full_precision():
 
 @pytest.mark.parametrize("keep_teacher", [True, False])
 def test_weight_bytes_by_hand(keep_teacher):
-    model = modiff.quantize(denoiser(), config("w4a4-modiff"), keep_teacher=keep_teacher)
+    model = modiff.quantize(denoiser(), config("w4a4-modiff-paper"), keep_teacher=keep_teacher)
     # 4 bits a weight and a float32 scale per output channel: 8, 8 and 3.
     assert weight_bytes(model) == sum(WEIGHTS.values()) / 2 + 4 * (8 + 8 + 3) + 4 * OTHERS
     asymmetric = QuantConfig(QuantSpec(2, "group", symmetric=False, group_size=3))
@@ -162,7 +162,7 @@ def test_state_is_what_is_allocated(modulation):
 
 def test_rows_and_the_rest_sum_to_the_totals_and_to_the_file(tmp_path):
     """The file: 8 bytes, a header of which they say the length, and the tensors."""
-    for name, preset in (("whole", "w8a4-modiff"), ("packed", "w3a6-modiff")):
+    for name, preset in (("whole", "w8a4-modiff-paper"), ("packed", "w3a6-modiff-paper")):
         model = modiff.quantize(tiny_unet(), config(preset))
         packed = model.conv_in.packed
         model.conv_in.use(dataclasses.replace(packed, shift=torch.zeros(8)))  # as a calibration leaves it
@@ -179,15 +179,15 @@ def test_rows_and_the_rest_sum_to_the_totals_and_to_the_file(tmp_path):
 
 
 def test_weights_of_an_operator_by_hand():
-    rows = {row.name: row.weight_bytes for row in modiff.cost(student("w4a4-modiff"), *ARGS).operators}
+    rows = {row.name: row.weight_bytes for row in modiff.cost(student("w4a4-modiff-paper"), *ARGS).operators}
     codes = {name: count / 2 for name, count in WEIGHTS.items()}
     scales_and_bias = {"conv_in": 4 * 8 + 4 * 8, "time": 4 * 8 + 4 * 8, "conv_out": 4 * 3}
     assert rows == {name: codes[name] + scales_and_bias[name] for name in WEIGHTS}
-    assert modiff.cost(student("w4a4-modiff"), *ARGS).other_weight_bytes == 4 * 16  # the norm
+    assert modiff.cost(student("w4a4-modiff-paper"), *ARGS).other_weight_bytes == 4 * 16  # the norm
 
 
 def test_state_agrees_with_the_buffers_of_a_trajectory():
-    model = modiff.quantize(tiny_unet(), config("w8a6-modiff"))
+    model = modiff.quantize(tiny_unet(), config("w8a6-modiff-paper"))
     cost = modiff.cost(model, torch.randn(1, 1, 8, 8), torch.tensor(10))
     with modiff.trajectory(model) as run:
         for t in (10, 9):
@@ -212,7 +212,7 @@ def test_attention_counts_at_the_precision_it_runs_in():
     for bits in (32, 16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bits == 16):
             teacher = modiff.cost(tiny_unet(), x, t)
-            student = modiff.cost(modiff.quantize(tiny_unet(), config("w8a4-ptq")), x, t)
+            student = modiff.cost(modiff.quantize(tiny_unet(), config("w8a4-ptq-paper")), x, t)
         for found in (teacher, student):
             assert (found.other_macs, found.other_bops) == (macs, macs * bits * bits)
         convolutions = [row for row in teacher.operators if row.name.startswith("conv")]
@@ -226,7 +226,7 @@ def attention_macs(batch=1, heads=2, tokens=16, width=8):
     return batch * heads * 2 * tokens * tokens * width
 
 
-@pytest.mark.parametrize("preset", [None, "w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("preset", [None, "w8a4-modiff-paper", "w8a4-ptq-paper"])
 def test_attention_products_of_a_unet_are_counted(preset):
     """Three attention blocks of 2 heads x 8 channels on 4x4 tokens: down, middle, up (twice)."""
     unet = tiny_unet()

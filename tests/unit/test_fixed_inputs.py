@@ -32,7 +32,9 @@ PROMPT = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2))
 
 
 def prompted(**modulation):
-    return modiff.quantize(Prompted(), config("w8a4-modiff", **modulation) if modulation else config("w8a4-modiff"))
+    return modiff.quantize(
+        Prompted(), config("w8a4-modiff-paper", **modulation) if modulation else config("w8a4-modiff-paper")
+    )
 
 
 def outputs(model, prompts):
@@ -150,7 +152,7 @@ def test_inference_tensors_have_no_count_of_writes_and_are_computed(products):
 
 
 def test_what_the_caller_does_with_the_result_does_not_reach_the_state():
-    model = modiff.quantize(nn.Sequential(nn.Linear(5, 4)).requires_grad_(False), config("w8a4-modiff"))
+    model = modiff.quantize(nn.Sequential(nn.Linear(5, 4)).requires_grad_(False), config("w8a4-modiff-paper"))
     with modiff.trajectory(model):
         first = model(PROMPT).clone()
         model(PROMPT).zero_()
@@ -171,7 +173,7 @@ def test_an_integer_warm_up_goes_on_refining(products):
 
 
 def test_plain_quantization_keeps_nothing_to_reuse(products):
-    outputs(modiff.quantize(Prompted(), config("w8a4-ptq")), [PROMPT] * 5)
+    outputs(modiff.quantize(Prompted(), config("w8a4-ptq-paper")), [PROMPT] * 5)
     assert products[5] == 5
 
 

@@ -67,7 +67,7 @@ def run(student: Any, seed: int = 0, evaluations: int = 7, batch: int = 2) -> tu
     return found, counts
 
 
-def pair(preset: str = "w8a4-modiff", **modulation: Any) -> tuple[Any, Any]:
+def pair(preset: str = "w8a4-modiff-paper", **modulation: Any) -> tuple[Any, Any]:
     plain = modiff.quantize(denoiser(), config(preset, **modulation))
     graphed = modiff.quantize(denoiser(), config(preset, **modulation))
     use_graphs(graphed, recorder=Again)

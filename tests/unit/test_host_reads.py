@@ -23,8 +23,8 @@ READS = {
     torch.ops.aten.masked_select.default,
 }
 CONFIGS = {
-    "ptq": modiff.QuantConfig.preset("w8a4-ptq"),
-    "modiff": modiff.QuantConfig.preset("w8a4-modiff"),
+    "ptq": modiff.QuantConfig.preset("w8a4-ptq-paper"),
+    "modiff": modiff.QuantConfig.preset("w8a4-modiff-paper"),
     "no compensation": modiff.QuantConfig(
         modiff.QuantSpec(8, "channel"),
         modiff.QuantSpec(4, "sample", symmetric=False),
@@ -182,13 +182,13 @@ def time_ratio(teacher, preset, x, rounds=10):
 
 
 def test_the_time_ratio_is_taken_over_quantized_evaluations():
-    ratio, counts = time_ratio(tiny_unet(), "w8a4-modiff", torch.randn(2, 1, 8, 8), rounds=2)
+    ratio, counts = time_ratio(tiny_unet(), "w8a4-modiff-paper", torch.randn(2, 1, 8, 8), rounds=2)
     assert ratio > 0
     assert (counts.total, counts.quantized) == (5, 4)  # the first, in full precision, is not among the timed ones
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a4-ptq-paper"])
 @pytest.mark.parametrize("recipe", ["teacher_small", "teacher"])
 def test_a_simulated_student_takes_at_most_twice_its_teachers_bf16_time_on_a_gpu(recipe, preset):
     import yaml

@@ -14,7 +14,7 @@ from modiff import Modulation, QuantConfig, QuantSpec
 
 
 @pytest.mark.parametrize("state_dtype", [None, "float32", "float16"])
-@pytest.mark.parametrize("preset", ["w8a8-modiff", "w8a4-modiff", "w4a2-modiff", "w32a3-modiff"])
+@pytest.mark.parametrize("preset", ["w8a8-modiff", "w8a4-modiff-paper", "w4a2-modiff-paper", "w32a3-modiff-paper"])
 @pytest.mark.parametrize("warmup", ["full", "refine"])
 def test_invariant_1_output_is_the_operator_of_the_reconstruction(preset, state_dtype, warmup):
     model = student(preset, state_dtype=state_dtype, warmup=warmup)
@@ -55,12 +55,12 @@ def product(operator, x):
 @pytest.mark.parametrize(
     ("preset", "modulation", "quantized"),
     [
-        ("w8a4-modiff", {}, 9),
-        ("w8a4-modiff", {"warmup": "refine"}, 10),
-        ("w8a4-modiff", {"refresh_every": 4}, 7),
-        ("w8a4-modiff", {"refresh_every": 4, "warmup": "refine"}, 8),
-        ("w8a4-modiff", {"error_compensation": False}, 9),
-        ("w8a4-ptq", {}, 10),
+        ("w8a4-modiff-paper", {}, 9),
+        ("w8a4-modiff-paper", {"warmup": "refine"}, 10),
+        ("w8a4-modiff-paper", {"refresh_every": 4}, 7),
+        ("w8a4-modiff-paper", {"refresh_every": 4, "warmup": "refine"}, 8),
+        ("w8a4-modiff-paper", {"error_compensation": False}, 9),
+        ("w8a4-ptq-paper", {}, 10),
         ("w8a32-modiff", {}, 0),
         ("w8a32-ptq", {}, 0),
     ],
@@ -81,7 +81,7 @@ def test_invariant_2_mixed_operators_count_as_the_last_to_be_quantized():
     assert counts.quantized == 10 - 1 - 3
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a4-ptq-paper"])
 def test_invariant_2_a_second_trajectory_does_not_see_the_first(preset):
     model = student(preset)
     first, _ = run(model, noise(5, seed=1))
@@ -110,7 +110,7 @@ def test_invariant_5_ablation_without_compensation_differs_in_nothing_else():
         assert a.modulation != b.modulation
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w2a2-ptq", "w4a32-modiff"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w2a2-ptq-paper", "w4a32-modiff-paper"])
 @pytest.mark.parametrize("copied", ["", "deepcopy", "pickle"])
 def test_invariant_6_restoring_gives_the_teacher_back_bit_for_bit(preset, copied):
     model, inputs = denoiser(), noise(2)
@@ -137,7 +137,7 @@ def test_invariant_6_without_kept_teacher_restoring_takes_the_weights_given():
     model, teacher = denoiser(), denoiser()
     args = noise(1)[0]
     expected = model(*args)
-    model = modiff.quantize(model, config("w2a32-ptq"), keep_teacher=False)
+    model = modiff.quantize(model, config("w2a32-ptq-paper"), keep_teacher=False)
     quantized = model(*args)
     assert not torch.allclose(quantized, expected, rtol=0.01)
     assert torch.equal(copy.deepcopy(model)(*args), quantized)
@@ -187,5 +187,5 @@ def test_errors_are_fed_back_and_do_not_accumulate():
 def test_teacher_and_student_share_no_memory_that_is_written():
     model = nn.Sequential(nn.Linear(4, 4))
     before = model[0].weight.detach().clone()
-    run(modiff.quantize(model, config("w2a2-modiff")), [(torch.randn(3, 4),) for _ in range(3)])
+    run(modiff.quantize(model, config("w2a2-modiff-paper")), [(torch.randn(3, 4),) for _ in range(3)])
     assert torch.equal(model[0].module.weight, before)

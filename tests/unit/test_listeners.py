@@ -47,7 +47,7 @@ def test_listeners_are_told_of_each_evaluation_and_of_the_end():
 
 
 def test_outside_of_a_trajectory_only_the_beginning_is_told():
-    model, diary = modiff.quantize(denoiser(), config("w8a4-ptq")), Diary()
+    model, diary = modiff.quantize(denoiser(), config("w8a4-ptq-paper")), Diary()
     state_of(model).listeners.append(diary)
     with torch.no_grad():
         model(*noise(1)[0])

@@ -139,7 +139,7 @@ def test_a_backend_asked_for_by_name_says_why_it_cannot_run():
 
 
 def test_describe_says_which_backend_and_why():
-    base = config("w8a6-modiff")
+    base = config("w8a6-modiff-paper")
     rules = (Rule("time", activation=None),)
     student = modiff.quantize(denoiser(), QuantConfig(base.weight, base.activation, base.modulation, rules))
     rows = {row.name: row.backend for row in modiff.describe(student)}
@@ -160,7 +160,7 @@ class One(nn.Module):
         return self.operator(x)
 
 
-@pytest.mark.parametrize("preset", ["w8a7-modiff", "w4a4-modiff", "w8a6-ptq", "w3a3-ptq"])
+@pytest.mark.parametrize("preset", ["w8a7-modiff-paper", "w4a4-modiff-paper", "w8a6-ptq-paper", "w3a3-ptq-paper"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_integers_agree_with_the_simulation(name, preset):
     make, shape = OPERATORS[name]
@@ -177,7 +177,7 @@ def test_integers_agree_with_the_simulation(name, preset):
 
 
 @pytest.mark.parametrize("modulation", [{}, {"warmup": "refine"}, {"refresh_every": 3}, {"error_compensation": False}])
-@pytest.mark.parametrize("preset", ["w8a7-modiff", "w8a4-modiff"])
+@pytest.mark.parametrize("preset", ["w8a7-modiff-paper", "w8a4-modiff-paper"])
 def test_whole_students_agree_with_the_simulation(preset, modulation):
     outputs = []
     for backend in ("auto", "simulate"):
@@ -191,7 +191,7 @@ def test_whole_students_agree_with_the_simulation(preset, modulation):
 
 def test_layouts_and_single_samples_change_nothing():
     torch.manual_seed(0)
-    student = modiff.quantize(One(nn.Conv2d(4, 5, 3, padding=1).requires_grad_(False)), config("w8a6-modiff"))
+    student = modiff.quantize(One(nn.Conv2d(4, 5, 3, padding=1).requires_grad_(False)), config("w8a6-modiff-paper"))
     inputs = drift((2, 4, 6, 5), 4)
     expected, _ = run(student, [(x,) for x in inputs])
     last, _ = run(student, [(x.to(memory_format=torch.channels_last),) for x in inputs])
@@ -204,7 +204,7 @@ def test_layouts_and_single_samples_change_nothing():
 def test_copies_pack_their_own_weight_and_packed_ones_are_freed():
     gc.collect()
     before = len(onednn._PACKED)
-    student = modiff.quantize(denoiser(), config("w8a6-modiff"))
+    student = modiff.quantize(denoiser(), config("w8a6-modiff-paper"))
     expected, _ = run(student, noise(3))
     twin = copy.deepcopy(student)
     found, _ = run(twin, noise(3))

@@ -55,7 +55,7 @@ PROMPTED = [pipelines.stable_diffusion, pipelines.stable_diffusion_xl, pipelines
 @pytest.mark.parametrize("refresh_every", [None, 2])
 def test_keys_and_values_of_the_prompt_are_computed_once(builder, refresh_every):
     pipe, arguments = build(builder)
-    config = QuantConfig.preset("w8a4-modiff")
+    config = QuantConfig.preset("w8a4-modiff-paper")
     config = QuantConfig(config.weight, config.activation, modiff.Modulation(refresh_every=refresh_every))
     modiff.quantize_pipeline(pipe, config)
     images = draw(pipe, arguments)
@@ -76,7 +76,7 @@ def test_keys_and_values_of_the_prompt_are_computed_once(builder, refresh_every)
 @pytest.mark.parametrize("modulation", [{"state_dtype": "float16"}, {"warmup": "refine"}])
 def test_a_projection_whose_output_still_changes_is_not_kept(modulation):
     pipe, arguments = build(pipelines.pixart_sigma)
-    config = QuantConfig.preset("w8a4-modiff")
+    config = QuantConfig.preset("w8a4-modiff-paper")
     modiff.quantize_pipeline(pipe, QuantConfig(config.weight, config.activation, modiff.Modulation(**modulation)))
     images = draw(pipe, arguments)
     assert not any(row.constant and "attn2" in row.name for row in modiff.describe(pipe.transformer))
@@ -85,7 +85,7 @@ def test_a_projection_whose_output_still_changes_is_not_kept(modulation):
 
 def test_a_projection_that_is_no_function_of_its_input_is_reported():
     pipe, arguments = build(pipelines.pixart_sigma)
-    modiff.quantize_pipeline(pipe, "w8a4-modiff")
+    modiff.quantize_pipeline(pipe, "w8a4-modiff-paper")
     pipe.transformer.caption_projection.act_1.register_forward_hook(lambda _, __, output: output + torch.rand(1))
     with pytest.raises(TrajectoryError, match="'caption_projection' was overwritten between evaluations"):
         draw(pipe, arguments)
@@ -315,12 +315,12 @@ def test_quantizing_twice_is_refused_and_the_first_stays():
     pipe = modiff.quantize_pipeline(own(calls=1), "w8a8-modiff")
     images = pipe()
     with pytest.raises(ConfigError, match="is a student already"):
-        modiff.quantize_pipeline(pipe, "w8a4-modiff")
+        modiff.quantize_pipeline(pipe, "w8a4-modiff-paper")
     assert torch.equal(pipe(), images)
 
 
 def test_denoisers_that_are_students_already_are_only_wrapped(tmp_path):
-    pipe = modiff.quantize_pipeline(own(calls=1), "w4a4-modiff")
+    pipe = modiff.quantize_pipeline(own(calls=1), "w4a4-modiff-paper")
     images = pipe()
     modiff.save(pipe.parts["unet"], tmp_path / "student")
     other = own(calls=1)
@@ -335,7 +335,7 @@ def test_denoisers_that_are_students_already_are_only_wrapped(tmp_path):
 def test_copies_and_pickles_of_a_pipeline_draw_the_same():
     pipe, arguments = build(pipelines.ddim)
     cls = type(pipe)
-    modiff.quantize_pipeline(pipe, "w8a4-modiff")
+    modiff.quantize_pipeline(pipe, "w8a4-modiff-paper")
     images = draw(pipe, arguments)
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert isinstance(other, cls)
@@ -347,7 +347,7 @@ def test_copies_and_pickles_of_a_pipeline_draw_the_same():
 
 def test_a_pipeline_made_of_its_components_works():
     pipe, arguments = build(pipelines.ddim)
-    modiff.quantize_pipeline(pipe, "w8a4-modiff")
+    modiff.quantize_pipeline(pipe, "w8a4-modiff-paper")
     other = type(pipe)(**pipe.components)
     other.set_progress_bar_config(disable=True)
     assert torch.equal(draw(other, arguments), draw(pipe, arguments))

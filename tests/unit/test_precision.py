@@ -9,7 +9,7 @@ import modiff
 from modiff import Modulation, QuantConfig, QuantSpec
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a4-ptq-paper"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_answer_in_their_dtype_and_keep_float32_differences(preset, dtype):
     inputs = noise(6, dtype=dtype)
@@ -23,7 +23,7 @@ def test_half_precision_models_answer_in_their_dtype_and_keep_float32_difference
         assert (found.float() - wanted).norm() < (0.15 if preset.endswith("modiff") else 0.3) * wanted.norm()
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a4-ptq-paper"])
 def test_autocast_leaves_differences_and_products_in_float32(preset):
     """The float32 norm between them sees the same numbers, rounded to bfloat16 once per operator."""
     model = student(preset)
@@ -71,14 +71,14 @@ def test_overwriting_an_output_or_an_input_does_not_reach_the_state(modulation):
 
 
 def test_plain_operators_leave_their_input_alone():
-    model = modiff.quantize(nn.Sequential(nn.Linear(4, 4)).requires_grad_(False), config("w8a2-ptq"))
+    model = modiff.quantize(nn.Sequential(nn.Linear(4, 4)).requires_grad_(False), config("w8a2-ptq-paper"))
     x = torch.randn(2, 4)
     before = x.clone()
     model(x)
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a4-ptq-paper"])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -118,7 +118,7 @@ def spec_w():
     return QuantSpec(8, "channel")
 
 
-@pytest.mark.parametrize("preset", ["w4a4-modiff", "w4a4-ptq"])
+@pytest.mark.parametrize("preset", ["w4a4-modiff-paper", "w4a4-ptq-paper"])
 def test_casting_a_student_does_not_round_its_quantized_weights(preset):
     model = student(preset)
     before = {name: m._quantized_weight.clone() for name, m in model.named_modules() if hasattr(m, "_quantized_weight")}

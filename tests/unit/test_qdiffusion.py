@@ -155,7 +155,7 @@ class TestStudent:
     def test_a_split_shortcut_is_two_operators_with_the_scales_of_the_file(self, ddpm, name):
         model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
         at = model.splits[name]
-        student = model.student("w4a8-modiff")
+        student = model.student("w4a8-modiff-paper")
         found = operators(student)
         assert name not in found
         first, second = (found[f"{name}.{half}"] for half in ("first", "second"))
@@ -224,12 +224,12 @@ class TestStudent:
     def test_latent_layout(self):
         network = randomize(LatentUNet(heads=2, layers=1, channels=3))
         state, expected = checkpoint(network, {"output_blocks.0.0.skip_connection": 64})
-        student = convert_qdiffusion(state, BITS, sample_size=8, num_heads=2).student("w4a32-ptq")
+        student = convert_qdiffusion(state, BITS, sample_size=8, num_heads=2).student("w4a32-ptq-paper")
         torch.testing.assert_close(run(student), expected(X, T), rtol=1e-5, atol=1e-5)
 
     def test_is_modulated_saved_and_loaded(self, ddpm, tmp_path):
         model = convert_qdiffusion(ddpm[0], BITS, sample_size=8)
-        student = model.student("w4a8-modiff", keep_teacher=False)
+        student = model.student("w4a8-modiff-paper", keep_teacher=False)
         images = run(student, 3)
         rows = {row.name: row for row in modiff.describe(student)}
         assert {"up_blocks.1.resnets.1.conv_shortcut.first", "up_blocks.1.resnets.1.conv_shortcut.second"} < set(rows)

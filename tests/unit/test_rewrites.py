@@ -88,7 +88,7 @@ def outputs(student, inputs):
         return torch.stack([student(*args) for args in inputs])
 
 
-def split_config(preset="w4a4-modiff"):
+def split_config(preset="w4a4-modiff-paper"):
     return dataclasses.replace(config(preset), splits=(Split("shortcut", 8), Split("mix", 8)))
 
 
@@ -138,7 +138,7 @@ def test_halves_are_the_original_in_full_precision_and_go_back():
     assert torch.equal(teacher(*args), before)
 
 
-@pytest.mark.parametrize("preset", ["w4a4-modiff", "w4a4-ptq"])
+@pytest.mark.parametrize("preset", ["w4a4-modiff-paper", "w4a4-ptq-paper"])
 def test_each_half_has_its_own_scales_and_state(preset):
     student = modiff.quantize(skips(), split_config(preset))
     found = operators(student)
@@ -252,7 +252,7 @@ def test_fields_are_checked_and_read_from_dictionaries():
 
 
 @pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN operators")
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a7-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a7-ptq-paper"])
 def test_halves_and_divided_inputs_run_in_integers_like_all_others(preset):
     found, divisors = {}, {"time": torch.tensor([0.5, 1.0, 2.0, 4.0])}
     for backend in ("onednn", "simulate"):
@@ -278,7 +278,7 @@ def test_a_backend_that_is_refused_leaves_the_model_as_it_was():
 # --- both: save, load, restore ----------------------------------------------------------------------------------------
 
 
-def calibrated(make, inputs, method="gptq", keep_teacher=True, preset="w4a4-modiff"):
+def calibrated(make, inputs, method="gptq", keep_teacher=True, preset="w4a4-modiff-paper"):
     settings = dataclasses.replace(SETTINGS, smoothing=0.5, split_concatenations=True)
     return calibrate(make(), config(preset), sampler(inputs), method, settings=settings, keep_teacher=keep_teacher)
 
@@ -339,7 +339,7 @@ def test_a_smoothed_model_is_the_original_in_full_precision():
     assert torch.allclose(teacher(*tokens()[0]), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["w8a4-ptq", "w8a4-modiff"])
+@pytest.mark.parametrize("preset", ["w8a4-ptq-paper", "w8a4-modiff-paper"])
 def test_smoothing_lowers_the_error_where_channels_are_outliers(preset):
     reference = torch.stack([outliers()(*args) for args in tokens(seed=5)])
     errors = []
@@ -371,7 +371,7 @@ def test_processes_share_splits_and_the_largest_inputs():
 
     def divisors(inputs, reducer=None):
         model = outliers()
-        loop = ClosedLoop(convert(shared(model), config("w8a4-ptq"), True), model, sampler(inputs), reducer)
+        loop = ClosedLoop(convert(shared(model), config("w8a4-ptq-paper"), True), model, sampler(inputs), reducer)
         return find_divisors(loop, 0.5)
 
     larger = {"first": torch.zeros(16), "second": torch.zeros(24)}

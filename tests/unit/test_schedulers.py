@@ -69,7 +69,7 @@ class TestEverySampler:
     def test_second_trajectory_does_not_see_the_first(self, unet, noise, name):
         scheduler = make_scheduler(name)
         other = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-        student = modiff.quantize(unet, modiff.QuantConfig.preset("w32a4-modiff"))
+        student = modiff.quantize(unet, modiff.QuantConfig.preset("w32a4-modiff-paper"))
         images = []
         try:
             for start in (noise, other, noise):

@@ -23,7 +23,7 @@ def states(counts):
     return {name: caches[0] for name, caches in counts.caches.items()}
 
 
-@pytest.mark.parametrize("preset", ["w8a8-modiff", "w8a6-modiff", "w8a4-modiff", "w8a2-modiff"])
+@pytest.mark.parametrize("preset", ["w8a8-modiff", "w8a6-modiff-paper", "w8a4-modiff-paper", "w8a2-modiff-paper"])
 @pytest.mark.parametrize("backend", ["auto", "simulate"])
 @pytest.mark.parametrize("modulation", [DIET, {"reconstruction_dtype": "int16"}, {**DIET, "warmup": "refine"}])
 def test_invariant_1_with_small_states(preset, backend, modulation):
@@ -46,7 +46,7 @@ def test_invariant_1_with_small_states(preset, backend, modulation):
 def test_half_of_the_bytes():
     sizes = []
     for modulation in ({"warmup": "full"}, DIET):
-        model = modiff.quantize(denoiser(), config("w8a6-modiff", **modulation))
+        model = modiff.quantize(denoiser(), config("w8a6-modiff-paper", **modulation))
         with modiff.trajectory(model) as counts:
             model(*noise(1)[0])
             model(*noise(2)[1])
@@ -77,7 +77,7 @@ class Mixed(nn.Module):
 
 
 def test_vectors_and_inputs_of_few_channels_stay_in_float32():
-    model = modiff.quantize(Mixed(), config("w8a6-modiff", **DIET))
+    model = modiff.quantize(Mixed(), config("w8a6-modiff-paper", **DIET))
     with modiff.trajectory(model) as counts:
         model(torch.randn(2, 2, 6, 6), torch.randn(2, 32))
         found = {name: (c.a_hat.dtype, c.o_hat.dtype) for name, c in states(counts).items()}
@@ -116,7 +116,7 @@ def test_the_grid_holds_zero_and_what_inputs_may_grow_to():
 def test_inputs_that_outgrow_int16_are_clipped_and_followed_back():
     torch.manual_seed(0)
     model = modiff.quantize(
-        nn.Sequential(nn.Linear(4, 3, bias=False)), config("w8a6-modiff", reconstruction_dtype="int16")
+        nn.Sequential(nn.Linear(4, 3, bias=False)), config("w8a6-modiff-paper", reconstruction_dtype="int16")
     )
     start = torch.tensor([[[1.0, -1.0, 0.5, 0.25]]]).repeat(1, 2, 1)
     far = torch.tensor([[[100.0, -100.0, 0.5, 0.25]]]).repeat(1, 2, 1)
@@ -134,7 +134,7 @@ def test_inputs_that_outgrow_int16_are_clipped_and_followed_back():
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_is_clipped_is_still_found_not_finite(value):
-    model = modiff.quantize(nn.Sequential(nn.Linear(4, 3)), config("w8a6-modiff", reconstruction_dtype="int16"))
+    model = modiff.quantize(nn.Sequential(nn.Linear(4, 3)), config("w8a6-modiff-paper", reconstruction_dtype="int16"))
     x = torch.ones(1, 2, 4)
     with pytest.raises(TrajectoryError, match="'0'"), modiff.trajectory(model):  # noqa: PT012
         model(x)
@@ -144,8 +144,8 @@ def test_what_is_clipped_is_still_found_not_finite(value):
 
 
 def test_outputs_stay_close_to_those_of_full_states():
-    plain, _ = run(modiff.quantize(denoiser(), config("w8a6-modiff")), noise(20))
-    small, _ = run(modiff.quantize(denoiser(), config("w8a6-modiff", **DIET)), noise(20))
+    plain, _ = run(modiff.quantize(denoiser(), config("w8a6-modiff-paper")), noise(20))
+    small, _ = run(modiff.quantize(denoiser(), config("w8a6-modiff-paper", **DIET)), noise(20))
     for a, b in zip(small[1:], plain[1:], strict=True):
         assert (a - b).norm() < 0.03 * b.norm()
 
@@ -169,7 +169,7 @@ class SelfAttention(nn.Module):
 @pytest.mark.parametrize("modulation", [{}, DIET, {"refresh_every": 2}, {"error_compensation": False}])
 def test_operators_that_read_one_tensor_share_its_reconstruction(monkeypatch, modulation):
     inputs = [(x,) for x in drift((2, 3, 6), 6)]
-    base = config("w8a4-modiff", **modulation)
+    base = config("w8a4-modiff-paper", **modulation)
     model = modiff.quantize(SelfAttention(), base)
     with modiff.trajectory(model) as counts:
         found = [model(*args) for args in inputs]
@@ -188,7 +188,7 @@ def test_operators_that_read_one_tensor_share_its_reconstruction(monkeypatch, mo
 
 
 def test_operators_that_stop_reading_one_tensor_say_so():
-    model = modiff.quantize(SelfAttention(), config("w8a4-modiff"))
+    model = modiff.quantize(SelfAttention(), config("w8a4-modiff-paper"))
     x, y, z = drift((2, 3, 6), 3)
     message = "Operator 'to_q' read the same tensor as another one in the first evaluation"
     with modiff.trajectory(model):
@@ -198,7 +198,7 @@ def test_operators_that_stop_reading_one_tensor_say_so():
 
 
 def test_other_quantizers_do_not_share():
-    base = config("w8a4-modiff")
+    base = config("w8a4-modiff-paper")
     rule = modiff.Rule("to_k", activation=modiff.QuantSpec(6, "sample"))
     model = modiff.quantize(SelfAttention(), QuantConfig(base.weight, base.activation, base.modulation, (rule,)))
     with modiff.trajectory(model) as counts:

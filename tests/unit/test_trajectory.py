@@ -33,7 +33,7 @@ def test_a_modulated_operator_called_past_its_student_is_refused():
 
 
 def test_plain_operators_need_no_trajectory():
-    model, inputs = student("w8a4-ptq"), noise(2)
+    model, inputs = student("w8a4-ptq-paper"), noise(2)
     inside, _ = run(model, inputs)
     with torch.no_grad():
         assert all(torch.equal(model(*args), o) for args, o in zip(inputs, inside, strict=True))
@@ -65,7 +65,7 @@ def test_nested_and_concurrent_trajectories_are_refused_and_the_open_one_goes_on
 
 
 def test_two_students_have_trajectories_of_their_own():
-    a, b, inputs = student(), student("w8a2-modiff"), noise(3)
+    a, b, inputs = student(), student("w8a2-modiff-paper"), noise(3)
     expected = run(student(), inputs)[0][-1]
     with modiff.trajectory(a), modiff.trajectory(b):
         for args in inputs:
@@ -214,7 +214,7 @@ def test_another_trajectory_may_have_another_number_of_calls():
 
 
 def test_plain_operators_may_change_their_number_of_calls():
-    model = modiff.quantize(Twice(), config("w8a4-ptq"))
+    model = modiff.quantize(Twice(), config("w8a4-ptq-paper"))
     with modiff.trajectory(model) as counts:
         model(torch.randn(2, 4))
         model.sites = 3
@@ -222,7 +222,7 @@ def test_plain_operators_may_change_their_number_of_calls():
     assert counts.quantized == 2
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a4-ptq", "w8a32-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a4-ptq-paper", "w8a32-ptq"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_are_reported_with_first_operator_and_evaluation(preset, bad):
     model, inputs = student(preset), noise(6)
@@ -274,7 +274,7 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("preset", ["w8a4-modiff", "w8a8-modiff", "w8a4-ptq", "w8a32-ptq"])
+@pytest.mark.parametrize("preset", ["w8a4-modiff-paper", "w8a8-modiff", "w8a4-ptq-paper", "w8a32-ptq"])
 def test_no_value_is_read_on_the_host_before_the_trajectory_closes(preset):
     model, inputs = student(preset), noise(4)
     with Syncs() as syncs:

@@ -23,7 +23,7 @@ fails = pytest.raises(AssertionError)
 def check_activations_are_quantized():
     """Trap 1: at 2 bits outputs differ from those with full-precision activations, in all but the first evaluation."""
     inputs = noise(6)
-    outputs, counts = run(student("w8a2-modiff"), inputs)
+    outputs, counts = run(student("w8a2-modiff-paper"), inputs)
     full, _ = run(student("w8a32-modiff"), inputs)
     assert counts.quantized == counts.total - 1 == 5
     differences = [float((o - f).norm() / f.norm()) for o, f in zip(outputs, full, strict=True)]
@@ -81,7 +81,7 @@ def test_trap_2_built_in_state_kept_between_batches(monkeypatch):
 def check_no_hidden_refresh():
     """Trap 3: over 30 evaluations the error is never that of full-precision activations but in the first."""
     inputs = noise(30)
-    outputs, counts = run(student("w8a2-modiff"), inputs)
+    outputs, counts = run(student("w8a2-modiff-paper"), inputs)
     full, _ = run(student("w8a32-modiff"), inputs)
     assert counts.quantized == 29
     exact = [i for i, (o, f) in enumerate(zip(outputs, full, strict=True)) if (o - f).norm() < 1e-5 * f.norm()]
@@ -90,7 +90,7 @@ def check_no_hidden_refresh():
 
 def test_trap_3_refreshes_are_asked_for_and_counted():
     check_no_hidden_refresh()
-    _, counts = run(student("w8a2-modiff", refresh_every=10), noise(30))
+    _, counts = run(student("w8a2-modiff-paper", refresh_every=10), noise(30))
     assert (counts.total, counts.quantized) == (30, 27)
 
 
@@ -210,7 +210,7 @@ def test_trap_12_built_in_inference_tensors_as_state(monkeypatch):
 
 def test_trap_12_a_first_forward_calibrates_nothing():
     """Weights, specs and outputs of the next trajectory are the same whether or not another input came before."""
-    fresh, used = student("w8a4-ptq"), student("w8a4-ptq")
+    fresh, used = student("w8a4-ptq-paper"), student("w8a4-ptq-paper")
     with torch.no_grad():
         used(100 * torch.randn(2, 3, 8, 8), torch.randn(2, 4))
     args = noise(1)[0]

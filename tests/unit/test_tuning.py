@@ -27,7 +27,7 @@ def sampler(student):
             student(*args)
 
 
-def tuned(teacher, weights=None, preset="w4a32-ptq", settings=SETTINGS, run=sampler, folder="unused"):
+def tuned(teacher, weights=None, preset="w4a32-ptq-paper", settings=SETTINGS, run=sampler, folder="unused"):
     student = convert(shared_copy(teacher), config(preset), True, weights)
     loop = ClosedLoop(student, teacher, run)
     given = {name: op.packed for name, op in operators(student).items()}
@@ -37,7 +37,7 @@ def tuned(teacher, weights=None, preset="w4a32-ptq", settings=SETTINGS, run=samp
         return given, tune(loop, given, store, recorded, settings, generator), recorded
 
 
-def error(teacher, weights, preset="w4a32-ptq"):
+def error(teacher, weights, preset="w4a32-ptq-paper"):
     student = convert(shared_copy(teacher), config(preset), True, weights)
     with modiff.trajectory(student):
         return sum((student(*args) - teacher(*args)).square().mean().item() for args in noise(4, 8, 99))
@@ -113,7 +113,7 @@ def test_what_has_no_row_for_each_sample_is_kept_whole():
                     torch.randn(8, 5, generator=torch.Generator().manual_seed(t)), torch.tensor(t + 1.0), torch.ones(3)
                 )
 
-    _, found, recorded = tuned(teacher, run=run, preset="w3a32-ptq")
+    _, found, recorded = tuned(teacher, run=run, preset="w3a32-ptq-paper")
     assert [set(e.whole) for e in recorded] == [{"input.1", "input.2"}] * 3
     assert [e.whole["input.1"].item() for e in recorded] == [1, 2, 3]
     assert sum(e.count for e in recorded) == 24
@@ -127,8 +127,8 @@ def test_answers_without_tensor_are_refused():
 
 def test_the_shift_enters_where_the_bias_does():
     """Invariant 1 with a shift: ô = A(â) + bias + shift; also where the original has no bias."""
-    student = convert(denoiser(), config("w8a4-modiff"), True, distorted())
-    plain = convert(denoiser(), config("w8a4-modiff"), True)
+    student = convert(denoiser(), config("w8a4-modiff-paper"), True, distorted())
+    plain = convert(denoiser(), config("w8a4-modiff-paper"), True)
     with modiff.trajectory(student) as counts:
         for args in noise(4):
             output = student(*args)
@@ -145,7 +145,7 @@ def test_the_shift_enters_where_the_bias_does():
 def test_a_shift_is_saved_loaded_moved_and_restored(tmp_path):
     teacher = denoiser()
     before = [teacher(*args) for args in noise(3)]
-    student = convert(denoiser(), config("w8a4-modiff"), True, distorted())
+    student = convert(denoiser(), config("w8a4-modiff-paper"), True, distorted())
 
     def outputs(model):
         with modiff.trajectory(model):

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.lit.modules.student import LitStudent
 from modiff.student.cost import cost
-from modiff.trajectory.session import Trajectory, trajectory
+from modiff.student.reuse import reuse_of
+from modiff.trajectory.session import Trajectory, state_of, trajectory
 
 
 class ActivationCache(Callback):
@@ -71,6 +72,7 @@ class ActivationCache(Callback):
         if self._run is not None:
             self._stack.close()
             facts["evaluations"], facts["quantized"] = self._run.total, self._run.quantized
+            facts["reused"] = self._run.reused
             self._run = None
         if "evaluations" not in facts:
             return
@@ -81,6 +83,8 @@ class ActivationCache(Callback):
             )
         self.counts = counts
         pl_module.result.evaluations = {"total": counts[0], "quantized": counts[1]}
+        if reuse_of(state_of(pl_module.student)) is not None:
+            pl_module.result.evaluations["reused"] = int(facts.get("reused", 0))
 
     on_predict_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end

@@ -44,6 +44,7 @@ class Cost(Callback):
         module.result.cost = {
             "gbops_per_evaluation": student.gbops_per_evaluation * rows,
             "teacher_gbops_per_evaluation": teacher.gbops_per_evaluation * rows,
+            "container_gbops_per_evaluation": student.container_gbops_per_evaluation * rows,
             "other_gbops_per_evaluation": student.other_bops * rows / 1e9,
             "weight_mib": student.weight_mib,
             "teacher_weight_mib": teacher.weight_mib,

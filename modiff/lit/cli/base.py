@@ -97,7 +97,7 @@ class ModiffCLI(LightningCLI):
             Trainer(**plain, **nothing)
         except KeyError:
             return  # a variable of the launcher is missing; the Trainer itself says which, where it needs it
-        except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
 
     def _set_seed(self) -> None:

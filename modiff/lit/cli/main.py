@@ -20,6 +20,7 @@ COMMANDS = {
         "modiff.lit.commands.bench",
         "teacher against students: time by stage, compilation, memory; eager and compiled",
     ),
+    "search": ("modiff.lit.commands.search", "the cheapest sampler, bits and reuse of blocks that keep a quality"),
     "quantize": ("modiff.lit.commands.quantize", "calibrate the student of a recipe and pack it into a folder"),
     "sample": (
         "modiff.lit.commands.evaluate",

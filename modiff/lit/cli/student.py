@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from modiff.config import QuantConfig
 from modiff.config.checks import shown
 from modiff.errors import CalibrationError, CheckpointError, ConfigError
 from modiff.lit.cli.base import ModiffCLI
@@ -75,7 +77,7 @@ class StudentCLI(ModiffCLI):
         if quantization is None and calibration is None:
             return
         manifest = read_manifest(path)
-        if quantization is not None and manifest["quant_config"] != json.loads(json.dumps(quantization)):
+        if quantization is not None and not _asked_for(manifest["quant_config"], json.loads(json.dumps(quantization))):
             raise ConfigError(
                 f"--ckpt {path} holds a quantization of its own, but the recipe gives another one. Add "
                 "--model.preset null (and --model.config null), or remove --ckpt."
@@ -152,3 +154,13 @@ def checkpoint_digest(folder: Path) -> str:
     if not manifest.is_file():
         raise CheckpointError(f"--ckpt {folder} holds no config.json. Give a folder that `modiff quantize` wrote.")
     return short_hash(manifest.read_text())
+
+
+def _asked_for(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a saved quantization is the one a recipe asks for; operators that it leaves to be found may be any."""
+    saved = json.loads(json.dumps(dataclasses.asdict(QuantConfig.from_dict(saved))))  # fields of today's version
+    wanted = dict(wanted)
+    for kind in ("vectors", "ends"):
+        if wanted.get(kind) and saved.get(kind) and wanted[kind]["names"] is None:
+            wanted[kind] = {**wanted[kind], "names": saved[kind]["names"]}
+    return bool(saved == wanted)

@@ -28,7 +28,7 @@ from modiff.lit.runs.running import rank_zero, running
 from modiff.storage.atomic import write_json, write_text
 from modiff.storage.hashing import short_hash
 
-TEACHER_FIELDS = ("teacher", "scheduler", "steps", "eta", "guidance", "features", "reference")
+TEACHER_FIELDS = ("teacher", "scheduler", "scheduler_options", "steps", "eta", "guidance", "features", "reference")
 FORWARDED = ("--model.", "--data.", "--trainer.")
 
 

@@ -60,6 +60,7 @@ class LitStudent(LightningModule):
             one line says so. ``modiff bench`` compiles both, and compares them.
         choose: Of the compiled student: ``measured`` leaves in full precision what integers make no faster.
         compute_dtype: Of the compiled student between its operators: ``bfloat16``; None: as the teacher.
+        scheduler_options: Arguments of the sampler that replace the teacher's, such as ``clip_sample: false``.
 
     Raises:
         ConfigError: ``preset`` and ``config`` are both given, or a number is out of range.
@@ -81,6 +82,7 @@ class LitStudent(LightningModule):
         compile: bool = False,  # noqa: A002 (its name in recipes)
         choose: Literal["measured"] | None = None,
         compute_dtype: Literal["bfloat16"] | None = None,
+        scheduler_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if preset is not None and config is not None:
@@ -95,6 +97,7 @@ class LitStudent(LightningModule):
         self.spec = teacher
         self.config = QuantConfig.preset(preset) if preset is not None else config
         self.scheduler_name = teacher.entry.scheduler if scheduler is None else scheduler
+        self.scheduler_options = dict(scheduler_options or {})
         self.steps = steps
         self.eta = eta
         self.features = features
@@ -152,7 +155,7 @@ class LitStudent(LightningModule):
         self.seed, self.ckpt = seed, ckpt
         self.conditions = conditions or self.conditions
         loaded = load_teacher(self.spec) if loaded is None else loaded
-        set_timesteps(make_scheduler(self.scheduler_name, loaded.scheduler_config), self.steps)  # refuses early
+        set_timesteps(self.make_scheduler(loaded), self.steps)  # refuses early
         self._refuse_guidance(loaded)
         self._loaded, self.teacher, self.decoder = loaded, loaded.denoiser, loaded.decoder
         if ckpt is not None:
@@ -162,6 +165,10 @@ class LitStudent(LightningModule):
             self.student = self.make_student()
             self._refuse_useless_calibration()
         return self
+
+    def make_scheduler(self, loaded: Teacher) -> Any:
+        """A new sampler in the noise schedule of the teacher."""
+        return make_scheduler(self.scheduler_name, loaded.scheduler_config, **self.scheduler_options)
 
     def keep_batches(self, store: BatchStore, teacher_store: BatchStore | None = None) -> None:
         """Store finished batches, and read those that are there in place of drawing them.
@@ -320,7 +327,7 @@ class LitStudent(LightningModule):
         ``noise(indices, stream)`` is that of :meth:`noise`, unless another is given.
         """
         noise = noise or self.noise
-        scheduler = make_scheduler(self.scheduler_name, self.loaded.scheduler_config)
+        scheduler = self.make_scheduler(self.loaded)
         return sample(
             denoiser,
             scheduler,

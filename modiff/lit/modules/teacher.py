@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
+from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.modules.seeded import IndexSeeded
 from modiff.metrics.features import FeatureClassifier
 from modiff.metrics.statistics import FeatureStatistics
+from modiff.teachers.patched import make_denoiser
 from modiff.teachers.sampling.noise import indexed_integers, indexed_noise
 
 TRAINING_STREAM, VALIDATION_STREAM = 2**41, 2**41 + 2
@@ -24,14 +26,24 @@ class LitTeacher(IndexSeeded):
     """Trains a small unconditional denoiser to predict the noise (Ho et al. 2020, equation 14).
 
     Args:
-        denoiser: Arguments of ``diffusers.UNet2DModel``.
+        denoiser: Arguments of ``diffusers.UNet2DModel``; with ``patch_size``, of
+            :class:`modiff.teachers.patched.PatchedUNet2DModel`.
         schedule: Arguments of ``diffusers.DDIMScheduler``.
-        learning_rate: Peak of the learning rate; it rises linearly and falls to zero as a cosine.
+        learning_rate: Peak of the learning rate, which rises linearly.
         warmup_steps: Optimizer steps of the linear rise.
         weight_decay: Of AdamW.
         sample_steps: DDIM steps of the sample grids drawn at each validation.
         channels_last: Keep weights and images in the layout that tensor cores want.
         compile: Train through ``torch.compile``; where that finds no compiler, one line says so.
+        decay: ``cosine``: the learning rate falls to zero at the last step; ``none``: it stays, so that the training
+            may stop or go on at any step, and the averaged weights do what the fall would.
+        snr_gamma: Weight each image's loss by min(SNR, gamma) / SNR (Hang et al. 2023, "Efficient Diffusion Training
+            via Min-SNR Weighting Strategy"); None: all alike.
+        init_from: Folder of a denoiser of this architecture (``config.json`` and safetensors) to start from.
+
+    Raises:
+        ConfigError: A field is wrong.
+        CheckpointError: ``init_from`` holds no denoiser, or one of another architecture.
     """
 
     def __init__(
@@ -44,10 +56,19 @@ class LitTeacher(IndexSeeded):
         sample_steps: int = 50,
         channels_last: bool = False,
         compile: bool = False,
+        decay: Literal["cosine", "none"] = "cosine",
+        snr_gamma: float | None = None,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ConfigError(f"snr_gamma is {snr_gamma}; allowed are numbers above 0, or null.")
+        self.decay = decay
+        self.snr_gamma = snr_gamma
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.denoiser = UNet2DModel(**denoiser).to(memory_format=self.memory_format)
+        self.denoiser = make_denoiser(denoiser).to(memory_format=self.memory_format)
+        if init_from is not None:
+            start_from(self.denoiser, Path(init_from))
         self.use_compile = compile
         self._training_denoiser: Callable[..., Any] | None = None
         self.scheduler = DDIMScheduler(**(schedule or {}))
@@ -72,7 +93,12 @@ class LitTeacher(IndexSeeded):
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         # Validation and sampling go without compilation: their batches have other sizes.
         compiled = self._training_denoiser if self.training else None
-        return nn.functional.mse_loss((compiled or self.denoiser)(noisy, timestep).sample.float(), noise)
+        predicted = (compiled or self.denoiser)(noisy, timestep).sample.float()
+        if self.snr_gamma is None or not self.training:
+            return nn.functional.mse_loss(predicted, noise)
+        signal = self.scheduler.alphas_cumprod.to(device=clean.device)[timestep]
+        weight = (self.snr_gamma * (1 - signal) / signal).clamp(max=1)
+        return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
 
     def on_fit_start(self) -> None:
         """Compile, where asked for and possible."""
@@ -115,11 +141,14 @@ class LitTeacher(IndexSeeded):
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW; linear warm-up, then cosine to zero."""
+        """AdamW; linear warm-up, then what ``decay`` says."""
         optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
 
     def _lr_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        if self.decay == "none":
+            rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps))
+            return {"scheduler": rise, "interval": "step"}
         total = int(self.trainer.estimated_stepping_batches)
         return cosine_schedule(optimizer, self.warmup_steps, total)
 
@@ -191,6 +220,23 @@ class LitClassifier(IndexSeeded):
                 ]
             )
         FeatureStatistics.from_features(features, network.name).save(folder / "feature_statistics.safetensors")
+
+
+def start_from(denoiser: nn.Module, folder: Path) -> None:
+    """Copy the weights of a saved denoiser of the same architecture.
+
+    Raises:
+        CheckpointError: The folder holds none, or one of another architecture.
+    """
+    try:
+        saved = type(denoiser).from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        denoiser.load_state_dict(saved.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"init_from {str(folder)!r} holds no weights for this denoiser ({reason}). Give the unet/ folder of a "
+            "pipeline of the same architecture."
+        ) from error
 
 
 def compiler_problem(device: torch.device) -> str | None:

@@ -239,6 +239,11 @@ def _cost_totals(result: Result) -> TableView:
             numeric(cost["gbops_per_evaluation"]),
             numeric(cost["teacher_gbops_per_evaluation"]),
         ],
+        [
+            Cell("the same at the bits of containers"),
+            numeric(cost.get("container_gbops_per_evaluation", cost["gbops_per_evaluation"])),
+            numeric(cost["teacher_gbops_per_evaluation"]),
+        ],
         [Cell("Weights, MiB"), numeric(cost["weight_mib"]), numeric(cost["teacher_weight_mib"])],
         [Cell("State per image, MiB"), numeric(cost["state_mib_per_image"]), numeric(0.0)],
     ]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from typing_extensions import NotRequired
+
 from modiff.metrics.figures import Figure, Findings, all_figures
 
 NOT_FINITE = "it is not a finite number: images hold NaN or Inf, or values beyond the range of floats"
@@ -22,10 +24,15 @@ class Evaluations(TypedDict, total=False):
 
 
 class CostTotals(TypedDict):
-    """Cost of an evaluation of one image, and memory; keys of ``cost`` in ``metrics.json``."""
+    """Cost of an evaluation of one image, and memory; keys of ``cost`` in ``metrics.json``.
+
+    ``container_gbops_per_evaluation`` counts codes that share a container with exponents at its 8 bits; results of
+    earlier versions lack it.
+    """
 
     gbops_per_evaluation: float
     teacher_gbops_per_evaluation: float
+    container_gbops_per_evaluation: NotRequired[float]
     other_gbops_per_evaluation: float
     weight_mib: float
     teacher_weight_mib: float

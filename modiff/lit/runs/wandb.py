@@ -187,7 +187,8 @@ def finish_wandb(logger: WandbLogger | None, exit_code: int = 0) -> None:
     where = Path(logger.experiment.dir).parent
     thread = threading.Thread(target=finish, daemon=True)
     thread.start()
-    thread.join(FINISH_S)
+    # Offline there is no server to wait for: the file on the disk is complete when this ends, however slow the machine.
+    thread.join(None if getattr(logger.experiment, "offline", False) else FINISH_S)
     if thread.is_alive():
         print(f"W&B: the upload did not end within {FINISH_S:.0f} s; upload the rest with: wandb sync {where}")
     elif problem:

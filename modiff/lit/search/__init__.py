@@ -1,0 +1,1 @@
+"""The search for the cheapest setting that keeps a quality: space, measurements, study, frontier."""
