@@ -73,25 +73,10 @@ def compile(  # noqa: A001 (modiff.compile)
     _check_options(choose, compute_dtype)
     state = state_of(student)
     state.refuse_inside("compiled")
-    modules = [] if mode in ("auto", "fused", "stages") else [student] if mode == "whole" else repeated_blocks(student)
-    if modules and reuse_of(state) is not None:
-        raise ConfigError(
-            f"The {type(student).__name__} has a reuse schedule, which mode {mode!r} cannot follow: its graphs hold "
-            "whole blocks. Use mode 'auto', 'fused' or 'stages'."
-        )
-    if any("_hf_hook" in vars(module) for module in modules):
-        raise ConfigError(
-            f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "
-            "take its place. Compile before enable_model_cpu_offload, or use mode 'stages'."
-        )
+    modules = _modules(student, mode)
     uncompile(student)
     fusion = None if cuda_graph else _fuse(student, mode)
-    if compute_dtype is not None:
-        state.listeners.append(Bfloat16(student))
-    if choose == "measured":
-        state.listeners.append(Measured(student, chains_of(student, fusion.modules if fusion else [])))
-    elif choose is not None:
-        use_float(student, choose)
+    _use_options(student, fusion, choose, compute_dtype)
     if fusion is not None:
         return student
     missing = _missing_compiler(student)
@@ -101,14 +86,52 @@ def compile(  # noqa: A001 (modiff.compile)
     # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
     for operator in operators(student).values():
         operator.wrap_backend(compiled_backend)
+    _use_regions(student, modules, mode, cuda_graph)
+    return student
+
+
+def _use_options(student: nn.Module, fusion: Fusion | None, choose: Any, compute_dtype: Any) -> None:
+    """The dtype between operators, and which operators run in integers."""
+    listeners = state_of(student).listeners
+    if compute_dtype is not None:
+        listeners.append(Bfloat16(student))
+    if choose == "measured":
+        listeners.append(Measured(student, chains_of(student, fusion.modules if fusion else [])))
+    elif choose is not None:
+        use_float(student, choose)
+
+
+def _modules(student: nn.Module, mode: Mode) -> list[nn.Module]:
+    """What becomes a graph of its own."""
+    modules = [] if mode in ("auto", "fused", "stages") else [student] if mode == "whole" else repeated_blocks(student)
+    if modules and reuse_of(state_of(student)) is not None:
+        raise ConfigError(
+            f"The {type(student).__name__} has a reuse schedule, which mode {mode!r} cannot follow: its graphs hold "
+            "whole blocks. Use mode 'auto', 'fused' or 'stages'."
+        )
+    if any("_hf_hook" in vars(module) for module in modules):
+        raise ConfigError(
+            f"The {type(student).__name__} is offloaded by accelerate, whose hook is its forward; mode {mode!r} would "
+            "take its place. Compile before enable_model_cpu_offload, or use mode 'stages'."
+        )
+    return modules
+
+
+def _use_regions(student: nn.Module, modules: list[nn.Module], mode: Mode, cuda_graph: bool) -> None:
+    """Graphs in the place of forwards, and around all of them a recorded evaluation.
+
+    Raises:
+        ConfigError: A recorded evaluation cannot follow a reuse schedule.
+    """
+    if cuda_graph and reuse_of(state_of(student)) is not None:
+        raise ConfigError("A reuse schedule cannot be recorded as a CUDA graph. Compile without cuda_graph.")
     if cuda_graph:
         use_graphs(student, inner=_Graph if mode == "whole" else None)
     if modules and not (cuda_graph and mode == "whole"):
         regions = Regions(modules, operators(student))
-        state.listeners.append(regions)
+        state_of(student).listeners.append(regions)
         for module in modules:
             module.forward = CompiledForward(module, regions, _Graph)
-    return student
 
 
 def uncompile(student: nn.Module) -> nn.Module:
