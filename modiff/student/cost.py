@@ -141,9 +141,7 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
     found = _find(model)
     last = state_of(model).last if hasattr(model, ATTRIBUTE) else None
     constant = last.constant if last else frozenset()
-    contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if contexts is None else contexts
-    if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
-        raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
+    contexts = _number_of_contexts(contexts, last, evaluations)
     counter, state, branches = _count_one(model, found, args, kwargs)
     weights = stored_bytes(model)
     skipped = _skipped(model, evaluations, contexts)
@@ -172,6 +170,14 @@ def cost(model: nn.Module, *args: Any, evaluations: int = 50, contexts: int | No
         integer_share=sum(r.macs for r in rows if _quantizes(found[r.name][0])) / max(1.0, sum(r.macs for r in rows)),
         container_gbops_per_evaluation=(sum(r.container_bops for r in rows) + other_bops) / 1e9,
     )
+
+
+def _number_of_contexts(given: int | None, last: Trajectory | None, evaluations: int) -> int:
+    """As given, else as many as the last trajectory had."""
+    contexts = min(max(len(last.contexts), 1) if last else 1, evaluations) if given is None else given
+    if isinstance(contexts, bool) or not isinstance(contexts, int) or not 1 <= contexts <= evaluations:
+        raise ConfigError(f"contexts is {contexts}; allowed are whole numbers from 1 to evaluations ({evaluations}).")
+    return contexts
 
 
 def _widest(found: dict[str, tuple[nn.Module, OperatorAdapter]], counter: ProductCounter) -> int:

@@ -169,8 +169,7 @@ def test_one_graph_for_each_shape_and_no_more_over_a_trajectory(graphs, mode, mo
     if mode == "whole":
         assert after_three == most
     run(student, tokens(3, batch=3))
-    another = graphs()
-    assert another > after_three
+    assert (another := graphs()) > after_three
     run(student, tokens(50, batch=3))
     assert graphs() == another
 

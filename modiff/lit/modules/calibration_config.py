@@ -6,9 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from modiff.calibration import CalibrationSettings
 from modiff.calibration.weights import weight_method
-from modiff.errors import ConfigError
+from modiff.errors import CalibrationError, ConfigError
+from modiff.student.swap import operators
 
 NOISE_STREAM = 2**40
 """Added to the stream of a calibration's noise: far beyond the time steps of any sampler, whose streams begin at 0."""
@@ -62,3 +65,23 @@ class CalibrationConfig(CalibrationSettings):
         if unknown:
             raise ConfigError(f"there is no field {unknown[0]!r}; allowed are {', '.join(known)}.")
         return cls(**values)
+
+
+def refuse_useless_calibration(student: nn.Module, calibration: CalibrationConfig | None) -> None:
+    """Refuse a calibration that has nothing to find, and calibrated ranges without a calibration.
+
+    Raises:
+        CalibrationError: One of them.
+    """
+    found = operators(student).values()
+    if calibration is None:
+        if any(op.activation_spec is not None and op.activation_spec.range == "calibrated" for op in found):
+            raise CalibrationError(
+                "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method "
+                "nearest, which finds ranges only, or give a checkpoint that has them: --ckpt."
+            )
+    elif calibration.method != "nearest" and all(op.weight_spec is None for op in found):
+        raise CalibrationError(
+            f"model.calibration.method is {calibration.method!r}, which finds weights, but the recipe "
+            "quantizes none. Give model.config.weight, or set model.calibration to null."
+        )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modiff.compiling.modes import compile as compile_student
 from modiff.config.quant import QuantConfig
 from modiff.errors import CalibrationError, ConfigError, ModiffError
-from modiff.lit.modules.calibration_config import CalibrationConfig
+from modiff.lit.modules.calibration_config import CalibrationConfig, refuse_useless_calibration
 from modiff.lit.modules.precision import casting, dtype_of, in_dtype
 from modiff.lit.report.result import Result
 from modiff.lit.runs.batch_store import BatchStore
@@ -26,7 +26,7 @@ from modiff.storage.folder import read_manifest
 from modiff.storage.hashing import hash_tensors
 from modiff.student.checkpoint import load
 from modiff.student.copies import shared_copy
-from modiff.student.swap import operators, quantize
+from modiff.student.swap import quantize
 from modiff.student.tensors import slots
 from modiff.teachers.sampling.loop import sample, set_timesteps
 from modiff.teachers.sampling.noise import indexed_noise
@@ -163,7 +163,9 @@ class LitStudent(LightningModule):
             self.calibrated = True
         if self.config is not None or ckpt is not None:
             self.student = self.make_student()
-            self._refuse_useless_calibration()
+            if self.ckpt is None:
+                refuse_useless_calibration(self.student, self.calibration)
+                _ = self.teacher_hash  # before the Trainer changes dtypes
         return self
 
     def make_scheduler(self, loaded: Teacher) -> Any:
@@ -189,25 +191,6 @@ class LitStudent(LightningModule):
         if self._loaded is None:
             raise ModiffError("The teacher is not loaded yet. Call LitStudent.prepare() first.")
         return self._loaded
-
-    def _refuse_useless_calibration(self) -> None:
-        """Refuse a calibration that has nothing to find, and calibrated ranges without a calibration."""
-        if self.ckpt is not None or self.student is None:
-            return
-        found = operators(self.student).values()
-        if self.calibration is None:
-            if any(op.activation_spec is not None and op.activation_spec.range == "calibrated" for op in found):
-                raise CalibrationError(
-                    "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method "
-                    "nearest, which finds ranges only, or give a checkpoint that has them: --ckpt."
-                )
-            return
-        if self.calibration.method != "nearest" and all(op.weight_spec is None for op in found):
-            raise CalibrationError(
-                f"model.calibration.method is {self.calibration.method!r}, which finds weights, but the recipe "
-                "quantizes none. Give model.config.weight, or set model.calibration to null."
-            )
-        _ = self.teacher_hash  # before the Trainer changes dtypes
 
     def make_student(self) -> nn.Module:
         """Make another student of the teacher, from the checkpoint or the config, without calibrating it."""

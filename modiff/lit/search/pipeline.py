@@ -192,12 +192,12 @@ def search_pipeline(
         budget: Such as ``"20m"``.
         output: Folder of the study, the frontier and its page; the same call goes on where an earlier one stopped.
         space: What may be chosen; None: the default :class:`modiff.lit.search.space.SearchSpace`.
-        images: Drawn for each new setting.
+        images: Drawn for each new setting, ``batch_size`` at once; image i starts from generator ``seed + i``.
         confirm_images: Drawn again for promising ones.
-        batch_size: Images drawn at once.
-        seed: Image i starts from generator ``seed + i``.
-        reference_sampler: Deterministic sampler of the reference.
-        reference_steps: Its steps; convergence is checked.
+        batch_size: See ``images``.
+        seed: See ``images``.
+        reference_sampler: Deterministic sampler of the reference; its convergence is checked.
+        reference_steps: Its steps.
         contexts: As for :func:`modiff.quantize_pipeline`.
         arguments: Further arguments of ``pipe(...)``.
         say: Called with one line of progress at a time.
@@ -210,25 +210,20 @@ def search_pipeline(
     """
     wanted, lowered = Quality.parse(quality), parse_cost(cost)
     target = PipelineTarget(pipe, prompts, seed, batch_size, contexts, arguments)
-    study = Search(
-        target=target,
-        space=space or SearchSpace(),
-        quality=wanted,
-        cost=lowered,
-        folder=Path(output),
-        images=images,
-        confirm_images=confirm_images,
-        reference_sampler=reference_sampler,
-        reference_steps=reference_steps,
-        say=say,
-    )
+    reference = {"reference_sampler": reference_sampler, "reference_steps": reference_steps}
+    drawn = {"images": images, "confirm_images": confirm_images}
+    study = Search(target, space or SearchSpace(), wanted, lowered, Path(output), **drawn, **reference, say=say)
     points = study.run(parse_budget(budget))
-    about = {
-        "teacher": {"pipeline": type(pipe).__name__},
-        "seed": seed,
-        "reference": {"sampler": reference_sampler, "steps": reference_steps, "clipped": False},
-        "command": f"modiff.search({type(pipe).__name__}, {quality!r}, cost={cost!r})",
-    }
-    result = write_frontier(study.folder, points, wanted, lowered, about)
+    result = write_frontier(study.folder, points, wanted, lowered, _about(pipe, study, seed))
     write_page(study.folder, result)
     return result
+
+
+def _about(pipe: Any, study: Search, seed: int) -> dict[str, Any]:
+    """What the record says of the search itself."""
+    return {
+        "teacher": {"pipeline": type(pipe).__name__},
+        "seed": seed,
+        "reference": {"sampler": study.reference_sampler, "steps": study.reference_steps, "clipped": False},
+        "command": f"modiff.search({type(pipe).__name__}, {str(study.quality)!r}, cost={study.cost!r})",
+    }
