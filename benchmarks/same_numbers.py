@@ -113,41 +113,38 @@ def students() -> dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], 
     small = Modulation(reconstruction_dtype="int16", state_dtype="float16")
     configs: dict[str, QuantConfig] = {}
     for backend in ("auto", "simulate"):
-        for name in ("w8a8-modiff", "w8a4-modiff-paper", "w8a2-modiff-paper", "w8a4-ptq-paper", "w8a6-ptq-paper"):
+        for name in ("w8a8-modiff", "w8a4-modiff", "w8a2-modiff", "w8a4-ptq", "w8a6-ptq"):
             configs[f"{name}/{backend}"] = preset(name, backend=backend)
-        configs[f"int16/{backend}"] = preset("w8a6-modiff-paper", modulation=small, backend=backend)
-        configs[f"int16-asymmetric/{backend}"] = preset("w8a4-modiff-paper", modulation=small, backend=backend)
+        configs[f"int16/{backend}"] = preset("w8a6-modiff", modulation=small, backend=backend)
+        configs[f"int16-asymmetric/{backend}"] = preset("w8a4-modiff", modulation=small, backend=backend)
         for name, changes in (
             ("refine", {"warmup": "refine"}),
             ("refresh", {"refresh_every": 3}),
             ("uncompensated", {"error_compensation": False}),
         ):
-            configs[f"{name}/{backend}"] = preset(
-                "w8a4-modiff-paper", modulation=Modulation(**changes), backend=backend
-            )
+            configs[f"{name}/{backend}"] = preset("w8a4-modiff", modulation=Modulation(**changes), backend=backend)
     for granularity in ("tensor", "channel", "sample_channel", "group"):
         spec = QuantSpec(4, granularity, False, clip=0.9, group_size=3 if granularity == "group" else None)
-        configs[f"{granularity}/auto"] = preset("w4a4-modiff-paper", activation=spec)
+        configs[f"{granularity}/auto"] = preset("w4a4-modiff", activation=spec)
     configs["mixed/auto"] = preset(
-        "w4a4-modiff-paper",
-        rules=(Rule("conv_in", activation=None), Rule("*.conv1", modulation=None, activation=symmetric)),
+        "w4a4-modiff", rules=(Rule("conv_in", activation=None), Rule("*.conv1", modulation=None, activation=symmetric))
     )
     found: dict[str, Any] = {n: lambda c=c: (modiff.quantize(unet(), c), unconditional) for n, c in configs.items()}
     for backend in ("auto", "simulate"):
-        base = preset("w8a4-modiff-paper", backend=backend)
+        base = preset("w8a4-modiff", backend=backend)
         found[f"guided/{backend}"] = lambda c=base: (modiff.quantize(unet(), c), guided)
         found[f"dit/{backend}"] = lambda c=base: (modiff.quantize(dit(), c), labelled)
-        gptq = preset("w4a4-modiff-paper", backend=backend)
+        gptq = preset("w4a4-modiff", backend=backend)
         found[f"gptq/{backend}"] = lambda c=gptq: (
             calibrate(unet(), c, unconditional, "gptq", settings=FAST),
             unconditional,
         )
-        ranges = preset("w8a6-modiff-paper", activation=static, backend=backend)
+        ranges = preset("w8a6-modiff", activation=static, backend=backend)
         found[f"static/{backend}"] = lambda c=ranges: (
             calibrate(unet(), c, unconditional, "nearest", settings=FAST),
             unconditional,
         )
-        tokens = preset("w8a4-modiff-paper", activation=symmetric, backend=backend)
+        tokens = preset("w8a4-modiff", activation=symmetric, backend=backend)
         tokens = dataclasses.replace(tokens, rules=(Rule("*", type="linear", activation=QuantSpec(6, "token")),))
         found[f"tokens/{backend}"] = lambda c=tokens: (modiff.quantize(dit(), c), labelled)
     return found
