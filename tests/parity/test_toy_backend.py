@@ -84,4 +84,4 @@ def test_a_backend_that_is_not_registered_is_refused():
 def test_a_device_without_integer_backends_is_simulated_and_says_why():
     model = modiff.quantize(denoiser(), config("w8a4-modiff-paper"))
     choice = model.conv_in.choice(torch.device("meta"))
-    assert str(choice) == "simulate (onednn runs on cpu, not on meta)"
+    assert str(choice) == "simulate (triton runs on cuda, not on meta; onednn runs on cpu, not on meta)"

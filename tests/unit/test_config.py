@@ -68,7 +68,7 @@ def test_quant_spec_refuses(fields, message):
     [
         ({"error_compensation": "yes"}, "error_compensation is 'yes'; allowed are true and false."),
         ({"warmup": "none"}, "warmup is 'none'; allowed are full, refine."),
-        ({"warmup_rounds": 0}, "warmup_rounds is 0; allowed are whole numbers, 1 or more."),
+        ({"warmup_rounds": 0}, "warmup_rounds is 0; allowed are whole numbers, 1 to 100."),
         ({"refresh_every": 1}, "refresh_every is 1; allowed are whole numbers, 2 or more."),
         ({"refresh_every": 2.5}, "refresh_every is 2.5; allowed are whole numbers, 2 or more."),
         ({"state_dtype": "int8"}, "state_dtype is 'int8'; allowed are float32, float16, bfloat16."),
@@ -243,7 +243,7 @@ def test_from_dict_is_the_inverse_of_asdict():
         (
             {"weigth": None},
             "QuantConfig has no field 'weigth'; allowed are weight, activation, modulation, rules, splits, smoothed, "
-            "vectors, ends, backend.",
+            "vectors, ends, backend, schedule.",
         ),
         (
             {"activation": {"bit": 4}},
