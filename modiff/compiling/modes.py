@@ -14,6 +14,7 @@ from modiff.compiling.blocks import KINDS
 from modiff.compiling.choose import Measured, chains_of, use_float
 from modiff.compiling.fusion import Fusion
 from modiff.compiling.graphs import use_graphs
+from modiff.compiling.probe import missing_compiler
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
@@ -214,13 +215,4 @@ class _Graph:
 
 def _missing_compiler(student: nn.Module) -> str | None:
     """What is missing for ``torch.compile`` on the student's device; None where it can run."""
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    if device.type != "cpu":
-        return None
-    from torch._inductor import cpp_builder, exc  # importing it takes a second
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError, OSError):
-        return "no C++ compiler is installed"
-    return None
+    return missing_compiler(next((p.device for p in student.parameters()), torch.device("cpu")))

@@ -12,9 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from modiff.compiling.probe import compiler_problem
 from modiff.errors import ConfigError
 from modiff.lit.data.batches import DeviceBatches, ImageDataset, flip
-from modiff.lit.modules.teacher import LitTeacher, compiler_problem
+from modiff.lit.modules.teacher import LitTeacher
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

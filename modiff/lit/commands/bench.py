@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 
+from modiff.compiling.probe import compiler_problem
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.bench.arms import COMPILED, EAGER, Bench
 from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table, unequal_arms
@@ -23,7 +24,6 @@ from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
 from modiff.lit.commands.compare import split_forwarded, unique_names
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.modules.teacher import compiler_problem
 from modiff.lit.runs.control import current
 from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import settle_single_rank

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
+from modiff.compiling.probe import compiler_problem
 from modiff.errors import CheckpointError, ConfigError
 from modiff.lit.modules.seeded import IndexSeeded
 from modiff.metrics.features import FeatureClassifier
@@ -237,15 +238,6 @@ def start_from(denoiser: nn.Module, folder: Path) -> None:
             f"init_from {str(folder)!r} holds no weights for this denoiser ({reason}). Give the unet/ folder of a "
             "pipeline of the same architecture."
         ) from error
-
-
-def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile does not work on this device, in a line; None where it does. Tried on a small function."""
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # compilers fail in their own ways: none found, broken, no headers
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return None
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> dict[str, Any]:
