@@ -218,3 +218,20 @@ def test_offline_run_is_really_made(tmp_path, capsys) -> None:
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert f"wandb sync {folder}" in capsys.readouterr().out
     assert list(folder.glob("*.wandb"))
+
+
+def test_a_process_without_credentials_keeps_an_offline_run(tmp_path) -> None:
+    """In a process of its own: W&B reads its settings once, when it is asked for credentials."""
+    script = (
+        "from pathlib import Path\n"
+        "from modiff.lit.runs.wandb import finish_wandb, make_wandb_logger\n"
+        f"logger = make_wandb_logger('auto', Path({str(tmp_path / 'run')!r}), 'name', {{}})\n"
+        "assert logger is not None\n"
+        "finish_wandb(logger)\n"
+    )
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "NETRC"))}
+    environ = {**kept, "HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "offline run in" in done.stdout
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

@@ -133,7 +133,10 @@ def _start(options: dict[str, Any], offline: bool) -> WandbLogger:
 
     Path(options["save_dir"]).mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(silent=True, console="off", init_timeout=START_S)
-    logger = WandbLogger(offline=offline, settings=settings, **options)
+    # The mode is said here too: the logger sets an environment variable, which W&B no longer reads once it was asked
+    # for credentials.
+    mode = {"mode": "offline"} if offline else {}
+    logger = WandbLogger(offline=offline, settings=settings, **mode, **options)
     _ = logger.experiment
     return logger
 
