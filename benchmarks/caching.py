@@ -31,7 +31,15 @@ from modiff.teachers.sampling.schedulers import make_scheduler
 from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 HERE = Path(__file__).parent
-ARMS = {"full precision": None, "W8A8 ptq": "w8a8-ptq", "W8A8 modiff": "w8a8-modiff", "W8A4 modiff": "w8a4-modiff"}
+ARMS = {
+    "full precision": None,
+    "W8A8 ptq": "w8a8-ptq",
+    "W8A8 modiff": "w8a8-modiff",
+    "W8A4 modiff": "w8a4-modiff",
+    "W8A8 ptq-paper": "w8a8-ptq-paper",
+    "W8A8 modiff-paper": "w8a8-modiff-paper",
+    "W8A4 modiff-paper": "w8a4-modiff-paper",
+}
 STATIC = ["none", "reuse-2", "reuse-3", "extrapolate-2", "extrapolate-3", "deep-reuse-2"]
 SHARES = (0.3, 0.4)
 CALIBRATION_SEED = 1000
