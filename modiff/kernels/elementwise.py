@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modiff.kernels.backend import Encoded, FixedScale, Held, OperatorShape, Prepared, Quantizer, output_scale
-from modiff.kernels.scratch import is_dense, scratch
+from modiff.kernels.scratch import scratch
 from modiff.quantizers.affine import Limits
 from modiff.quantizers.granularity import Partition
 from modiff.quantizers.packing import PackedWeight
@@ -175,8 +175,6 @@ class ElementwiseBackend:
         if self.keeps_zero(quantizer):
             return encode_keeping_zero(a, held, quantizer)
         zero = self.zero(quantizer)
-        if not torch.compiler.is_compiling() and held is None and not is_dense(a):
-            a = a.contiguous()  # scratch memory has its strides
         codes, scale, probe = encode(a, held, quantizer.limits, quantizer.partition, quantizer.fixed, zero)
         return Encoded(codes, zero or 0, None if zero is None else scale, probe)
 

@@ -12,9 +12,10 @@ _Key = tuple[torch.device, torch.dtype, int]
 
 
 def scratch(like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> Tensor:
-    """Uninitialized memory in the shape and strides of a dense tensor, shared by all operators of a thread.
+    """Uninitialized memory in the shape and strides of a tensor, shared by all operators of a thread.
 
-    It is valid until the next call for the same device, dtype and index.
+    It is valid until the next call for the same device, dtype and index. Of a tensor with gaps or overlaps, such as a
+    half of a split input, it keeps the order of the dims, as :func:`torch.empty_like` does.
 
     Args:
         like: The tensor.
@@ -31,7 +32,7 @@ def scratch(like: Tensor, dtype: torch.dtype | None = None, index: int = 0) -> T
         with torch.inference_mode(False):
             buffer = torch.empty(like.numel(), dtype=dtype, device=like.device)
         buffers[key] = buffer
-    return buffer.as_strided(like.shape, like.stride())
+    return buffer.as_strided(like.shape, dense_strides(like))
 
 
 def free_scratch() -> None:
@@ -39,8 +40,13 @@ def free_scratch() -> None:
     _LOCAL.__dict__.clear()
 
 
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor with the gaps and overlaps of its memory taken out."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x.stride()
+    return torch.empty_like(x, device="meta").stride()
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether a tensor fills its memory without gaps or overlaps, in some order of its dims."""
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return True
-    return torch.empty_like(x, device="meta").stride() == x.stride()
+    return dense_strides(x) == x.stride()

@@ -136,6 +136,7 @@ class QuantizedOperator(WeightHolder):
         """Choose and prepare anew at the next call."""
         self._executions = {}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph of somebody else's breaks here, once
     def decide(self, x: Tensor) -> None:
         """In the first call: take the spec of vectors where ``x`` is one vector per sample.
 
@@ -359,7 +360,7 @@ class QuantizedOperator(WeightHolder):
                 f"Operator {self.name!r} got an input that requires a gradient; a student has none (rounding has no "
                 "slope). Run it under torch.no_grad()."
             )
-        if self.undecided is not None and not torch.compiler.is_compiling():
+        if self.undecided is not None and not self.traced:
             self.decide(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

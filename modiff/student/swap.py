@@ -81,6 +81,7 @@ def quantize(
         ConfigError: The model is a pipeline, has no linear operators or is a student already, a rule's pattern matches
             nothing, a granularity does not exist for an operator, or a weight is no number; the model is unchanged.
     """
+    require_module(model)
     config = QuantConfig.preset(config) if isinstance(config, str) else config
     _require_quantizable(model, config)
     return convert(model, resolve(model, config, example_inputs), keep_teacher)

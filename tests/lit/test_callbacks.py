@@ -79,7 +79,7 @@ def test_free_memory_is_a_plausible_number_of_mib() -> None:
 def test_invariant_2_counts_of_a_batch(student, preset, quantized) -> None:
     module, cache = student(preset), ActivationCache()
     outputs = run_batch(cache, module)
-    assert outputs["facts"] == {"evaluations": 3, "quantized": quantized}
+    assert outputs["facts"] == {"evaluations": 3, "quantized": quantized, "reused": 0}
     assert module.result.evaluations == {"total": 3, "quantized": quantized}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class CppBackend:
         granularity = TENSOR if sets == 1 else SAMPLE if sets == encoded.codes.shape[0] else TOKEN
         total = o_hat.float()
         args = (encoded.codes, encoded.scale.reshape(-1), granularity, encoded.zero, total, None)
+        after = _laid_out(after, prepared.shape)
         out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after.arguments())
         _put_back(total, o_hat)
         return out
@@ -150,7 +152,7 @@ class CppBackend:
         """
         shape = prepared.shape
         x, kept, output = _image(a, shape), _image(held.a_hat, shape), _image(o_hat, shape)
-        total = output.float()
+        total, after = output.float(), _laid_out(after, shape)
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, held)
         out, _, probe = torch.ops.modiff.cpp_advance(
             prepared.weight.number, x, kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio,
@@ -235,6 +237,11 @@ def _image(x: Tensor, shape: OperatorShape) -> Tensor:
     x = x if x.ndim > rank + 1 else x.unsqueeze(0)
     x = x.unsqueeze(2) if rank == 1 else x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _laid_out(after: After, shape: OperatorShape) -> After:
+    """With its residual as rows of channels: what another backend or a plain layer gave may lie otherwise."""
+    return after if after.residual is None else replace(after, residual=_image(after.residual, shape))
 
 
 def _unimage(x: Tensor, like: Tensor, shape: OperatorShape) -> Tensor:
