@@ -136,7 +136,7 @@ class QuantizedOperator(WeightHolder):
         """Choose and prepare anew at the next call."""
         self._executions = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph of somebody else's breaks here, once
+    @torch.compiler.disable  # a graph of somebody else's breaks here, once
     def decide(self, x: Tensor) -> None:
         """In the first call: take the spec of vectors where ``x`` is one vector per sample.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,7 +131,7 @@ def test_help_lists_every_field(capsys) -> None:
             ["--model.calibration", "null", "--model.config.activation", RANGES],
             "The recipe has range: calibrated, but no calibration. Add one, such as --model.calibration.method nearest",
         ),
-        (["--model.config.weight", "null"], "'gptq', which finds weights, but the recipe quantizes none"),
+        (["--model.preset", "w32a4-modiff-paper"], "'gptq', which finds weights, but the recipe quantizes none"),
     ],
 )
 @pytest.mark.parametrize("command", ["evaluate", "quantize"])
@@ -153,7 +155,7 @@ def test_calibrates_once_then_reads_and_packs_the_same_student(calibrated, modif
     assert calls == ["gptq"]
     (kept,) = (cache / "calibrations").iterdir()
     assert f"Calibrating by gptq on 6 images, once; kept in {kept}." in said
-    assert sorted(path.name for path in kept.iterdir()) == ["lock", "student"]
+    assert sorted(path.name for path in kept.iterdir()) == [".holder.json", ".lock", "student"]
 
     status, said, err = modiff("evaluate", "--config", calibrated, *FAST, "--output", second)
     assert status == 0, err
@@ -236,7 +238,7 @@ def test_noise_is_not_that_of_the_images_of_the_same_seed(tiny_teacher, monkeypa
     drawn: list[torch.Tensor] = []
     real = callback_module.indexed_noise
     monkeypatch.setattr(callback_module, "indexed_noise", lambda *args: (drawn.append(real(*args)), drawn[-1])[1])
-    module._trainer = type("Trainer", (), {"callbacks": []})()
+    module._trainer = SimpleNamespace(callbacks=[], precision_plugin=SimpleNamespace(forward_context=nullcontext))
     module.eta = 1.0  # every step draws noise
     callback_module.draw(module, module.calibration, module.student)
     steps = len(drawn) // 2  # x_T and the noise of the steps, for a batch of 4 and one of 2

@@ -20,7 +20,7 @@ def recipes(tmp_path_factory, recipe_text) -> list[Path]:
     paths = []
     for name, preset in (("plain", "w8a4-ptq-paper"), ("modulated", "w8a4-modiff-paper")):
         paths.append(folder / f"{name}.yaml")
-        text = recipe_text.replace("w8a4-modiff-paper", preset).replace("timing_rounds: 1", "timing_rounds: 0")
+        text = recipe_text.replace("w8a4-modiff", preset).replace("timing_rounds: 1", "timing_rounds: 0")
         paths[-1].write_text(text)
     return paths
 

@@ -185,7 +185,7 @@ import test_fusion as t
 from small_models import config
 import modiff
 torch.set_num_threads(1)
-def student(): return modiff.quantize(t.unet(), config("w8a6-modiff"))
+def student(): return modiff.quantize(t.unet(), config("w8a6-modiff-paper"))
 wanted, _ = t.images(student())
 fused = t.compile_student(student(), "fused")
 print(sorted({row.backend.split(",")[0] for row in modiff.describe(fused)}))

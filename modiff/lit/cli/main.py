@@ -39,7 +39,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 def help_text() -> str:
     """The text of ``modiff --help``."""
-    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
     return f"""usage: modiff COMMAND --config RECIPE.yaml [--FIELD VALUE ...]
 
 Quantize diffusion models without training, and measure what it costs.

@@ -18,10 +18,11 @@ def dtype_of(denoiser: nn.Module | None) -> torch.dtype:
 
 
 def casting(denoiser: nn.Module) -> Callable[..., Tensor]:
-    """A denoiser that is given its arguments in its own dtype."""
+    """A denoiser that is given its arguments in its own dtype; a function, which has none, gets them as they are."""
 
     def evaluate(*args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs = in_dtype((args, kwargs), dtype_of(denoiser))
+        if isinstance(denoiser, nn.Module):
+            args, kwargs = in_dtype((args, kwargs), dtype_of(denoiser))
         return first_tensor(denoiser(*args, **kwargs))
 
     return evaluate
