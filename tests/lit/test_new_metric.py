@@ -41,12 +41,28 @@ def brightness(monkeypatch):
             return Findings({"student.brightness": self.mean.compute(), "student.glare": None})
 
 
+class Run:
+    """A W&B run that notes the numbers it is given."""
+
+    dir = "x/y/files"
+
+    def __init__(self) -> None:
+        self.summary: dict = {}
+        self.config: dict = {}
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+    def log(self, numbers, **_) -> None:
+        Noted.last.numbers |= numbers
+
+
 class Noted:
     """A W&B logger that notes what it is given."""
 
     def __init__(self, **_) -> None:
         self.numbers: dict = {}
-        self.experiment = type("Run", (), {"dir": "x/y/files", "finish": lambda *_: None})()
+        self.experiment = Run()
         Noted.last = self
 
     def __getattr__(self, name):
@@ -79,7 +95,8 @@ def test_a_new_metric_is_seen_everywhere(modiff, recipe, tmp_path, monkeypatch) 
     assert "Brightness gained, gray levels" in page
     assert "Glare (student), not available: no image is brighter than white" in page
     with next((out / "logs").glob("metrics.csv")).open() as file:
-        assert float(next(csv.DictReader(file))["student.brightness"]) == pytest.approx(value)
+        logged = [row["student.brightness"] for row in csv.DictReader(file) if row.get("student.brightness")]
+    assert float(logged[-1]) == pytest.approx(value)
     assert Noted.last.numbers["student.brightness"] == value
 
 

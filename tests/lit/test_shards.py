@@ -36,7 +36,7 @@ def test_metrics_come_from_shards_without_drawing(modiff, recipe, tmp_path, monk
     drawn, read = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("drawn", "read"))
     assert read["num_images"] == 10
     assert read["evaluations"] == drawn["evaluations"]
-    assert read["student"]["psnr_db"] == pytest.approx(drawn["student"]["psnr_db"], abs=0.3)  # of 8 bits
+    assert read["student"]["psnr_db"] == pytest.approx(drawn["student"]["psnr_db"], abs=0.5)  # 8 bits twice: 55.9 dB
     assert read["student"]["relative_l2"] == pytest.approx(drawn["student"]["relative_l2"], rel=0.05)
     floats, bytes_ = (load_file(str(tmp_path / name / "samples.safetensors")) for name in ("drawn", "read"))
     assert torch.allclose(floats["student"], bytes_["student"], atol=0.5 / 255 + 1e-6)

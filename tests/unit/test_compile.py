@@ -145,15 +145,15 @@ def test_rewritten_operators_compile_with_the_rest(graphs, mode, preset, backend
     found, counts = run(student, tokens(6))
     close(found, expected)
     assert (counts.total, counts.quantized) == (wanted.total, wanted.quantized)
-    after = graphs()
-    run(student, tokens(12))
-    assert graphs() == after > 0
-    if mode == "blocks":  # and not the pairs of halves
-        assert [type(m) for m in blocks.repeated_blocks(student)] == [Block, Block]
+    after, _ = graphs(), run(student, tokens(12))
+    # Codes that keep their zero point are made outside of stages.
+    eager = preset == "w8a8-ptq" and any(row.backend.startswith("onednn") for row in modiff.describe(student))
+    assert graphs() == after >= int(not (eager and mode == "stages"))
+    # Not the pairs of halves.
+    assert mode != "blocks" or [type(m) for m in blocks.repeated_blocks(student)] == [Block, Block]
     if mode == "whole":  # the first evaluation is eager: of plain quantization it runs a stage, of MoDiff none
-        assert after == (1 if "modiff" in preset else 2)
-    restored = modiff.restore(student)
-    assert type(restored.blocks[0].to_q) is nn.Linear
+        assert after == (1 if eager or "modiff" in preset else 2)
+    assert type((restored := modiff.restore(student)).blocks[0].to_q) is nn.Linear
     assert torch.equal(restored(*tokens(1)[0]), Blocks()(*tokens(1)[0]))
 
 

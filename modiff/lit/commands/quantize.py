@@ -21,6 +21,7 @@ from modiff.lit.runs.wandb import Guarded, finish_wandb, make_wandb_logger
 from modiff.lit.runs.wandb_content import log_student
 from modiff.storage.folder import check_target, read_manifest
 from modiff.student.checkpoint import save
+from modiff.student.swap import RECORD
 
 
 def quantize(args: Sequence[str]) -> int:
@@ -59,8 +60,11 @@ def made_before(folder: Path, module: LitStudent) -> bool:
         manifest = read_manifest(folder)
     except CheckpointError:
         return False
-    wanted = json.loads(json.dumps([dataclasses.asdict(module.config), module.origin()]))  # type: ignore[arg-type]
-    return [manifest.get("quant_config"), manifest.get("origin")] == wanted
+    # A student's own config names the operators that its vectors and ends turned out to be.
+    configs = [module.config, *([getattr(module.student, RECORD).config] if module.student is not None else [])]
+    wanted = json.loads(json.dumps([dataclasses.asdict(config) for config in configs]))  # type: ignore[arg-type]
+    origin = json.loads(json.dumps(module.origin()))
+    return manifest.get("quant_config") in wanted and manifest.get("origin") == origin
 
 
 class Nothing(IterableDataset):
