@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -15,21 +18,18 @@ from modiff.lit.runs.dashboard import build, dashboard, used_keys
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory, recipe_text):
     """A finished run of ``modiff evaluate --wandb offline``."""
-    from modiff.lit.cli.main import main
-
     folder = tmp_path_factory.mktemp("offline")
     recipe = folder / "recipes" / "mine" / "tiny.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text(recipe_text.replace("wandb: disabled", "wandb: offline"))
-    patch = pytest.MonkeyPatch()
-    for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_NAME", "WANDB_DIR"):
-        patch.delenv(key, raising=False)
-    for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        patch.setenv(key, str(folder / key))
-    patch.setenv("MODIFF_CACHE", str(folder / "cache"))
-    with patch.context():
-        assert main(["evaluate", "--config", str(recipe), "--output", str(folder / "out")]) == 0
-    patch.undo()
+    # In a process of its own, as a user's: other tests end the children of this one, and W&B's server among them.
+    left_out = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_NAME", "WANDB_DIR")
+    environ = {key: value for key, value in os.environ.items() if key not in left_out}
+    environ |= {key: str(folder / key) for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    environ["MODIFF_CACHE"] = str(folder / "cache")
+    command = [sys.executable, "-m", "modiff.lit.cli.main", "evaluate", "--config", str(recipe)]
+    done = subprocess.run([*command, "--output", str(folder / "out")], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (run,) = (folder / "out" / "wandb").glob("offline-run-*")
     return folder / "out", read_offline(run)
 
