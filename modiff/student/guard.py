@@ -11,6 +11,8 @@ from typing_extensions import override
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.operators.adapters import find_adapter, is_unsupported
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.refusals import refuse_hooks
+from modiff.student.reuse import reuse_of
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.session import ModulationState
 
@@ -38,6 +40,7 @@ class Guard(Listener):
 
     @override
     def before_trajectory(self, state: ModulationState) -> None:
+        refuse_hooks(self.student, state.stateful or reuse_of(state) is not None)
         found = dict(linear_modules(self.student))
         for name in self.names:
             if not isinstance(found.get(name), QuantizedOperator):

@@ -24,7 +24,7 @@ from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
 from modiff.student.guard import Guard
 from modiff.student.match import UNDECIDED, Plan, plan, plans
-from modiff.student.refusals import allow_methods, refuse_methods
+from modiff.student.refusals import allow_methods, refuse_hooks, refuse_methods
 from modiff.student.reuse import install_schedule, reuse_of
 from modiff.student.share import FullPrecisionShare, is_left, macs_beforehand, share_of
 from modiff.student.special import resolve
@@ -126,6 +126,7 @@ def convert(
         for planned, operator in built:
             _require_backend(operator, config.backend)
             operator.use_range((ranges or {}).get(planned.row.name))
+        refuse_hooks(model, state.stateful or config.schedule is not None)
     except Exception:
         if changed:
             undo(model)
@@ -141,7 +142,7 @@ def convert(
         record.hooks += install_schedule(model, config.schedule, state)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
-    refuse_methods(model)
+    refuse_methods(model, state.stateful or config.schedule is not None)
     return model
 
 
