@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from modiff.lit.cli.main import main
-from modiff.lit.runs.control import Control, Interrupted, controlling
+from modiff.lit.runs.control import Control, Interrupted, Stop, controlling
 from modiff.lit.runs.directory import RunDirectory
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -142,3 +143,18 @@ def test_library_use_gets_its_handlers_back() -> None:
     assert main(["nonsense"]) == 2
     assert main(["statistics", "--help-me"]) == 1
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize(("code", "stop"), [(130, False), (75, True)])
+def test_rank_that_was_stopped_while_it_imported_stops_the_others(code, stop) -> None:
+    control = Control()
+    ended = types.SimpleNamespace(poll=lambda: code)
+    control.launcher = types.SimpleNamespace(procs=[types.SimpleNamespace(poll=lambda: None), ended])
+    control._look_at_children()
+    assert control.stop == Stop("a signal to local rank 2", stop)
+    assert control.lost is None
+    control = Control()
+    control.launcher = types.SimpleNamespace(procs=[types.SimpleNamespace(poll=lambda: -9)])
+    control._look_at_children()
+    assert control.stop is None
+    assert control.lost == "Rank 1 was killed by SIGKILL; its last step: starting."

@@ -264,7 +264,9 @@ class Control:
         """The ranks that Lightning started on this node: their end is seen at once."""
         for local, process in enumerate(getattr(self.launcher, "procs", ()), start=1):
             code = process.poll()
-            if code and self.stop is None and self.lost is None:
+            if code in (INTERRUPTED, REQUEUE) and self.stop is None and self.lost is None:
+                self.stop = Stop(f"a signal to local rank {local}", code == REQUEUE)  # before it joined the others
+            elif code and self.stop is None and self.lost is None:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 base = self.rank - self.rank % (len(self.launcher.procs) + 1)
                 self.lose(base + local, how)
