@@ -116,8 +116,8 @@ def bench(args: Sequence[str]) -> int:
             "compiler_problem": problem,
             "provenance": provenance(trainer.strategy.root_device, clis),
         }
-    unequal = unequal_arms({name: student["backends"] for name, student in facts["students"].items()})
-    finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
+        unequal = unequal_arms({name: student["backends"] for name, student in facts["students"].items()})
+        finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
     return 0
 
 
