@@ -224,11 +224,11 @@ def write_page(rows: dict[str, Any], path: Path, notes: Path) -> None:
         "    python benchmarks/caching.py --teacher TEACHER --time",
         "",
         "32 images from each of the seeds 0, 1, 2; nothing is clipped. `same`: PSNR to the full-precision, unskipped",
-        "images of the same sampler and steps; `converged`: to 200 steps of DPM-Solver++ in full precision; both in dB,",
-        "mean and spread (largest less smallest) over seeds. `to converged`, `to real`: Fréchet distances in the",
+        "images of the same sampler and steps; `converged`: to 200 steps of DPM-Solver++ in full precision; both in",
+        "dB, mean and spread (largest less smallest) over seeds. `to converged`, `to real`: Fréchet distances in the",
         "teacher's own features, and the spread of leaving one seed out. `speed`: over the compiled full-precision",
-        "teacher with 50 steps, both compiled, whole trajectories in turns, median of 5. Residual branches of all resnet",
-        "and attention blocks are skipped; the rest of the network always runs.",
+        "teacher with 50 steps, both compiled, whole trajectories in turns, median of 5. Residual branches of all",
+        "resnet and attention blocks are skipped; the rest of the network always runs.",
     ]
     head = "| arm | schedule | same | converged | to converged | to real | TBOPs per image | speed |"
     for group in dict.fromkeys((key.split(" | ")[0], key.split(" | ")[3].split()[0]) for key in rows):
