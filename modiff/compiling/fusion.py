@@ -51,9 +51,7 @@ class Fused:
         self.fusion = fusion
         self.eager: Callable[..., Any] = types.MethodType(type(module).forward, module)
         self.fused_calls = 0
-        self.operators: list[QuantizedOperator] = [
-            module.get_submodule(name) for name in self.fused_operators(module)
-        ]
+        self.operators: list[QuantizedOperator] = [module.get_submodule(name) for name in self.fused_operators(module)]
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
@@ -277,9 +275,7 @@ def _float(x: Tensor | None) -> Tensor | None:
 def attend(module: Any, projected: Sequence[Tensor]) -> Tensor:
     """Softmax attention of queries ``[B, T, C]``, keys and values ``[B, S, C]``; returns ``[B, T, C]``."""
     batch, length, channels = projected[0].shape
-    query, key, value = (
-        x.view(batch, -1, module.heads, channels // module.heads).transpose(1, 2) for x in projected
-    )
+    query, key, value = (x.view(batch, -1, module.heads, channels // module.heads).transpose(1, 2) for x in projected)
     found = F.scaled_dot_product_attention(query, key, value)
     return found.transpose(1, 2).reshape(batch, length, channels)
 
