@@ -5,6 +5,7 @@
     python benchmarks/peers.py --threads 2             # wall time of two
     python benchmarks/peers.py quality                 # whole trajectories of the packaged teachers
     python benchmarks/peers.py memory --threads 2
+    python benchmarks/peers.py build                   # how long the C++ operators take to build, and to load
     python benchmarks/peers.py table                   # peers.md anew, from peers.json
 
 Each model and batch size is a process of its own, in which all arms take turns; what peers.json holds already, measured
@@ -21,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from importlib import metadata
@@ -52,7 +54,9 @@ def main() -> None:
     if args.group is not None:
         run_group(args)
         return
-    defaults = {"memory": MEMORY, "quality": tuple(f"{name}/8" for name in PACKAGED), "table": ()}
+    if args.step == "build":
+        build_times(args)
+    defaults = {"memory": MEMORY, "quality": tuple(f"{name}/8" for name in PACKAGED), "table": (), "build": ()}
     for group in args.groups or defaults.get(args.step, GROUPS):
         for arms in [[arm] for arm in args.arms] if args.step == "memory" else [args.arms]:
             if args.again or not_yet(args, group, arms):
@@ -71,7 +75,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", nargs="?", choices=("prepare", "time", "quality", "memory", "table"), default="time")
+    parser.add_argument(
+        "step", nargs="?", choices=("prepare", "time", "quality", "memory", "build", "table"), default="time"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--groups", nargs="+", help=f"model/batch; default {' '.join(GROUPS)}")
@@ -233,6 +239,31 @@ def peak(case: Case, arm: Any, before: int) -> float:
     text = Path("/proc/self/status").read_text()
     highest = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmHWM"))
     return (highest - before) / 2**20
+
+
+STARTS = """
+import time
+import torch, modiff
+from modiff.kernels.cpp import build
+start = time.perf_counter()
+problem = build.problem()
+print(problem or time.perf_counter() - start)
+"""
+
+
+def build_times(args: argparse.Namespace) -> None:
+    """Seconds until the C++ operators are there: in a first process, with an empty cache, and in a second one."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "MODIFF_CACHE": cache}
+        said = [
+            subprocess.run([sys.executable, "-c", STARTS], env=env, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)
+        ]
+    first, second = (float(text) for text in said)
+    print(f"C++ operators: built in {first:.1f} s; loaded by a second process in {second:.2f} s")
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    results["build"] = {"first_s": first, "second_s": second, "provenance": provenance()}
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

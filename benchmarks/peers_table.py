@@ -29,6 +29,9 @@ int8, embeddings and the first and last operator in float."""
 def markdown(results: dict[str, Any], notes: str = "") -> str:
     """All tables, and notes below them."""
     lines = [HEAD, "", *_machines(results)]
+    if "build" in results:
+        first, second = results["build"]["first_s"], results["build"]["second_s"]
+        lines += ["", f"The C++ operators are built in {first:.0f} s, and loaded by later processes in {second:.2f} s."]
     for key, entry in sorted(results.get("time", {}).items()):
         lines += _times(key, entry, results)
     for key, entry in results.get("quality", {}).items():

@@ -281,6 +281,10 @@ fused = t.compile_student(student(), "fused")
 print(sorted({row.backend.split(",")[0] for row in modiff.describe(fused)}))
 found, _ = t.images(fused)
 print(max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted)) < 0.02)
+def gated(): return modiff.quantize(t.conditional(), config("w8a6-modiff-paper"))
+wanted, _ = t.images(gated(), channels=4, **t.PROMPT)
+found, _ = t.images(t.compile_student(gated(), "fused"), channels=4, **t.PROMPT)
+print(max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted)) < 0.02)
 wide = t.compile_student(modiff.quantize(t.unet(), config("w8a8-modiff")), "fused")
 print(sorted({row.backend.split(",")[0][:30] for row in modiff.describe(wide)}))
 """
@@ -291,8 +295,8 @@ def test_without_vnni_products_are_onednns_and_images_the_same():
     done = subprocess.run([sys.executable, "-c", WITHOUT_VNNI], capture_output=True, text=True, env=env, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split("\n")
-    assert lines[:3] == ["avx2 False", "['cpp']", "True"]
-    assert lines[3] == "['simulate (8-bit codes saturate']"
+    assert lines[:4] == ["avx2 False", "['cpp']", "True", "True"]
+    assert lines[4] == "['simulate (8-bit codes saturate']"
 
 
 def test_a_choice_is_saved_counted_and_keeps_the_images(tmp_path):
