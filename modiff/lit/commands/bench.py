@@ -115,9 +115,9 @@ def bench(args: Sequence[str]) -> int:
             "compiler_problem": problem,
             "provenance": provenance(trainer.strategy.root_device, clis),
         }
-    by_mode = [{name: executed[name][mode] for name in executed} for mode in modes]
-    unequal = [*dict.fromkeys(text for students in by_mode for text in unequal_arms(students))]
-    finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
+        by_mode = [{name: executed[name][mode] for name in executed} for mode in modes]
+        unequal = [*dict.fromkeys(text for students in by_mode for text in unequal_arms(students))]
+        finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
     return 0
 
 
