@@ -313,7 +313,13 @@ class QuantizedOperator(WeightHolder):
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
-        encoded = execution.backend.encode(a, None, execution.quantizer.at(self.fixed_scale(a)))
+        quantizer = execution.quantizer.at(self.fixed_scale(a))
+        apply = getattr(execution.backend, "apply", None)
+        if apply is not None:
+            output, probe = apply(a, self.prepared(execution), quantizer, self.float_bias())
+            self.note(probe, quantized=True)
+            return output.to(output_dtype(x))
+        encoded = execution.backend.encode(a, None, quantizer)
         self.note(encoded.probe, quantized=True)
         if encoded.scale is None:
             return self.product(encoded.codes, with_bias=True).to(output_dtype(x))
@@ -333,6 +339,10 @@ class QuantizedOperator(WeightHolder):
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
         if not self.traced:
             self.state.note(self.name, probe, quantized)
+
+    def float_bias(self) -> Tensor | None:
+        """The bias as a backend takes it."""
+        return None if self.bias is None else self.bias.detach().float().contiguous()
 
     def add_bias(self, output: Tensor) -> Tensor:
         """Add the bias in place, once (equation 9)."""
