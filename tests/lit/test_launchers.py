@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -132,6 +133,50 @@ def test_processes_that_lightning_would_not_find_are_refused(environment, variab
     environment(**variables)
     with pytest.raises(ConfigError, match=message):
         settle_rank(of)
+
+
+@pytest.fixture
+def mpi(monkeypatch):
+    """Process 1 of 2 as mpi4py says it, under any implementation of MPI."""
+    world = SimpleNamespace(Get_size=lambda: 2, Get_rank=lambda: 1)
+    monkeypatch.setattr("lightning.fabric.plugins.environments.mpi._MPI4PY_AVAILABLE", True)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=world)))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},  # Open MPI
+        {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2"},  # MPICH, Intel MPI
+    ],
+)
+def test_mpirun_is_recognized_by_mpi4py(environment, mpi, variables) -> None:
+    environment(**variables)
+    of = trainer("auto")
+    launch = settle_rank(of)
+    assert (launch.launcher, launch.rank, launch.world_size, of.devices, of.num_nodes) == ("mpirun", 1, 2, 2, 1)
+    assert rank_zero_only.rank == 1
+    with pytest.raises(ConfigError, match=r"mpirun started 2 processes, but .* Add --trainer.devices 2, or start 3"):
+        settle_rank(trainer(3))
+    with pytest.raises(ConfigError, match=r"modiff bench runs in one process, but mpirun started 2\."):
+        settle_single_rank("bench")
+
+
+def test_mpirun_of_several_nodes(environment, mpi) -> None:
+    environment(MPI_LOCALNRANKS="1")
+    of = trainer("auto")
+    assert settle_rank(of).per_node == 1
+    assert (of.devices, of.num_nodes) == (1, 2)
+
+
+def test_mpi4py_without_mpi_is_said(environment, mpi, monkeypatch) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError("cannot load MPI library\nlibmpi.so: cannot open shared object file")
+
+    monkeypatch.setitem(sys.modules, "mpi4py", Broken())
+    with pytest.raises(ConfigError, match=r"finds no MPI library \(cannot load MPI library\).*or uninstall mpi4py"):
+        settle_rank(trainer())
 
 
 def test_interactive_allocation_starts_its_own_processes(environment) -> None:
