@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from modiff.errors import ConfigError
+from modiff.lit.cli.student import StudentCLI
 from modiff.lit.runs.launchers import settle_rank, settle_single_rank
 
 VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -194,3 +195,11 @@ def test_a_rank_that_is_no_number_is_refused(modiff, recipe, environment) -> Non
     environment(RANK="first")
     status, _, err = modiff("evaluate", "--config", recipe)
     assert (status, err) == (1, "modiff: RANK is 'first'; allowed are whole numbers. Unset it.\n")
+
+
+def test_looking_for_devices_leaves_the_rank_of_a_given_environment(environment, recipe, monkeypatch) -> None:
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    kubeflow = ["--trainer.plugins", "lightning.pytorch.plugins.environments.KubeflowEnvironment"]
+    options = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp"]
+    StudentCLI("evaluate", ["--config", str(recipe), *options, *kubeflow])
+    assert rank_zero_only.rank == 1
