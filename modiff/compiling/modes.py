@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modiff.compiling.bfloat16 import Bfloat16
-from modiff.compiling.blocks import KINDS
+from modiff.compiling.blocks import kind_of
 from modiff.compiling.choose import Measured, chains_of, use_float
 from modiff.compiling.fusion import Fusion
 from modiff.compiling.graphs import use_graphs
@@ -173,7 +173,7 @@ def _fuse(student: nn.Module, mode: Mode) -> Fusion | None:
         operator.prefer_backend("cpp")
         cpp = operator.choice(operator.module.weight.device).name == "cpp"
         operator.wrap_backend(None if cpp else compiled_backend)
-    fusion = Fusion(student, KINDS)
+    fusion = Fusion(student, kind_of)
     state_of(student).listeners.append(fusion)
     return fusion
 

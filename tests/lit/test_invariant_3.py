@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from modiff.config.quant import QuantConfig
+from modiff.config.schedule import ReuseSchedule
 from modiff.lit.data.noise import NoiseDataModule
 from modiff.lit.modules.student import LitStudent
 from modiff.teachers.sampling.noise import indexed_noise
@@ -27,7 +29,8 @@ def images(
     teacher: Path, num_images: int, batch_size: int, world_size: int = 1, dtype: torch.dtype = torch.float32, **options
 ) -> torch.Tensor:
     """The student's images 0 .. num_images - 1, as the ranks of a run draw them."""
-    module = LitStudent(TeacherSpec(path=str(teacher)), preset="w8a4-modiff-paper", steps=3, **options)
+    given = {"preset": "w8a4-modiff-paper", "steps": 3, **options}
+    module = LitStudent(TeacherSpec(path=str(teacher)), **given)
     module.prepare(seed=7)
     module.student.to(dtype)
     noise = module.noise
@@ -58,6 +61,22 @@ def test_invariant_3_batch_sizes_agree_up_to_rounding(tiny_teacher, eta) -> None
     # In float64: a float32 difference of 1e-7 may move a 4-bit code, whose error the next evaluation feeds back, so the
     # bound on float32 images would depend on the number of threads.
     a, b = (images(tiny_teacher, 4, size, dtype=torch.float64, eta=eta) for size in (4, 1))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def skipping(preset: str) -> QuantConfig:
+    config = QuantConfig.preset("w8a4-modiff-paper")
+    return dataclasses.replace(config, schedule=ReuseSchedule.preset(preset))
+
+
+@pytest.mark.parametrize("schedule", ["reuse-2", "extrapolate-2"])
+def test_invariant_3_holds_where_blocks_are_reused(tiny_teacher, schedule) -> None:
+    given = {"preset": None, "config": skipping(schedule), "steps": 5}
+    whole = images(tiny_teacher, 7, 3, **given)
+    assert torch.equal(images(tiny_teacher, 2, 3, **given), whole[:2])
+    assert torch.equal(images(tiny_teacher, 7, 3, world_size=2, **given), whole)
+    assert not torch.equal(images(tiny_teacher, 7, 3, steps=5), whole), "blocks were skipped"
+    a, b = (images(tiny_teacher, 4, size, dtype=torch.float64, **given) for size in (4, 1))
     assert torch.allclose(a, b, atol=1e-6)
 
 

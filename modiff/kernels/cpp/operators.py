@@ -12,7 +12,7 @@ from torch import Tensor
 
 NO_PROLOGUE = (0, 0, 0)
 NORMS = {None: 0, "group": 1, "layer": 2}
-ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "geglu": 4}
 
 
 class Weight:
@@ -61,7 +61,8 @@ class Before:
 
     Args:
         norm: ``group``, ``layer`` or None.
-        activation: ``silu``, ``gelu_tanh``, ``gelu`` or None; after the norm.
+        activation: ``silu``, ``gelu_tanh``, ``gelu`` or None; after the norm. ``geglu``: the tensor has twice the
+            operator's channels, and its first half times GELU of its second half is the input; without a norm.
         groups: Of a group norm.
         mul: Factor after the norm, float32 ``[C]``, or of a layer norm ``[B, C]``; None: 1.
         add: Summand after it, likewise; None: 0.
@@ -76,6 +77,10 @@ class Before:
     add: Tensor | None = None
     shift: Tensor | None = None
     eps: float = 0.0
+
+    def input(self, x: Tensor) -> Tensor:
+        """Something in the shape of the operator's input, where ``x`` is what is read."""
+        return x[..., : x.shape[-1] // 2] if self.activation == "geglu" else x
 
     def arguments(self) -> tuple[Any, ...]:
         """As the operators take them."""
@@ -140,10 +145,11 @@ def _fake_advance(handle: int, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     return _fake_output(handle, x, out_type), scale, x.new_empty([], dtype=torch.float32)
 
 
-def _fake_encode(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_encode(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     granularity, linear = args[5][2], args[7]
-    scale = x.new_empty([_sets(x, granularity, linear)], dtype=torch.float32)
-    return torch.empty_like(x, dtype=torch.uint8), scale, x.new_empty([], dtype=torch.float32)
+    sets = [_sets(x, granularity, linear)]
+    scale, zero = (x.new_empty(sets, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x, dtype=torch.uint8), scale, zero, x.new_empty([], dtype=torch.float32)
 
 
 def _fake_multiply(handle: int, codes: Tensor, *args: Any) -> Tensor:
