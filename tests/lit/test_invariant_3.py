@@ -22,6 +22,7 @@ from modiff.lit.modules.student import LitStudent
 from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.zoo import TeacherSpec
 from modiff.trajectory.session import trajectory
+from tests.fault_cases import ROOT, free_port
 
 
 def images(
@@ -120,33 +121,47 @@ def test_streams_of_a_long_image_do_not_overlap() -> None:
     assert not set(first[0, -64:].tolist()) & set(second[0, :64].tolist())
 
 
-def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> None:
-    real = tmp_path / "real"
+ITSELF = [sys.executable, "-m", "modiff.lit.cli.main"]
+
+
+def check_two_processes(recipe: Path, folder: Path, program: list[str], more: list[str]) -> None:
+    """Every image and every figure of two processes is that of one, bit for bit."""
+    real = folder / "real"
     real.mkdir()
     for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
         Image.fromarray(picture).save(real / f"{i:02d}.png")
-    base = [sys.executable, "-m", "modiff.lit.cli.main", "evaluate", "--config", str(recipe), "--timing_rounds", "0"]
-    base += ["--model.reference", str(real)]
+    base = ["evaluate", "--config", str(recipe), "--timing_rounds", "0", "--model.reference", str(real)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
     jobs = {
         name: subprocess.Popen(
-            [*base, *more, "--output", str(tmp_path / name)],
-            env={**environment, "MODIFF_CACHE": str(tmp_path / f"cache-{name}")},  # each measures the real images
+            [*start, *base, *options, "--output", str(folder / name)],
+            env={**environment, "MODIFF_CACHE": str(folder / f"cache-{name}")},  # each measures the real images
         )
-        for name, more in (("one", []), ("two", two))
+        for name, start, options in (("one", ITSELF, []), ("two", program, more))
     }
-    assert {name: job.wait(timeout=200) for name, job in jobs.items()} == {"one": 0, "two": 0}
-    one, two = tmp_path / "one", tmp_path / "two"
+    assert {name: job.wait(timeout=400) for name, job in jobs.items()} == {"one": 0, "two": 0}
+    one, two = folder / "one", folder / "two"
     assert (one / "samples.safetensors").read_bytes() == (two / "samples.safetensors").read_bytes()
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
     assert (a["provenance"]["world_size"], b["provenance"]["world_size"]) == (1, 2)
     # Every figure, bit for bit: sums do not depend on who drew what.
     for part in ("cost", "evaluations", "teacher", "student", "features", "reasons"):
         assert a[part] == b[part]
-    for who, key in itertools.product(("teacher", "student"), ("fid", "precision", "recall")):
+    for who, key in itertools.product(("teacher", "student"), ("fid", "precision", "recall", "inception_score")):
         assert a[who][key] is not None
     assert a["student"]["fid_to_teacher"] > 0
+
+
+def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> None:
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    check_two_processes(recipe, tmp_path, ITSELF, two)
+
+
+@pytest.mark.slow
+def test_invariant_3_fabric_run_draws_the_images_of_one_process(recipe, tmp_path) -> None:
+    """The recipe leaves the devices open, so that the launcher's number is taken."""
+    fabric = [str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2", "--accelerator", "cpu"]
+    check_two_processes(recipe, tmp_path, [*fabric, "--main-port", str(free_port()), str(ROOT / "recipes/run.py")], [])
 
 
 def test_config_is_kept_as_given() -> None:
