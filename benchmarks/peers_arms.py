@@ -293,4 +293,4 @@ def build(case: Case, name: str) -> Any:
 def reason(error: Exception) -> str:
     """What another library says, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
-    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else repr(error)
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else repr(error)
