@@ -22,6 +22,7 @@ from modiff.kernels.cpp.operators import After, Before
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.graphs import outside
 from modiff.trajectory.session import Listener, ModulationState
 
 NOTHING = Before()
@@ -69,6 +70,8 @@ class Fused:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's forward."""
+        if torch.compiler.is_compiling():
+            return outside(self, x, *args, **kwargs)
         if (
             self.fusion.ready
             and not torch.is_grad_enabled()

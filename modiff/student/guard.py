@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from typing_extensions import override
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.operators.adapters import find_adapter, is_unsupported
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.refusals import refuse_hooks
+from modiff.student.reuse import reuse_of
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.session import ModulationState
 
@@ -38,9 +40,11 @@ class Guard(Listener):
 
     @override
     def before_trajectory(self, state: ModulationState) -> None:
+        refuse_hooks(self.student, state.stateful or reuse_of(state) is not None)
         found = dict(linear_modules(self.student))
         for name in self.names:
             if not isinstance(found.get(name), QuantizedOperator):
+                self._refuse_wrapped(found)
                 raise TrajectoryError(
                     f"Operator {name!r} is no longer in its place in the student: something replaced or removed it "
                     f"(fused projections, adapters). {ANEW}."
@@ -52,6 +56,20 @@ class Guard(Listener):
                 f"would run in full precision. {ANEW}."
             )
         self._check_operators([m for m in found.values() if isinstance(m, QuantizedOperator)])
+
+    def _refuse_wrapped(self, found: Iterable[str]) -> None:
+        """Say so where the operators are still there, inside what ``torch.compile`` put in the place of a module.
+
+        Raises:
+            TrajectoryError: They are.
+        """
+        wrapped = next((name for name in found if "_orig_mod" in name.split(".")), None)
+        if wrapped is not None:
+            where = wrapped.split("._orig_mod")[0]
+            raise TrajectoryError(
+                f"Module {where!r} of the student was wrapped by torch.compile, which gives its operators other names. "
+                "Put the module itself back, and compile the student by modiff.compile(student)."
+            )
 
     def _check_operators(self, quantized: list[QuantizedOperator]) -> None:
         flags = []

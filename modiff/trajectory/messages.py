@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SKIPPED = (
-    "A package that skips modules, and reuses what they gave in an earlier step, does not combine with modulation yet: "
-    "switch it off. If the denoiser itself calls the operator now and then, exclude it with Rule(..., skip=True)."
+    "A package that skips modules, and reuses what they gave in an earlier step, does not combine with modulation: "
+    "switch it off, or use modiff's own reuse of blocks, QuantConfig.schedule (docs/frontier.md). If the denoiser itself "
+    "calls the operator now and then, exclude it with Rule(..., skip=True)."
 )
 ALREADY_OPEN = (
     "A trajectory is already open on this student; they can be neither nested nor concurrent. "
