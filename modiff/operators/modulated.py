@@ -12,7 +12,8 @@ from modiff.errors import TrajectoryError
 from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
-from modiff.operators.quantized import Execution, QuantizedOperator
+from modiff.operators.execution import Execution
+from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.vectors import is_vector
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like, static_room
