@@ -211,7 +211,6 @@ def pt2e(case: Case) -> Evaluate:
 
     Time steps are floats, since its observers do not take integers.
     """
-    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -223,8 +222,8 @@ def pt2e(case: Case) -> Evaluate:
         for x, t in calibration_inputs(case):
             prepared(x, t.float())
         torch.export.save(torch.export.export(convert_pt2e(prepared), example), path)
-    lowered = lower_pt2e_quantized_to_x86(torch.export.load(path).module(), example)
-    model = torch.compile(lowered, dynamic=False)
+    # Frozen, as PyTorch's tutorial asks for: weights are packed as constants of the graph.
+    model = torch.compile(torch.export.load(path).module(), dynamic=False, options={"freezing": True})
     return lambda x, t: model(x, t.float())
 
 
@@ -293,4 +292,4 @@ def build(case: Case, name: str) -> Any:
 def reason(error: Exception) -> str:
     """What another library says, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
-    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else repr(error)
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else repr(error)

@@ -2,7 +2,8 @@
 
 The blocks are those of diffusers, known by the names of their classes and of what they hold; whatever looks different
 runs as it is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all
-of its operators advance; the first one of a trajectory, refreshes, and whatever is unusual run in that ``forward``.
+of its operators advance, or quantize plainly; the first one of a trajectory, evaluations outside of any, refreshes, and
+whatever is unusual run in that ``forward``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class ModulatedOperator(QuantizedOperator):
         or :mod:`modiff.compiling.regions` outside the graph.
         """
         if self.is_traced_by_others():
-            return outside(self.run_outside, input)  # type: ignore[no-any-return]
+            return outside(self.run_outside, input)
         x = input
         if self.in_float:
             return super().forward(x)

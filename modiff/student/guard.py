@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from modiff.errors import ConfigError, TrajectoryError
@@ -37,6 +37,7 @@ class Guard(Listener):
         self.student = student
         self.names = names
         self.linear = {name for name, _ in linear_modules(student)}
+        self.seen: tuple[object, ...] = ()
 
     @override
     def before_trajectory(self, state: ModulationState) -> None:
@@ -56,6 +57,19 @@ class Guard(Listener):
                 f"would run in full precision. {ANEW}."
             )
         self._check_operators([m for m in found.values() if isinstance(m, QuantizedOperator)])
+
+    @override
+    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
+        """Outside of a trajectory: compare again where PyTorch counted a write to a weight."""
+        if state.trajectory is not None:
+            return
+        weights = [
+            m.module._parameters.get("weight") for m in self.student.modules() if isinstance(m, QuantizedOperator)
+        ]
+        seen = tuple((id(w), None if w is None or w.is_inference() else w._version) for w in weights)
+        if seen != self.seen:
+            self.before_trajectory(state)
+            self.seen = seen
 
     def _refuse_wrapped(self, found: Iterable[str]) -> None:
         """Say so where the operators are still there, inside what ``torch.compile`` put in the place of a module.
@@ -131,5 +145,11 @@ def _follow(operator: QuantizedOperator) -> None:
             f"class, which the quantized operator would not follow. {ANEW}."
         )
     shape = adapter.shape(module, operator.weight_spec)
+    fixed = {name: getattr(operator.shape, name) for name in ("in_channels", "out_channels", "kernel", "groups")}
+    if any(getattr(shape, name) != value for name, value in fixed.items()):
+        raise TrajectoryError(
+            f"Operator {operator.name!r} was changed after it was quantized: its channels, kernel or groups are other "
+            f"ones, which its weight does not fit. {ANEW}."
+        )
     if shape != operator.shape:
         operator.use_shape(shape)

@@ -43,6 +43,7 @@ WHY = {
     "enable_group_offload": OFFLOADS,
     "enable_layerwise_casting": "would cast the weight of each operator, which modiff keeps packed. Leave it out",
     "enable_cache": CACHES,
+    "to_empty": "would leave its codes and scales without content. {restore} first, or make the student after it",
     "fuse_qkv_projections": FUSES,
     "unfuse_qkv_projections": FUSES,
     **dict.fromkeys(

@@ -83,7 +83,8 @@ class BlockReuse(Listener):
     def note_time(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the student: the time step of this evaluation."""
         if torch.compiler.is_compiling():
-            return outside(self.note_time, _, args, kwargs)  # type: ignore[no-any-return]
+            outside(self.note_time, _, args, kwargs)
+            return
         given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if isinstance(given, Tensor):
             self.time = given.detach().flatten()[0].float() if given.numel() else None

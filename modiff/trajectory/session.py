@@ -136,8 +136,11 @@ class ModulationState:
             TrajectoryError: The evaluation before did not finish.
         """
         if torch.compiler.is_compiling():
-            return outside(self.begin_evaluation, _module, args, kwargs)  # type: ignore[no-any-return]
+            outside(self.begin_evaluation, _module, args, kwargs)
+            return
         run = self.trajectory
+        if run is not None and self.stateful and torch.jit.is_tracing():
+            raise TrajectoryError(messages.TRACED)
         if run is not None:
             if run.in_evaluation:
                 raise TrajectoryError(

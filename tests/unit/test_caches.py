@@ -13,7 +13,9 @@ from modiff import QuantConfig
 from modiff.config.schedule import ReuseSchedule
 from modiff.errors import ConfigError, ModiffError
 
-MESSAGE = r"skips modules whose operators keep a state; the two do not combine\..* QuantConfig.schedule \(docs/frontier.md\)"
+MESSAGE = (
+    r"skips modules whose operators keep a state; the two do not combine\..* QuantConfig.schedule \(docs/frontier.md\)"
+)
 RANGE = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 2000)}
 
 
@@ -54,7 +56,10 @@ def flux():
 def test_a_cached_denoiser_is_refused_by_name_and_left_as_it_was(cache, flux) -> None:
     pipe, _ = flux
     pipe.transformer.enable_cache(CACHES[cache][0]())
-    for quantize in (lambda: modiff.quantize(pipe.transformer, "w8a8-modiff"), lambda: modiff.quantize_pipeline(pipe, "w8a8-modiff")):
+    for quantize in (
+        lambda: modiff.quantize(pipe.transformer, "w8a8-modiff"),
+        lambda: modiff.quantize_pipeline(pipe, "w8a8-modiff"),
+    ):
         with pytest.raises(ConfigError, match="The diffusers hook .* on .* " + MESSAGE):
             quantize()
     pipe.transformer.disable_cache()

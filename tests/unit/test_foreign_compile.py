@@ -211,7 +211,9 @@ def test_one_graph_for_all_is_refused_with_the_fix() -> None:
 def test_a_module_that_is_wrapped_afterwards_is_refused_with_the_fix() -> None:
     student = modiff.quantize(Net(), MODULATED)
     student.blocks[1] = torch_compile(student.blocks[1])
-    with pytest.raises(TrajectoryError, match=r"'blocks.1' of the student was wrapped by torch.compile.*modiff.compile"):
+    with pytest.raises(
+        TrajectoryError, match=r"'blocks.1' of the student was wrapped by torch.compile.*modiff.compile"
+    ):
         run(student, student)
 
 

@@ -89,7 +89,9 @@ def test_lora_is_refused_by_name_unless_fused():
 def test_layerwise_casting_is_refused():
     pipe, _ = build(pipelines.flux)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"diffusers hook 'layerwise_casting' on module .* moves or casts .* Disable it"):
+    with pytest.raises(
+        ConfigError, match=r"diffusers hook 'layerwise_casting' on module .* moves or casts .* Disable it"
+    ):
         modiff.quantize_pipeline(pipe, "w8a8-modiff")
 
 
