@@ -242,7 +242,7 @@ def test_settings_that_do_the_same_are_one():
     full = Setting("ddim", 20)
     assert Setting("ddim", 20, activation_bits=32, method="ptq", granularity="channel").canonical() == full
     assert recipe_of(full, {"name": "mnist"})["model"]["config"] is None
-    assert slug(Setting("ddim", 20, 8, 6, "ptq", "channel", "reuse-2", True)) == (
+    assert slug(Setting("ddim", 20, 8, 6, "ptq", "channel", schedule="reuse-2", compile=True)) == (
         "ddim20_w8a6_ptq_channel_reuse-2_compiled"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from modiff.errors import ConfigError
 from modiff.lit.callbacks.provenance import git_commit, package_versions
 from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
+from modiff.lit.runs.control import Interrupted
+from modiff.lit.runs.running import running
 from modiff.lit.runs.wandb import WandbMode
+from modiff.lit.search.directory import SearchDirectory
 from modiff.lit.search.distances import distances_of
 from modiff.lit.search.frontier import sentences, write_frontier
 from modiff.lit.search.goals import Quality, parse_budget, parse_cost
@@ -24,8 +25,6 @@ from modiff.lit.search.study import Search
 from modiff.lit.search.target import TeacherTarget
 from modiff.lit.search.tracking import log_search
 from modiff.teachers.zoo import TeacherSpec, load_teacher
-
-JOURNAL = "study.journal"
 
 
 def make_parser() -> ArgumentParser:
@@ -65,7 +64,7 @@ def search(args: Sequence[str]) -> int:
     budget = parse_budget(options.budget)
     space = SearchSpace(**options.space.as_dict())
     space.check(quality)
-    folder = claim(Path(options.output), options.overwrite)
+    run = SearchDirectory(Path(options.output), options.overwrite)
     spec = TeacherSpec(**options.teacher.as_dict())
     teacher = load_teacher(spec)
     distances = distances_of(quality, spec, teacher, options.images, options.features, options.reference)
@@ -75,7 +74,7 @@ def search(args: Sequence[str]) -> int:
         space=space,
         quality=quality,
         cost=cost,
-        folder=folder,
+        folder=run.path,
         images=options.images,
         confirm_images=options.confirm_images,
         reference_sampler=options.reference_sampler,
@@ -83,32 +82,19 @@ def search(args: Sequence[str]) -> int:
         distances=distances,
         say=lambda line: print(line, flush=True),
     )
-    try:
-        points = study.run(budget)
-    except KeyboardInterrupt:
-        points = study.points()
-        if points:
-            report(folder, points, quality, cost, about(options, args))
-        raise
-    result = report(folder, points, quality, cost, about(options, args))
-    log_search(options.wandb, folder, result)
+    with running(run):
+        run.claim()
+        try:
+            points = study.run(budget)
+        except (Interrupted, KeyboardInterrupt):
+            points = study.points()
+            if points:
+                report(run.path, points, quality, cost, about(options, args))
+            raise
+        result = report(run.path, points, quality, cost, about(options, args))
+        log_search(options.wandb, run.path, result)
+        run.mark("complete")
     return 0
-
-
-def claim(folder: Path, overwrite: bool) -> Path:
-    """Take the output directory: new, empty, or of an earlier search.
-
-    Raises:
-        ConfigError: It holds something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file. Give a directory.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / JOURNAL).exists():
-        raise ConfigError(f"--output {folder} holds files that are not a search. Give another --output.")
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def about(options: Namespace, args: Sequence[str]) -> dict[str, Any]:

@@ -17,13 +17,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from modiff.errors import ModiffError
-from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.signals import INTERRUPTED, REQUEUE, SIGNALS, asks_for_requeue, ignore_signals
 
 LOOK_S = 1.0
+
+
+class Run(Protocol):
+    """A directory that says how the work on it ended, such as :class:`modiff.lit.runs.directory.RunDirectory`."""
+
+    claimed: bool
+
+    @property
+    def status(self) -> str | None:
+        """What it says: running, interrupted, failed or complete."""
+
+    def mark(self, status: str) -> None:
+        """Let it say so."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,8 @@ class Control:
         self.lost: str | None = None
         self.lost_rank: int | None = None
         self.where = "starting"
-        self.runs: list[RunDirectory] = []
-        self.marked: list[RunDirectory] = []
+        self.runs: list[Run] = []
+        self.marked: list[Run] = []
         self.launcher: Any = None
         self.deferred = self._open = 0
         self.over = self.finished = self.parted = False
@@ -133,7 +145,7 @@ class Control:
                 self.deferred -= 1
 
     @contextmanager
-    def marking(self, run: RunDirectory) -> Iterator[None]:
+    def marking(self, run: Run) -> Iterator[None]:
         """Mark a run as interrupted or failed where the work in here ends so."""
         with self._working():
             self.runs.append(run)

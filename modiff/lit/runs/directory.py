@@ -160,7 +160,12 @@ class RunDirectory:
             write_json(self.path / STATUS, {**now, **self._facts})
 
     def _read_marker(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.marker.read_text())
-        except (OSError, ValueError):
-            return None
+        return read_marker(self.marker) or None
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """What a marker holds; empty where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}

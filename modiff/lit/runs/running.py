@@ -13,13 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from modiff.lit.callbacks.activation_cache import explain_out_of_memory
 from modiff.lit.modules.student import LitStudent
-from modiff.lit.runs.control import current
-from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.control import Run, current
 from modiff.lit.runs.endings import explain
 
 
 @contextmanager
-def running(run: RunDirectory | None) -> Iterator[None]:
+def running(run: Run | None) -> Iterator[None]:
     """Around the work on an output directory: it stops at a step only, and the directory says how it ended."""
     control = current()
     with control.deferring(), nullcontext() if run is None else control.marking(run):

@@ -256,7 +256,12 @@ class Search:
         size = 1
         for choices in dataclasses.astuple(self.space):
             size *= len(choices)
-        seen = {json.dumps(t.params, sort_keys=True) for t in study.get_trials(deepcopy=False)}
+        seen = set()
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state == TrialState.WAITING:
+                return False
+            if trial.state != TrialState.FAIL or "refused" in trial.user_attrs:  # others were interrupted
+                seen.add(json.dumps(trial.params, sort_keys=True))
         return len(seen) >= size
 
     @staticmethod

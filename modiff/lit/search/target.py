@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modiff.compiling.modes import compile as compile_student
 from modiff.errors import ConfigError
+from modiff.lit.runs.control import stopping
 from modiff.lit.search.space import Setting
 from modiff.student.cost import cost, weight_bytes
 from modiff.student.swap import quantize
@@ -171,7 +172,8 @@ class TeacherTarget:
             return indexed_noise(self.seed, indices, self.teacher.sample_shape, stream=step + 1)
 
         with trajectory(denoiser) if hasattr(denoiser, "_modiff_state") else nullcontext():
-            latents = sample(bound, self.scheduler(sampler), noise, steps, step_noise=step_noise)
+            where = stopping(f"{sampler} in {steps} steps, images {indices[0]} to {indices[-1]}")
+            latents = sample(bound, self.scheduler(sampler), noise, steps, step_noise=step_noise, on_evaluation=where)
         return self.teacher.decode(latents.float())
 
     @torch.no_grad()
