@@ -195,7 +195,8 @@ class Graphed:
             for cache in operator.region.caches:
                 grid = cache.grid
                 steps = () if grid is None else (grid.step.data_ptr(), grid.center.data_ptr())
-                found += [cache.a_hat.data_ptr(), cache.o_hat.data_ptr(), *steps]
+                last = () if cache.held.last is None else (cache.held.last.data_ptr(),)
+                found += [cache.a_hat.data_ptr(), cache.o_hat.data_ptr(), *steps, *last]
         return tuple(found)
 
     def _fixed(self) -> list[Tensor]:

@@ -51,7 +51,7 @@ def encode(
     elif fixed is None:
         low, high = _range(residual, partition)
         probe = (high - low).sum()
-        scale, zero_point = limits.scale(low, high, step)
+        scale, zero_point = _scale(low, high, limits, held)
         if partition is not None:
             scale = partition.expand(scale, a.shape)
             zero_point = None if zero_point is None else partition.expand(zero_point, a.shape)
@@ -103,7 +103,7 @@ def encode_keeping_zero(a: Tensor, held: Held | None, quantizer: Quantizer) -> E
     if quantizer.fixed is None:
         low, high = partition.range(residual)
         probe = (high - low).sum()
-        scale, zero_point = (partition.expand(t, a.shape) for t in limits.scale(low, high, step) if t is not None)
+        scale, zero_point = (partition.expand(t, a.shape) for t in _scale(low, high, limits, held) if t is not None)
     else:
         probe = a.sum()
         scale, fixed = limits.calibrated(*quantizer.fixed, step)
@@ -205,6 +205,14 @@ def _difference(a: Tensor, held: Held | None) -> Tensor:
     if held is None:
         return scratch(a).copy_(a)
     return held.difference(a, out=scratch(held.a_hat, a.dtype))
+
+
+def _scale(low: Tensor, high: Tensor, limits: Limits, held: Held | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of a dynamic range: this evaluation's, or that of the one before."""
+    step = None if held is None else held.step
+    if limits.margin is None or held is None or held.last is None:
+        return limits.scale(low, high, step)
+    return limits.scale_after(low, high, held.last, step)
 
 
 def _range(residual: Tensor, partition: Partition | None) -> tuple[Tensor, Tensor]:

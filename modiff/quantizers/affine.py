@@ -29,6 +29,7 @@ class Limits:
             room for in a container of 8 bits; 1 where scales are any numbers.
         free: The range need not contain 0, and the zero point may lie outside of the codes: a residual's 0 needs no
             code of its own.
+        margin: By which the range of the evaluation before is widened; None: ranges are those of the evaluation itself.
     """
 
     top: Tensor
@@ -40,6 +41,7 @@ class Limits:
     ratio: float
     powers: Tensor
     free: bool = False
+    margin: float | None = None
 
     @classmethod
     def of(cls, spec: QuantSpec, like: Tensor, clip: float | None = None, fixed: bool = False) -> Limits:
@@ -48,14 +50,16 @@ class Limits:
         Args:
             spec: The quantizer.
             like: A tensor.
-            clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory).
+            clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory); ranges are then dynamic.
             fixed: Scales are calibrated.
         """
+        margin = spec.margin if spec.range == "previous" and clip is None and not fixed else None
         clip, top = spec.clip if clip is None else clip, spec.code_range[1]
         made = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
         spare = spec.spare_bits if spec.scales == "power_of_two" else 0
         powers = torch.tensor([2.0**e for e in range(spare + 1)], dtype=like.dtype, device=like.device)
-        return cls(made[0], made[1], made[2], spec.symmetric, clip < 1 or fixed, spec.code_range, clip, powers)
+        clips = clip < 1 or fixed
+        return cls(*made, spec.symmetric, clips, spec.code_range, clip, powers, margin=margin)
 
     def scale(self, low: Tensor, high: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scale, and zero point of an asymmetric quantizer, from the smallest and largest values.
@@ -79,6 +83,32 @@ class Limits:
         scale = (high - low) / self.top
         scale = self._whole_steps(scale.masked_fill_(scale < smallest, 1.0), step)
         return scale, torch.minimum((-low / scale).round_().clamp_(min=0), self.top)
+
+    def scale_after(
+        self, low: Tensor, high: Tensor, last: Tensor, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`scale` of the range of the evaluation before, widened; of this one's where that does not hold it.
+
+        So nothing is clipped that would not be with a range of its own.
+
+        Args:
+            low: Smallest values of this evaluation.
+            high: Largest values.
+            last: The range of the evaluation before: lowest, highest, and 1 where there are such, else 0. Replaced by
+                this one's.
+            step: As for :meth:`scale`.
+        """
+        assert self.margin is not None
+        least, most = last[0] * self.margin, last[1] * self.margin
+        if self.symmetric:
+            fits = torch.maximum(-low, high) <= torch.maximum(-least, most)
+        else:
+            fits = (low.clamp(max=0) >= least.clamp(max=0)) & (high.clamp(min=0) <= most.clamp(min=0))
+        fits = fits & (last[2] > 0)
+        before, own = self.scale(least, most, step), self.scale(low, high, step)
+        last.copy_(torch.stack((low, high, torch.ones_like(low))))
+        zero_point = None if before[1] is None or own[1] is None else torch.where(fits, before[1], own[1])
+        return torch.where(fits, before[0], own[0]), zero_point
 
     def _free_scale(self, low: Tensor, high: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a range that need not contain 0.

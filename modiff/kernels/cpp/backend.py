@@ -19,7 +19,8 @@ from modiff.kernels.backend import (
     register,
 )
 from modiff.kernels.cpp import build
-from modiff.kernels.cpp.operators import After, Before, Weight, register_fakes
+from modiff.kernels.cpp.operators import Weight, after_arguments, before_arguments, register_fakes
+from modiff.kernels.fused import After, Before
 from modiff.quantizers.held import Held
 from modiff.quantizers.packing import PackedWeight
 
@@ -38,6 +39,8 @@ class CppBackend:
 
     name = "cpp"
     devices = ("cpu",)
+    fused_inputs = (torch.float32, torch.bfloat16)
+    fuses_after = True
 
     def zero(self, quantizer: Quantizer) -> int:
         """The code that stands for 0: the middle of 8 bits, or of 7 where only those are exact."""
@@ -48,6 +51,8 @@ class CppBackend:
     ) -> str | None:
         """What would make the sums inexact, kinds of operators that are missing, and why there is no library."""
         found = _shape_obstacle(shape, dtype) or integer_obstacle(shape, quantizer)
+        if found is None and quantizer.limits.margin is not None:
+            found = "the C++ operators take no range of the evaluation before"
         if found is not None:
             return found
         if build.problem() is not None:
@@ -82,7 +87,7 @@ class CppBackend:
         """:meth:`encode` for Linears, of an input that ``before`` makes from ``x`` (contiguous, like â)."""
         numbers = _numbers(self.zero(quantizer), quantizer, x.ndim, held)
         args = (held.a_hat, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
-        codes, scale, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before.arguments())
+        codes, scale, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before_arguments(before))
         return Encoded(codes, self.zero(quantizer), _against(scale, x, quantizer), probe)
 
     def multiply_fused(self, prepared: Prepared, encoded: Encoded, o_hat: Tensor, after: After) -> Tensor:
@@ -93,7 +98,7 @@ class CppBackend:
         total = o_hat.float()
         args = (encoded.codes, encoded.scale.reshape(-1), granularity, encoded.zero, total, None)
         after = _laid_out(after, prepared.shape)
-        out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after.arguments())
+        out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after_arguments(after))
         _put_back(total, o_hat)
         return out
 
@@ -103,7 +108,7 @@ class CppBackend:
         x, kept = _flat(a, like), None if held is None else _flat(held.a_hat, like)
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, held)
         args = (x, kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
-        codes, scale, probe = torch.ops.modiff.cpp_encode(*args, *NOTHING_BEFORE.arguments())
+        codes, scale, probe = torch.ops.modiff.cpp_encode(*args, *before_arguments(NOTHING_BEFORE))
         if kept is not None and held is not None:
             _put_back(_restore(kept, like), held.a_hat)
         return Encoded(_restore(codes, like), self.zero(quantizer), _against(scale, a, quantizer), probe)
@@ -111,7 +116,7 @@ class CppBackend:
     def multiply(self, prepared: Prepared, encoded: Encoded) -> Tensor:
         """``A(codes - zero)`` times the scales of the weight, float32; of convolutions, channels last."""
         x = _image(encoded.codes, prepared.shape)
-        args = (prepared.weight.number, x, _one(), TENSOR, encoded.zero, None, None, *NOTHING_AFTER.arguments())
+        args = (prepared.weight.number, x, _one(), TENSOR, encoded.zero, None, None, *after_arguments(NOTHING_AFTER))
         return _unimage(torch.ops.modiff.cpp_multiply(*args), encoded.codes, prepared.shape)
 
     def update(self, product: Tensor, encoded: Encoded, o_hat: Tensor) -> Tensor:
@@ -156,7 +161,7 @@ class CppBackend:
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, held)
         out, _, probe = torch.ops.modiff.cpp_advance(
             prepared.weight.number, x, kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio,
-            *before.arguments(), total, None, *after.arguments(),
+            *before_arguments(before), total, None, *after_arguments(after),
         )  # fmt: skip
         _put_back(_unimage(kept, held.a_hat, shape), held.a_hat)
         _put_back(_unimage(total, o_hat, shape), o_hat)
