@@ -18,14 +18,17 @@ from modiff.compiling.fusion import (
     layer_norm,
     plain,
 )
-from modiff.kernels.cpp.operators import After, Before
+from modiff.kernels.fused import After, Before
 from modiff.operators.modulated import ModulatedOperator
 
 
 class FusedResnet(Fused):
     """``ResnetBlock2D``: two group norms with SiLU, the time embedding, and the sum with the shortcut."""
 
-    fuses = {"conv1": "after group norm and SiLU", "conv2": "after group norm and SiLU, before the residual sum"}
+    fuses = {
+        "conv1": ("after group norm and SiLU", ""),
+        "conv2": ("after group norm and SiLU", "before the residual sum"),
+    }
 
     @override
     @classmethod
@@ -57,7 +60,7 @@ class FusedResnet(Fused):
         shortcut = module.conv_shortcut
         if shortcut is None:
             residual = x
-        elif isinstance(shortcut, ModulatedOperator) and self.fusion.advances(shortcut):
+        elif isinstance(shortcut, ModulatedOperator) and self.fusion.advances(shortcut, x.dtype):
             residual = call(shortcut, x)
         else:
             residual = shortcut(x)
@@ -69,10 +72,10 @@ class FusedAttention(Fused):
     """``Attention`` of a UNet: group norm, projections that share codes, residual sum."""
 
     fuses = {
-        "to_q": "after group norm",
-        "to_k": "after group norm",
-        "to_v": "after group norm",
-        "to_out.0": "before the residual sum",
+        "to_q": ("after group norm", ""),
+        "to_k": ("after group norm", ""),
+        "to_v": ("after group norm", ""),
+        "to_out.0": ("", "before the residual sum"),
     }
 
     @override
@@ -105,12 +108,12 @@ class FusedTransformer(Fused):
     """``BasicTransformerBlock`` of DiT: modulated layer norms, attention, gated sums, feed-forward with GELU."""
 
     fuses = {
-        "attn1.to_q": "after the modulated layer norm",
-        "attn1.to_k": "after the modulated layer norm",
-        "attn1.to_v": "after the modulated layer norm",
-        "attn1.to_out.0": "before the gated residual sum",
-        "ff.net.0.proj": "after the modulated layer norm",
-        "ff.net.2": "after GELU, before the gated residual sum",
+        "attn1.to_q": ("after the modulated layer norm", ""),
+        "attn1.to_k": ("after the modulated layer norm", ""),
+        "attn1.to_v": ("after the modulated layer norm", ""),
+        "attn1.to_out.0": ("", "before the gated residual sum"),
+        "ff.net.0.proj": ("after the modulated layer norm", ""),
+        "ff.net.2": ("after GELU", "before the gated residual sum"),
     }
 
     @override

@@ -1,8 +1,9 @@
 """Blocks in which norms, activations and residual additions run in the same passes as the operators between them.
 
-The blocks are those of diffusers, known by the names of their classes and of what they hold; whatever looks different
-runs as it is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all
-of its operators advance; the first one of a trajectory, refreshes, and whatever is unusual run in that ``forward``.
+The backend of an operator does so where it has the methods for it (:class:`modiff.kernels.backend.Backend`). The blocks
+are those of diffusers, known by the names of their classes and of what they hold; whatever looks different runs as it
+is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all of its
+operators advance; the first one of a trajectory, refreshes, and whatever is unusual run in that ``forward``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from modiff.kernels.cpp.backend import CppBackend
-from modiff.kernels.cpp.operators import After, Before
+from modiff.kernels.backend import BACKENDS, Backend
+from modiff.kernels.fused import After, Before
 from modiff.operators.modulated import ModulatedOperator
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.session import Listener, ModulationState
@@ -37,8 +38,9 @@ class Fused:
         fusion: Says whether the fused form may run.
     """
 
-    fuses: dict[str, str] = {}
-    """What runs in the pass of which operator: a sentence for ``describe``, by the operator's name in the block."""
+    fuses: dict[str, tuple[str, str]] = {}
+    """What runs in the passes of which operator, before it and after it: words for ``describe``, by its name in the
+    block."""
 
     def __init__(self, module: Any, fusion: Fusion) -> None:
         self.module = module
@@ -65,9 +67,8 @@ class Fused:
         if (
             self.fusion.ready
             and not torch.is_grad_enabled()
-            and x.dtype in (torch.float32, torch.bfloat16)
             and self.fits(x, *args, **kwargs)
-            and all(self.fusion.advances(operator) for operator in self.operators)
+            and all(self.fusion.advances(operator, x.dtype) for operator in self.operators)
         ):
             self.fused_calls += 1
             return self.run(x, *args, **kwargs)
@@ -99,8 +100,9 @@ class Fusion(Listener):
                 continue
             module.forward = kind(module, self)
             self.modules.append(module)
-            for inner, sentence in kind.fuses.items():
-                module.get_submodule(inner).fused = sentence
+            for inner, words in kind.fuses.items():
+                operator = module.get_submodule(inner)
+                operator.fused = ", ".join(words if _backend_of(operator).fuses_after else words[:1]).strip(", ")
 
     @override
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
@@ -130,15 +132,21 @@ class Fusion(Listener):
                 if isinstance(operator, ModulatedOperator):
                     operator.fused = ""
 
-    def advances(self, operator: ModulatedOperator) -> bool:
-        """Whether an operator's next call advances its state, on this backend, unobserved by hooks."""
-        cache = operator.state.peek_cache(operator.name)
+    def advances(self, operator: ModulatedOperator, dtype: torch.dtype) -> bool:
+        """Whether an operator's next call advances its state, on a backend that fuses, unobserved by hooks.
+
+        Args:
+            operator: Of a block.
+            dtype: In which the block's input comes.
+        """
+        cache = _peek(operator)
         execution = operator.region.execution
         return (
             cache is not None
             and execution is not None
-            and isinstance(execution.backend, CppBackend)
-            and not operator.refreshes()
+            and dtype in getattr(execution.backend, "fused_inputs", ())
+            and not operator.in_float
+            and (operator.traced or not operator.refreshes())
             and not operator._forward_hooks
             and not operator._forward_pre_hooks
         )
@@ -161,8 +169,7 @@ def call(operator: ModulatedOperator, x: Tensor, before: Before = NOTHING, after
     assert execution is not None
     backend: Any = execution.backend
     quantizer = execution.quantizer.at(operator.fixed_scale(x))
-    if after.dtype is None and cache.o_hat.dtype != torch.float32:
-        after = After()
+    after = _readable(after, cache, x, backend)
     prepared = operator.prepared(execution)
     out, probe = backend.advance_fused(x, cache.held, prepared, quantizer, cache.o_hat, before, after)
     operator.note(probe, quantized=True)
@@ -171,7 +178,7 @@ def call(operator: ModulatedOperator, x: Tensor, before: Before = NOTHING, after
 
 def call_together(operators: Sequence[ModulatedOperator], x: Tensor, before: Before, after: After) -> list[Tensor]:
     """Several Linears that read the same tensor; those that share â are given the first one's codes."""
-    caches = [operator.state.peek_cache(operator.name) for operator in operators]
+    caches = [_peek(operator) for operator in operators]
     leader = caches[0]
     if any(cache is None or cache.leader is not leader for cache in caches[1:]):
         return [call(operator, x, before, after) for operator in operators]
@@ -185,7 +192,7 @@ def call_together(operators: Sequence[ModulatedOperator], x: Tensor, before: Bef
             encoded = backend.encode_fused(x, cache.held, execution.quantizer, before)
         execution = operator.region.execution
         assert execution is not None
-        mine = After() if after.dtype is None and cache.o_hat.dtype != torch.float32 else after
+        mine = _readable(after, cache, x, backend)
         out = backend.multiply_fused(operator.prepared(execution), encoded, cache.o_hat, mine)
         operator.note(encoded.probe, quantized=True)
         found.append(cache.o_hat if mine.dtype is None else out)
@@ -194,14 +201,43 @@ def call_together(operators: Sequence[ModulatedOperator], x: Tensor, before: Bef
 
 def _next_cache(operator: ModulatedOperator, x: Tensor) -> OperatorCache:
     """The state of this call, laid out as rows of channels from the first fused call on."""
-    cache = operator.state.next_cache(operator.name, x, operator.shape.is_batched(x.ndim))
-    assert cache is not None
+    if operator.traced:
+        _, cache = operator.next_call(x)
+    else:
+        found = operator.state.next_cache(operator.name, x, operator.shape.is_batched(x.ndim))
+        assert found is not None
+        cache = found
+        operator.check_lent(cache)
+        cache.source = cache.lent = None
     image = operator.shape.kind == "conv" and x.ndim == 4
     layout = torch.channels_last if image else torch.contiguous_format
     cache.held.a_hat = cache.held.a_hat.contiguous(memory_format=layout)
     cache.o_hat = cache.o_hat.contiguous(memory_format=layout)
-    cache.source = None
     return cache
+
+
+def _peek(operator: ModulatedOperator) -> OperatorCache | None:
+    """The state that the next call advances; None where it does something else. A graph finds it in its region."""
+    if not operator.traced:
+        return operator.state.peek_cache(operator.name)
+    region, call = operator.region, operator.region.call
+    return region.caches[call] if call < len(region.caches) and not region.reuses[call] else None
+
+
+def _readable(after: After, cache: OperatorCache, x: Tensor, backend: Any) -> After:
+    """What follows, with a copy of ô in float32 where ô itself was to be read and is in another dtype."""
+    dtypes = (torch.float32, x.dtype) if getattr(backend, "returns_state", False) else (torch.float32,)
+    return After() if after.dtype is None and cache.o_hat.dtype not in dtypes else after
+
+
+def _backend_of(operator: ModulatedOperator) -> Any:
+    """The backend that an operator gets where it is now."""
+    return BACKENDS[operator.choice(operator.module.weight.device).name]
+
+
+def fuses(backend: Backend) -> bool:
+    """Whether a backend takes norms and activations into its passes."""
+    return bool(getattr(backend, "fused_inputs", ()))
 
 
 def _common_obstacle(module: Any, kind: type[Fused]) -> str | None:
@@ -214,6 +250,8 @@ def _common_obstacle(module: Any, kind: type[Fused]) -> str | None:
             return f"{name} is not modulated"
         if not operator.modulation.error_compensation:
             return f"{name} is modulated without error compensation"
+        if not fuses(_backend_of(operator)):
+            return f"{name} runs on {operator.choice(operator.module.weight.device)}"
     if "forward" in vars(module) or "_hf_hook" in vars(module):
         return "its forward was replaced"
     return None
@@ -255,5 +293,5 @@ def attend(module: Any, projected: Sequence[Tensor]) -> Tensor:
 
 
 def kept_dtype(x: Tensor) -> After:
-    """ô itself in float32, else a copy in the dtype of the network around."""
-    return KEPT if x.dtype == torch.float32 else After(dtype=x.dtype)
+    """ô itself in float32 or where it has the dtype of the network around, else a copy in that dtype."""
+    return KEPT if x.dtype == torch.float32 else After(dtype=x.dtype, lends=True)

@@ -83,8 +83,8 @@ class QuantSpec:
         integer("timestep_buckets", self.timestep_buckets, low=1)
         if self.range != "calibrated" and self.timestep_buckets > 1:
             raise ConfigError(
-                f"timestep_buckets is {shown(self.timestep_buckets)}, but range is {self.range!r}, which is new in every "
-                "evaluation. Set range='calibrated', or remove timestep_buckets."
+                f"timestep_buckets is {shown(self.timestep_buckets)}, but range is {self.range!r}, which is new in "
+                "every evaluation. Set range='calibrated', or remove timestep_buckets."
             )
         if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
             raise ConfigError(f"clip is {shown(self.clip)}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")

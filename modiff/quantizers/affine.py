@@ -59,7 +59,8 @@ class Limits:
         spare = spec.spare_bits if spec.scales == "power_of_two" else 0
         powers = torch.tensor([2.0**e for e in range(spare + 1)], dtype=like.dtype, device=like.device)
         clips = clip < 1 or fixed
-        return cls(*made, spec.symmetric, clips, spec.code_range, clip, powers, margin=margin)
+        numbers = (spec.symmetric, clips, spec.code_range, clip, powers)
+        return cls(made[0], made[1], made[2], *numbers, margin=margin)
 
     def scale(self, low: Tensor, high: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scale, and zero point of an asymmetric quantizer, from the smallest and largest values.

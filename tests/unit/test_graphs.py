@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from recorders import Again, look_outputs_up
 from small_models import config, denoiser, noise
 from torch import Tensor
 
@@ -17,48 +17,10 @@ from modiff.errors import ConfigError, TrajectoryError
 from modiff.student.swap import operators
 
 
-class Again:
-    """Runs the recorded function again on the tensors that it read, and writes where it wrote."""
-
-    made: list[Again] = []
-
-    def __init__(self) -> None:
-        self.replays = 0
-        self.made.append(self)
-
-    def record(self, function: Callable[[], Any]) -> Any:
-        # A CUDA graph does not compute while it is recorded: put back what the function changes.
-        self.function = function
-        self.output: Any = None
-        return _Later(self)
-
-    def replay(self) -> None:
-        from modiff.trajectory.graphs import capturing
-
-        self.replays += 1
-        with capturing():
-            self.output = self.function()
-
-
-class _Later:
-    """The output of the last replay."""
-
-    def __init__(self, recorder: Again) -> None:
-        self.recorder = recorder
-
-
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     Again.made = []
-    # The real output is overwritten by each replay; here it is looked up.
-    import modiff.compiling.graphs as graphs
-
-    original = graphs.tree_map_only
-
-    def look_up(kind: type, function: Callable[[Tensor], Tensor], found: Any) -> Any:
-        return original(kind, function, found.recorder.output if isinstance(found, _Later) else found)
-
-    monkeypatch.setattr(graphs, "tree_map_only", look_up)
+    look_outputs_up(monkeypatch)
 
 
 def run(student: Any, seed: int = 0, evaluations: int = 7, batch: int = 2) -> tuple[list[Tensor], Any]:

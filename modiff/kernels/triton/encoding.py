@@ -44,7 +44,7 @@ def held_number(held, codes, before, step, place, target, inside, AGAIN: tl.cons
     number = tl.load(held + place, inside, 0).to(tl.float32)
     if AGAIN:
         code = tl.load(codes + target, inside, 0).to(tl.float32)
-        if step is None:
+        if step is None:  # noqa: SIM108 (a branch that Triton takes when it compiles)
             number = number - code * before
         else:
             number = number - code * nearest(tl.div_rn(before, tl.load(step)))
