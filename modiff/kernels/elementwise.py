@@ -42,7 +42,7 @@ def encode(
         Codes or values, in eager mode in scratch memory; the scale, broadcasting against ``a``; a scalar that is NaN or
         Inf where ``a`` holds either.
     """
-    residual, step = _difference(a, held), None if held is None else held.step
+    residual, step = _difference(a, held, limits), None if held is None else held.step
     power: Tensor | None = None
     if fixed is None and partition is not None and partition.shared is not None:
         low, high = partition.range(residual)
@@ -99,7 +99,7 @@ def encode_keeping_zero(a: Tensor, held: Held | None, quantizer: Quantizer) -> E
         quantizer: As there; asymmetric.
     """
     limits, partition = quantizer.limits, quantizer.partition
-    residual, step = _difference(a, held), None if held is None else held.step
+    residual, step = _difference(a, held, limits), None if held is None else held.step
     if quantizer.fixed is None:
         low, high = partition.range(residual)
         probe = (high - low).sum()
@@ -198,10 +198,11 @@ def laid_out_like(product: Tensor, o_hat: Tensor) -> Tensor:
     )
 
 
-def _difference(a: Tensor, held: Held | None) -> Tensor:
+def _difference(a: Tensor, held: Held | None, limits: Limits) -> Tensor:
     """``a - â``, or ``a`` itself, in memory that may be overwritten."""
     if torch.compiler.is_compiling():
-        return a.clone() if held is None else held.difference(a)
+        found = a.clone() if held is None else held.difference(a)
+        return found if limits.margin is None else materialized(found)
     if held is None:
         return scratch(a).copy_(a)
     return held.difference(a, out=scratch(held.a_hat, a.dtype))
@@ -225,6 +226,17 @@ def _as_uint8(codes: Tensor, zero: int) -> Tensor:
     if torch.compiler.is_compiling():
         return (codes + zero).to(torch.uint8)
     return scratch(codes, torch.uint8).copy_(codes.add_(zero))
+
+
+@torch.library.custom_op("modiff::materialized", mutates_args=())
+def materialized(residual: Tensor) -> Tensor:
+    """A copy that a graph does not compute again: inductor may do so from an â that has been overwritten meanwhile."""
+    return residual.clone()
+
+
+@materialized.register_fake
+def _(residual: Tensor) -> Tensor:
+    return torch.empty_like(residual)
 
 
 @torch.library.custom_op("modiff::advance", mutates_args=("a_hat",))

@@ -100,16 +100,16 @@ class Limits:
             step: As for :meth:`scale`.
         """
         assert self.margin is not None
-        least, most = last[0] * self.margin, last[1] * self.margin
+        before = (exchanged if torch.compiler.is_compiling() else exchange)(last, low, high)
+        least, most = before[0] * self.margin, before[1] * self.margin
         if self.symmetric:
             fits = torch.maximum(-low, high) <= torch.maximum(-least, most)
         else:
             fits = (low.clamp(max=0) >= least.clamp(max=0)) & (high.clamp(min=0) <= most.clamp(min=0))
-        fits = fits & (last[2] > 0)
-        before, own = self.scale(least, most, step), self.scale(low, high, step)
-        last.copy_(torch.stack((low, high, torch.ones_like(low))))
-        zero_point = None if before[1] is None or own[1] is None else torch.where(fits, before[1], own[1])
-        return torch.where(fits, before[0], own[0]), zero_point
+        fits = fits & (before[2] > 0)
+        wide, own = self.scale(least, most, step), self.scale(low, high, step)
+        zero_point = None if wide[1] is None or own[1] is None else torch.where(fits, wide[1], own[1])
+        return torch.where(fits, wide[0], own[0]), zero_point
 
     def _free_scale(self, low: Tensor, high: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a range that need not contain 0.
@@ -172,6 +172,28 @@ class Limits:
         if step is None:
             return scale
         return torch.minimum((scale / step).round().clamp(min=1), (2 * INT16_TOP / self.top).ceil()) * step
+
+
+def exchange(last: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The range of the evaluation before, in whose place this one's is kept.
+
+    Args:
+        last: Lowest, highest, and 1 where there are such.
+        low: Of this evaluation.
+        high: Likewise.
+    """
+    before = last.clone()
+    last.copy_(torch.stack((low, high, torch.ones_like(low))))
+    return before
+
+
+exchanged = torch.library.custom_op("modiff::exchanged", exchange, mutates_args=("last",))
+"""The same as an operator of its own, whose order graphs keep."""
+
+
+@exchanged.register_fake
+def _(last: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(last)
 
 
 def frees_zero(spec: QuantSpec) -> bool:

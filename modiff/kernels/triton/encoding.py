@@ -39,15 +39,15 @@ def whole_quotient(value, divisor, inverse):
 
 
 @triton.jit
-def held_number(held, codes, before, step, place, target, inside, AGAIN: tl.constexpr):
-    """The number that stands for â; ``AGAIN``: before the codes in memory, of scale ``before``, moved it."""
+def held_number(held, codes, before, which, step, place, target, inside, AGAIN: tl.constexpr):
+    """The number that stands for â; ``AGAIN``: before the codes in memory, of scale ``before[which]``, moved it."""
     number = tl.load(held + place, inside, 0).to(tl.float32)
     if AGAIN:
         code = tl.load(codes + target, inside, 0).to(tl.float32)
-        if step is None:  # noqa: SIM108 (a branch that Triton takes when it compiles)
-            number = number - code * before
-        else:
-            number = number - code * nearest(tl.div_rn(before, tl.load(step)))
+        width = tl.load(before + which)
+        if step is not None:
+            width = nearest(tl.div_rn(width, tl.load(step)))
+        number = number - code * width
     return number
 
 
@@ -91,6 +91,15 @@ def scale_of(low, high, step, top, clip, factor, SYMMETRIC: tl.constexpr):
         zero = nearest(tl.minimum(tl.div_rn(-low, scale), FAR))
         zero = tl.minimum(tl.maximum(zero, 0.0), top)
     return scale, zero
+
+
+@triton.jit
+def token_scale(residual, inside, step, highest, clip, factor, SYMMETRIC: tl.constexpr):
+    """Scale of each row from its own range; and scale and zero point in the shape of the block."""
+    low = tl.min(tl.where(inside, residual, HUGE), 1)
+    high = tl.max(tl.where(inside, residual, -HUGE), 1)
+    found, point = scale_of(low, high, step, highest, clip, factor, SYMMETRIC)
+    return found, found[:, None] + residual * 0.0, point[:, None] + residual * 0.0
 
 
 @triton.jit
@@ -180,23 +189,15 @@ def quantize_kernel(
     value = tl.load(a + source, inside, 0.0).to(tl.float32)
     value = normalized(value, inside, channel, sample, mean, rstd, mul, add, offset, affine_sample, channels,
                        group_size, epsilon, NORM, ACTIVATION)
-    if held is None:
-        number = value
-        residual = value
-    else:
-        last = 1.0
-        if AGAIN:
-            last = tl.load(before + sample * (PER == 1))
-        number = held_number(held, codes, last, step, place, target, inside, AGAIN)
+    number = value
+    residual = value
+    if held is not None:
+        number = held_number(held, codes, before, sample * (PER == 1), step, place, target, inside, AGAIN)
         residual = residual_of(value, number, step, center)
     residual = tl.where(inside, residual, 0.0)
     if PER == 2:
-        low = tl.min(tl.where(inside, residual, HUGE), 1)
-        high = tl.max(tl.where(inside, residual, -HUGE), 1)
-        found, point = scale_of(low, high, step, highest, clip, factor, SYMMETRIC)
+        found, wide, middle = token_scale(residual, inside, step, highest, clip, factor, SYMMETRIC)
         tl.store(scale + start + row, found, rows_inside)
-        wide = found[:, None] + residual * 0.0
-        middle = point[:, None] + residual * 0.0
     else:
         wide, middle = known_scale(scale, zero, sample, channel, channels, residual, PER)
     code = code_of(residual, wide, middle, highest, SYMMETRIC, CLIPS)

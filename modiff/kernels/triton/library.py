@@ -34,27 +34,19 @@ def _quantize(
     Args:
         a: Any float ``[samples, height, width, channels]``; see :func:`modiff.kernels.triton.launch.strides`.
         held: â, likewise, float or int16; advanced in place.
-        step: Of the int16 grid.
-        center: Of the int16 grid.
+        step: Of the int16 grid, like ``center``.
         scale: See :func:`modiff.kernels.triton.launch.quantize`, like zero and per; None: to be found.
         zero: Zero points.
         last: The range of the evaluation before, float32 ``[3, sets]``; replaced by this one's. None: not used.
         per: Which elements share a scale.
         pads: Zeros above, below, left and right of the image.
         padded_channels: Channels of the codes.
-        highest: Code.
-        clip: Share of the range that is kept.
-        symmetric: Codes -highest..highest; else 0..highest.
-        clips: Codes can fall outside.
+        highest: See :class:`modiff.kernels.triton.launch.Codes`, like clip, symmetric and clips.
         compensates: See :class:`modiff.quantizers.held.Held`.
         exponent: The largest, where scales are powers of two times one per sample.
         margin: By which the range of the evaluation before is widened.
         groups: Of a GroupNorm before the quantizer; 0: a LayerNorm; -1: no norm.
-        epsilon: Of the norm.
-        mul: Factor after it, float32 ``[channels]`` or ``[samples, channels]``.
-        add: Summand after it, likewise.
-        offset: Added before a GroupNorm, ``[samples, channels]``.
-        activation: ``silu``, ``gelu_tanh``, ``gelu`` or None; the last of what stands before.
+        epsilon: See :class:`modiff.kernels.triton.launch.Norm`, like the rest.
 
     Returns:
         Codes less their zero point, int8 ``[samples, padded height, padded width, padded channels]``; the scale that
@@ -63,9 +55,7 @@ def _quantize(
     """
     numbers = Codes(highest, clip, symmetric, clips)
     grid = None if step is None or center is None else (step, center)
-    mean, rstd = launch.moments(a, groups, epsilon, offset) if groups > 0 else (None, None)
-    kind = "none" if groups < 0 else "group" if groups else "layer"
-    norm = Norm(kind, activation, mean, rstd, mul, add, offset, epsilon)
+    norm = _norm(a, groups, epsilon, mul, add, offset, activation)
     codes = torch.empty(_padded(a, pads, padded_channels), dtype=torch.int8, device=a.device)
     write = functools.partial(
         launch.quantize, codes, a, held, grid, per=per, numbers=numbers, pads=(pads[0], pads[2]),
@@ -75,15 +65,9 @@ def _quantize(
         return codes, scale.new_empty(0), write(scale, zero, None)[0].sum()
     if per == launch.TOKEN:
         scale = torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
-        probes, _, _ = write(scale, None, None)
-        return codes, scale, probes.sum()
+        return codes, scale, write(scale, None, None)[0].sum()
     if last is not None:
-        before = launch.scales(last[0][:, None], last[1][:, None], step, numbers, margin)[:2]
-        probes, *found = write(*before, None, measures=True, known=last[2])
-        lows, highs = (t.view(last.shape[1], -1) for t in found)
-        scale, zero, again = launch.settle((lows, highs), before, last, step, numbers, margin)
-        write(scale, zero, None, again=(again, before[0]))
-        return codes, scale, probes.sum()
+        return codes, *_after(write, last, step, numbers, margin)
     lows, highs = launch.ranges(a, held, grid, per == launch.SAMPLE_CHANNEL, norm)
     if per == launch.SAMPLE_CHANNEL:
         scale, zero, power, unit, probes = launch.shared_scales(lows, highs, step, numbers, exponent)
@@ -93,6 +77,28 @@ def _quantize(
     scale, zero, probes = launch.scales(lows.view(sets, -1), highs.view(sets, -1), step, numbers)
     write(scale, zero, None)
     return codes, scale, probes.sum()
+
+
+def _norm(
+    a: Tensor, groups: int, epsilon: float, mul: Tensor | None, add: Tensor | None, offset: Tensor | None,
+    activation: str | None,
+) -> Norm:
+    """What stands before, with the moments of a GroupNorm."""
+    mean, rstd = launch.moments(a, groups, epsilon, offset) if groups > 0 else (None, None)
+    kind = "none" if groups < 0 else "group" if groups else "layer"
+    return Norm(kind, activation, mean, rstd, mul, add, offset, epsilon)
+
+
+def _after(
+    write: Callable[..., Three], last: Tensor, step: Tensor | None, numbers: Codes, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Codes with the scale of the evaluation before, made anew where they do not hold the residual; scale and probe."""
+    before = launch.scales(last[0][:, None], last[1][:, None], step, numbers, margin)[:2]
+    probes, *found = write(*before, None, measures=True, known=last[2])
+    lows, highs = (t.view(last.shape[1], -1) for t in found)
+    scale, zero, again = launch.settle((lows, highs), before, last, step, numbers, margin)
+    write(scale, zero, None, again=(again, before[0]))
+    return scale, probes.sum()
 
 
 def _fake_quantize(
