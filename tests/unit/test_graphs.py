@@ -15,6 +15,8 @@ from modiff.compiling.graphs import WARM_UPS, use_graphs
 from modiff.compiling.modes import uncompile
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.student.swap import operators
+from modiff.trajectory.graphs import in_graph
+from modiff.trajectory.session import state_of
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +116,33 @@ def test_it_can_be_undone_and_needs_a_gpu() -> None:
         use_graphs(graphed)
     with modiff.trajectory(plain), pytest.raises(TrajectoryError, match="cannot be recorded inside a trajectory"):
         use_graphs(plain, recorder=Again)
+
+
+def test_a_measured_choice_is_timed_eagerly_and_then_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded evaluation passes no clock, and a CUDA graph may not wait for its device while it is recorded."""
+    from modiff.compiling import choose
+
+    seen: list[tuple[str, bool]] = []
+
+    def clock(run: Any) -> Any:
+        seen.append(("device", in_graph()))
+        found = run()
+        return found, 1.0 if len(Again.made) == 0 and not operator.in_float else 2.0
+
+    monkeypatch.setattr(choose, "device_clock", clock)
+    plain, graphed = pair()
+    operator = operators(graphed)["conv_in"]
+    state_of(graphed).listeners.append(choose.Measured(graphed, choose.chains_of(graphed, [])))
+    expected, _ = run(plain)
+    found, counts = run(graphed)
+    assert (counts.total, counts.quantized) == (7, 6)
+    assert len(seen) == 2 * (1 + choose.EVALUATIONS) * len(operators(graphed)) - len(operators(graphed)) * 2
+    assert not any(inside for _, inside in seen)
+    assert choose.in_float(graphed) == ()  # integers took half as long
+    assert [recorder.replays for recorder in Again.made] == [7 - 1 - WARM_UPS]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    choose.use_float(graphed, ["conv_in"])
+    others, _ = run(graphed)
+    assert len(Again.made) == 2  # what was recorded with another choice does not fit
+    assert not torch.equal(others[-1], found[-1])

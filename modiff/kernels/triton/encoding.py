@@ -156,9 +156,8 @@ def advanced_of(code, value, number, width, step, center, COMPENSATES: tl.conste
 
 @triton.jit
 def quantize_kernel(
-    a, held, codes, lows, highs, probes, scale, zero, units, known, again, before, step, center,
-    mean, rstd, mul, add, offset,
-    height, width, top_pad, left_pad, padded_height, padded_width, channels, padded_channels,
+    a, held, codes, lows, highs, probes, scale, zero, units, known, again, before, step, center, mean,
+    rstd, mul, add, offset, height, width, top_pad, left_pad, padded_height, padded_width, channels, padded_channels,
     a_row, a_channel, held_row, held_channel, affine_sample, group_size, epsilon, highest, clip, factor,
     PER: tl.constexpr, SYMMETRIC: tl.constexpr, CLIPS: tl.constexpr, COMPENSATES: tl.constexpr,
     MEASURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, AGAIN: tl.constexpr,

@@ -19,7 +19,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 # fmt: off
-def _quantize(
+def _quantize(  # noqa: D417 (the launchers describe what they take)
     a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
     scale: Tensor | None, zero: Tensor | None, last: Tensor | None, per: int, pads: list[int], padded_channels: int,
     highest: int, clip: float, symmetric: bool, clips: bool, compensates: bool, exponent: int = 0,
