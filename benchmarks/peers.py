@@ -1,371 +1,288 @@
 """One evaluation of a denoiser on the CPU: ours beside what a user would pick instead; writes peers.json and peers.md.
 
-    python benchmarks/peers.py prepare --models cifar dit mnist     # exports, int8 calibration, compiler caches
-    python benchmarks/peers.py time --models cifar --threads 1      # processor time; --threads 2: wall time
-    python benchmarks/peers.py quality                              # whole trajectories of the packaged teacher
-    python benchmarks/peers.py table
+    python benchmarks/peers.py prepare --threads 1     # exports, int8 calibrations, compiler caches; and --threads 2
+    python benchmarks/peers.py --threads 1             # processor time of one thread
+    python benchmarks/peers.py --threads 2             # wall time of two
+    python benchmarks/peers.py quality                 # whole trajectories of the packaged teachers
+    python benchmarks/peers.py memory --threads 2
+    python benchmarks/peers.py build                   # how long the C++ operators take to build, and to load
+    python benchmarks/peers.py table                   # peers.md anew, from peers.json
 
-All arms run in turns in one process. The extra modiff[peers] brings OpenVINO, NNCF and onnxruntime.
+Each model and batch size is a process of its own, in which all arms take turns; what peers.json holds already, measured
+with the same sources and settings, is not measured again. The extra modiff[peers] brings OpenVINO, NNCF, onnxruntime
+and torchao.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
+import hashlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor, nn
+from peers_arms import ARMS, PACKAGED, Case, Ours, build, opened, reason, trajectory_images
+from peers_table import markdown
 
 import modiff
-from modiff.compiling.modes import compile as compile_student
-from modiff.lit.bench.clocks import peak_memory, spread
+from modiff.lit.bench.clocks import spread
 from modiff.lit.callbacks.provenance import device_name, git_commit
-from modiff.teachers.sampling.loop import sample
-from modiff.teachers.sampling.noise import indexed_noise
-from modiff.teachers.sampling.schedulers import make_scheduler
-from modiff.teachers.zoo import TeacherSpec, load_teacher
 
 HERE = Path(__file__).parent
-MODELS = {"cifar": "ddpm-cifar10", "dit": "dit-s-2-256", "mnist": "mnist"}
-Evaluate = Callable[[Tensor, Tensor], Tensor]
-PTQ = modiff.QuantConfig.preset("w8a8-ptq")
-OURS = modiff.QuantConfig(
-    weight=modiff.QuantSpec(8, "channel"),
-    activation=modiff.QuantSpec(8, "sample"),
-    modulation=modiff.Modulation(),
-)
+GROUPS = ("cifar/8", "cifar/1", "dit/8", "dit/1", "mnist/64", "mnist/8")
+MEMORY = ("cifar/8", "dit/8", "mnist/64")
+SHORTEST_TURN = 0.2
+"""Seconds: faster arms make several evaluations in a turn."""
 
 
-class Denoiser(nn.Module):
-    """``forward(x, t)`` of a teacher, a tensor in and out, as exporters want it; labels are fixed."""
-
-    def __init__(self, model: nn.Module, labels: Tensor | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("labels", labels)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """One evaluation; ``t`` is int64 ``[B]``."""
-        if self.labels is None:
-            return self.model(x, t, return_dict=False)[0]
-        return self.model(x, timestep=t, class_labels=self.labels, return_dict=False)[0]
-
-
-class Case:
-    """A teacher at one batch size, and inputs that drift as along a trajectory."""
-
-    def __init__(self, name: str, batch: int, work: Path) -> None:
-        self.name, self.batch = name, batch
-        self.work = work / f"{name}-{batch}"
-        self.work.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        spec = TeacherSpec(MODELS[name], random=name != "mnist")
-        self.teacher = load_teacher(spec)
-        model = self.teacher.denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        labels = torch.arange(batch) % 1000 if name == "dit" else None
-        self.denoiser = Denoiser(model, labels).eval()
-        shape = (batch, *self.teacher.sample_shape)
-        ends = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-        self.ends = ends[0], 0.5 * ends[1]
-
-    def at(self, k: int) -> tuple[Tensor, Tensor]:
-        """X and t of the k-th evaluation of 50."""
-        share = min(1.0, k / 49)
-        return torch.lerp(*self.ends, share), torch.full((self.batch,), round(999 * (1 - share)))
+def main() -> None:
+    """Run one step over all groups that are missing, or one group in this process."""
+    args = parse()
+    args.work.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((args.work / "inductor").absolute()))
+    torch.set_num_threads(args.threads)
+    if args.group is not None:
+        run_group(args)
+        return
+    if args.step == "build":
+        build_times(args)
+    defaults = {"memory": MEMORY, "quality": tuple(f"{name}/8" for name in PACKAGED), "table": (), "build": ()}
+    for group in args.groups or defaults.get(args.step, GROUPS):
+        for arms in [[arm] for arm in args.arms] if args.step == "memory" else [args.arms]:
+            if args.again or not_yet(args, group, arms):
+                start = time.perf_counter()
+                options = ["--group", group, "--threads", args.threads, "--rounds", args.rounds, "--work", args.work]
+                options += ["--output", args.output, "--seeds", *args.seeds, "--arms", *arms]
+                command = [sys.executable, __file__, args.step, *map(str, options)]
+                subprocess.run(command, check=args.step != "memory")
+                print(f"{args.step} {group}: {time.perf_counter() - start:.0f} s", flush=True)
+            else:
+                print(f"{args.step} {group}: measured already", flush=True)
+    if args.output.exists():
+        args.output.with_suffix(".md").write_text(markdown(json.loads(args.output.read_text()), notes(args.output)))
 
 
-def eager(case: Case) -> Evaluate:
-    """PyTorch as it is."""
-    return case.denoiser
-
-
-def compiled(case: Case) -> Evaluate:
-    """torch.compile in float32."""
-    return torch.compile(copy.deepcopy(case.denoiser), dynamic=False)
-
-
-def compiled_cast(case: Case) -> Evaluate:
-    """torch.compile of the model cast to bfloat16."""
-    model = torch.compile(copy.deepcopy(case.denoiser).to(torch.bfloat16), dynamic=False)
-    return lambda x, t: model(x.bfloat16(), t).float()
-
-
-def compiled_autocast(case: Case) -> Evaluate:
-    """torch.compile under autocast to bfloat16."""
-    model = torch.compile(copy.deepcopy(case.denoiser), dynamic=False)
-
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x, t).float()
-
-    return run
-
-
-def openvino(case: Case, precision: str, int8: bool = False) -> Evaluate:
-    """OpenVINO; int8 by NNCF with its default settings, calibrated on inputs of the teacher's trajectories."""
-    import openvino as ov
-
-    core = ov.Core()
-    compiled_model = core.compile_model(
-        core.read_model(int8_file(case) if int8 else ir_file(case)),
-        "CPU",
-        {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1},
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "step", nargs="?", choices=("prepare", "time", "quality", "memory", "build", "table"), default="time"
     )
-    request = compiled_model.create_infer_request()
-
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        found = request.infer([x.contiguous().numpy(), t.numpy()], share_inputs=True)
-        return torch.from_numpy(found[0].copy())
-
-    return run
-
-
-def ir_file(case: Case) -> Path:
-    """The teacher in OpenVINO's format."""
-    import openvino as ov
-
-    path = case.work / "float.xml"
-    if not path.exists():
-        plain = copy.deepcopy(case.denoiser).to(memory_format=torch.contiguous_format)
-        ov.save_model(ov.convert_model(plain, example_input=case.at(0)), path, compress_to_fp16=False)
-    return path
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--groups", nargs="+", help=f"model/batch; default {' '.join(GROUPS)}")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS], default=[*ARMS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--again", action="store_true", help="Measure also what was measured.")
+    parser.add_argument("--work", type=Path, default=Path("runs/peers"))
+    parser.add_argument("--output", type=Path, default=HERE / "peers.json")
+    parser.add_argument("--group", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
-def int8_file(case: Case) -> Path:
-    """The teacher quantized by NNCF."""
-    import nncf
-    import openvino as ov
-
-    path = case.work / "int8.xml"
-    if not path.exists():
-        inputs = [[x.contiguous().numpy(), t.numpy()] for x, t in calibration_inputs(case)]
-        model = ov.Core().read_model(ir_file(case))
-        ov.save_model(nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs)), path, compress_to_fp16=False)
-    return path
+def notes(output: Path) -> str:
+    """What a person wrote below the tables: it stays there."""
+    path = output.with_name(output.stem + "_notes.md")
+    return path.read_text() if path.exists() else ""
 
 
-def calibration_inputs(case: Case, count: int = 25) -> list[tuple[Tensor, Tensor]]:
-    """Inputs of every second evaluation of the teacher's own trajectory; of random weights, of the drift."""
-    if case.name != "mnist":
-        return [case.at(2 * k) for k in range(max(6, 24 // case.batch))]
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def keep(i: int, t: Any, x: Tensor) -> None:
-        if i % 2 == 0:
-            found.append((x.clone(), torch.full((case.batch,), int(t))))
-
-    trajectory_images(case, case.denoiser, seed=1000, on_evaluation=keep)
-    return found[:count]
+def key_of(args: argparse.Namespace, group: str) -> str:
+    """Where a group's results lie in the step's."""
+    return group if args.step == "quality" else f"{group}/{args.threads}"
 
 
-def onnxruntime(case: Case) -> Evaluate:
-    """Onnxruntime in float32."""
-    import onnxruntime as ort
-
-    path = case.work / "float.onnx"
-    if not path.exists():
-        plain = copy.deepcopy(case.denoiser).to(memory_format=torch.contiguous_format)
-        torch.onnx.export(plain, case.at(0), path, dynamo=True, input_names=["x", "t"], external_data=False)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        return torch.from_numpy(
-            session.run(None, dict(zip(names, [x.contiguous().numpy(), t.numpy()], strict=True)))[0]
-        )
-
-    return run
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What results must agree in to stand for each other."""
+    own = {"time": {"rounds": args.rounds}, "quality": {"seeds": args.seeds}}.get(args.step, {})
+    return {**own, "sources": sources()}
 
 
-def pt2e(case: Case) -> Evaluate:
-    """PyTorch's own int8 for the CPU."""
-    from torch.ao.quantization.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torch.ao.quantization.quantizer.x86_inductor_quantizer import (
-        X86InductorQuantizer,
-        get_default_x86_inductor_quantization_config,
-    )
-
-    exported = torch.export.export(case.denoiser, case.at(0)).module()
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(exported, quantizer)
-    for x, t in calibration_inputs(case):
-        prepared(x, t)
-    return torch.compile(convert_pt2e(prepared), dynamic=False)
+def sources() -> str:
+    """Changes with modiff's sources, the arms and the versions of the libraries."""
+    digest = hashlib.sha256(repr(sorted(versions().items())).encode())
+    root = Path(modiff.__file__).parent
+    rooms = ("kernels", "operators", "quantizers", "trajectory", "student", "compiling")
+    paths = [p for room in rooms for p in (root / room).rglob("*") if p.suffix in (".py", ".cpp", ".h")]
+    for path in [*sorted(paths), HERE / "peers_arms.py"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-class Ours:
-    """A student, compiled by modiff.compile."""
-
-    def __init__(self, case: Case, config: Any, **options: Any) -> None:
-        self.model = copy.deepcopy(case.denoiser)
-        self.student = modiff.quantize(self.model.model, config)
-        compile_student(self.student, **options)
-
-    def trajectory(self) -> Any:
-        """Around the evaluations of a batch."""
-        return modiff.trajectory(self.student)
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """One evaluation."""
-        return self.model(x, t)
+def not_yet(args: argparse.Namespace, group: str, arms: list[str]) -> bool:
+    """Whether some arm of a group was not measured with these settings."""
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    entry = results.get(args.step, {}).get(key_of(args, group))
+    same = entry is not None and entry.get("settings") == settings(args)
+    return not same or bool(set(arms) - {*entry["arms"], *entry["missing"]})
 
 
-ARMS: dict[str, Callable[[Case], Any]] = {
-    "eager fp32": eager,
-    "compiled fp32": compiled,
-    "compiled bf16, cast": compiled_cast,
-    "compiled bf16, autocast": compiled_autocast,
-    "OpenVINO fp32": lambda case: openvino(case, "f32"),
-    "OpenVINO bf16": lambda case: openvino(case, "bf16"),
-    "OpenVINO int8 (NNCF)": lambda case: openvino(case, "f32", int8=True),
-    "OpenVINO int8 + bf16 (NNCF)": lambda case: openvino(case, "bf16", int8=True),
-    "onnxruntime fp32": onnxruntime,
-    "PyTorch PT2E int8": pt2e,
-    "modiff W8A8 modulated": lambda case: Ours(case, OURS),
-    "modiff W8A8 modulated, rest in bf16": lambda case: Ours(case, OURS, compute_dtype="bfloat16"),
-    "modiff W8A8 modulated, measured choice": lambda case: Ours(case, OURS, choose="measured"),
-}
-QUALITY_ONLY = {"modiff W8A8 plain PTQ": lambda case: Ours(case, PTQ)}
-
-
-def build(case: Case, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arms that this machine has, and why others are missing."""
-    arms, missing = {}, {}
-    for name in names:
+@torch.no_grad()
+def run_group(args: argparse.Namespace) -> None:
+    """One group of one step, kept with what is there of the same settings."""
+    name, batch = args.group.split("/")
+    print(f"{args.step} {args.group}, {args.threads} thread(s)", flush=True)
+    before = psutil.Process().memory_info().rss
+    case = Case(name, int(batch), args.work)
+    found: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    arms: dict[str, Any] = {}
+    for arm in args.arms:
         start = time.perf_counter()
         try:
-            arm = {**ARMS, **QUALITY_ONLY}[name](case)
-            with arm.trajectory() if isinstance(arm, Ours) else nullcontext():
-                for k in range(2):
-                    arm(*case.at(k))
+            made = build(case, arm)
+            if args.step == "memory":
+                found[arm] = {"peak_mib": peak(case, made, before)}
+            elif args.step != "prepare":
+                arms[arm] = made
         except Exception as error:  # whatever another library raises
-            missing[name] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else repr(error)
-            )
-            print(f"  {name}: {missing[name]}", flush=True)
-            continue
-        arms[name] = arm
-        print(f"  {name}: ready after {time.perf_counter() - start:.1f} s", flush=True)
-    return arms, missing
+            missing[arm] = reason(error)
+        print(f"  {arm}: {missing.get(arm, f'ready after {time.perf_counter() - start:.1f} s')}", flush=True)
+    if args.step == "prepare":
+        return
+    if args.step == "time":
+        found = measure(case, arms, args)
+    elif args.step == "quality":
+        found = quality(case, arms, args.seeds)
+    keep(args, found, missing)
 
 
-@torch.no_grad()
-def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of evaluations of all arms, in turns: wall time, and the process' time on its processors."""
-    arms, missing = build(case, args.arms)
+def keep(args: argparse.Namespace, found: dict[str, Any], missing: dict[str, str]) -> None:
+    """Put results into the file."""
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    into = results.setdefault(args.step, {})
+    key, own = key_of(args, args.group), settings(args)
+    old = into.get(key, {})
+    old = old if old.get("settings") == own and args.step != "time" else {"arms": {}, "missing": {}}
+    arms = {**old["arms"], **found}
+    reasons = {k: v for k, v in {**old["missing"], **missing}.items() if k not in found}
+    into[key] = {"arms": arms, "missing": reasons, "settings": own, "provenance": provenance()}
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(case: Case, arms: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of an evaluation, all arms in turns; of one thread processor time, else wall time."""
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in arms}
+    counts: dict[str, int] = {}
     with ExitStack() as stack:
-        for arm in arms.values():
-            if isinstance(arm, Ours):
-                stack.enter_context(arm.trajectory())
+        for name, arm in arms.items():
+            stack.enter_context(opened(arm))
             for k in range(2):
                 arm(*case.at(k))
+            start = time.perf_counter()
+            arm(*case.at(2))
+            counts[name] = max(1, min(10, round(SHORTEST_TURN / (time.perf_counter() - start))))
         for turn in range(args.rounds):
             for name, arm in arms.items():
-                x, t = case.at(2 + turn)
-                clock = time.process_time if args.threads == 1 else time.perf_counter
+                inputs = [case.at(3 + turn * counts[name] + i) for i in range(counts[name])]
                 start = clock()
-                arm(x, t)
-                times[name].append(clock() - start)
-    memory = {}
-    for name, arm in arms.items() if args.memory else ():
-
-        def work(arm: Any = arm) -> None:
-            with arm.trajectory() if isinstance(arm, Ours) else nullcontext():
-                for k in range(2):
-                    arm(*case.at(k))
-
-        gc.collect()
-        memory[name] = peak_memory(work, torch.device("cpu"))[0]
-    found = {name: {"seconds": spread(values), "peak_mib": memory.get(name)} for name, values in times.items()}
-    return {"arms": found, "missing": missing, "rounds": args.rounds}
+                for x, t in inputs:
+                    arm(x, t)
+                times[name].append((clock() - start) / counts[name])
+    share = {name: arm.integer_share(case) for name, arm in arms.items() if isinstance(arm, Ours)}
+    return {
+        name: {"seconds": spread(values), "evaluations_per_turn": counts[name], "integer_share": share.get(name)}
+        for name, values in times.items()
+    }
 
 
-def trajectory_images(case: Case, arm: Any, seed: int, on_evaluation: Any = None) -> Tensor:
-    """Images in [0, 1] of one batch: DDIM, 50 steps, from the noise of a seed."""
-    noise = indexed_noise(seed, list(range(case.batch)), case.teacher.sample_shape, 0)
-    noise = noise.contiguous(memory_format=torch.channels_last)
-    scheduler = make_scheduler("ddim", case.teacher.scheduler_config)
-    with arm.trajectory() if isinstance(arm, Ours) else nullcontext():
-        call = lambda x, t: arm(x, torch.as_tensor(t).expand(case.batch).contiguous())  # noqa: E731
-        images = sample(call, scheduler, noise, 50, on_evaluation=on_evaluation)
-    return (images / 2 + 0.5).clamp(0, 1)
+def quality(case: Case, arms: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
+    """PSNR of whole trajectories to the float32 images from the same noise, and the error of single evaluations.
 
-
-@torch.no_grad()
-def quality(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """PSNR of whole trajectories to the float32 images from the same noise."""
-    wanted = {seed: trajectory_images(case, case.denoiser, seed) for seed in args.seeds}
-    arms, missing = build(case, [*(n for n in args.arms if n != "eager fp32"), *QUALITY_ONLY])
+    The latter is that of the output for the inputs of the teacher's own trajectory: ``||student - teacher|| /
+    ||teacher||`` in the first, the middle and the last evaluation.
+    """
+    wanted, steps = {}, []
+    for seed in seeds:
+        store = steps if seed == seeds[0] else []
+        keep_step = lambda i, t, x, store=store: store.append((x.clone(), torch.full((case.batch,), int(t))))  # noqa: E731
+        wanted[seed] = trajectory_images(case, case.denoiser, seed, keep_step)
+    chosen = [steps[0], steps[len(steps) // 2], steps[-1]]
+    outputs = [case.denoiser(x, t) for x, t in chosen]
     found: dict[str, Any] = {}
     for name, arm in arms.items():
         values = []
-        for seed in args.seeds:
+        for seed in seeds:
             error = (trajectory_images(case, arm, seed) - wanted[seed]).square().flatten(1).mean(1)
             values += (-10 * error.clamp(min=1e-12).log10()).tolist()
-        found[name] = {"psnr_db": sum(values) / len(values), "images": len(values)}
-        print(f"  {name}: {found[name]['psnr_db']:.2f} dB", flush=True)
-    return {"arms": found, "missing": missing, "seeds": args.seeds}
+        exact = max(values) >= 120
+        found[name] = {"psnr_db": None if exact else sum(values) / len(values), "images": len(values)}
+        if not isinstance(arm, Ours):  # which needs the evaluations between
+            errors = [((arm(x, t) - o).norm() / o.norm()).item() for (x, t), o in zip(chosen, outputs, strict=True)]
+            found[name]["relative_errors"] = errors
+        print(f"  {name}: {found[name]}", flush=True)
+    return found
+
+
+def peak(case: Case, arm: Any, before: int) -> float:
+    """Peak resident memory of three evaluations, in MiB, beyond that of a process that has loaded nothing yet.
+
+    The arm has compiled and warmed up before; weights in whatever form it keeps them are counted, and libraries that
+    it alone loads. The teacher it was made from is freed.
+    """
+    case.denoiser = None  # type: ignore[assignment]
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    with opened(arm):
+        for k in range(3):
+            arm(*case.at(k))
+    text = Path("/proc/self/status").read_text()
+    highest = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmHWM"))
+    return (highest - before) / 2**20
+
+
+STARTS = """
+import time
+import torch, modiff
+from modiff.kernels.cpp import build
+start = time.perf_counter()
+problem = build.problem()
+print(problem or time.perf_counter() - start)
+"""
+
+
+def build_times(args: argparse.Namespace) -> None:
+    """Seconds until the C++ operators are there: in a first process, with an empty cache, and in a second one."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "MODIFF_CACHE": cache}
+        said = [
+            subprocess.run([sys.executable, "-c", STARTS], env=env, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)
+        ]
+    first, second = (float(text) for text in said)
+    print(f"C++ operators: built in {first:.1f} s; loaded by a second process in {second:.2f} s")
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    results["build"] = {"first_s": first, "second_s": second, "provenance": provenance()}
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are here."""
+    found = {}
+    for package in ("torch", "diffusers", "openvino", "nncf", "onnxruntime", "torchao"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def provenance() -> dict[str, Any]:
     """Machine and versions."""
-    versions = {p: metadata.version(p) for p in ("torch", "diffusers", "openvino", "nncf", "onnxruntime")}
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     has = [flag for flag in ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
     device = device_name(torch.device("cpu"))
-    return {**versions, "device": device, "cores": os.cpu_count(), "has": has, "git_commit": git_commit()}
-
-
-def main() -> None:
-    """One step of the benchmark; results are merged into the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("prepare", "time", "quality", "table"))
-    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--arms", nargs="+", default=[*ARMS])
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--work", type=Path, default=Path("runs/peers"))
-    parser.add_argument("--output", type=Path, default=HERE / "peers.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((args.work / "inductor").absolute()))
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    for name in args.models if args.step != "table" else ():
-        if args.step == "quality" and name != "mnist":
-            continue
-        print(f"{name}, batch {args.batch}, {args.threads} thread(s)", flush=True)
-        case = Case(name, args.batch, args.work)
-        if args.step == "prepare":
-            with torch.no_grad():
-                build(case, args.arms)
-            continue
-        key = f"{name}/{args.batch}" + (f"/{args.threads}" if args.step == "time" else "")
-        entry = measure(case, args) if args.step == "time" else quality(case, args)
-        into = results.setdefault(args.step, {}).setdefault(key, {"arms": {}, "missing": {}})
-        into["arms"].update(entry.pop("arms"))
-        into["missing"].update(entry.pop("missing"))
-        into.update(entry)
-        results["provenance"] = provenance()
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
-    from peers_table import markdown
-
-    if args.output.exists():
-        args.output.with_suffix(".md").write_text(markdown(results))
+    return {**versions(), "device": device, "cores": os.cpu_count(), "has": has, "git_commit": git_commit()}
 
 
 if __name__ == "__main__":

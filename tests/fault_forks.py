@@ -21,7 +21,7 @@ def run(arguments: list[str], environment: dict[str, str], log: str) -> None:
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(environment)
     sys.argv = ["modiff", *arguments]
-    code = main(arguments)
+    code = main()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)  # taking a forked interpreter apart copies all of its memory, which takes longer than the run

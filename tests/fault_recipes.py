@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+
+from lightning.pytorch import Callback
 
 EVALUATE = """
 seed: 0
@@ -79,3 +83,14 @@ def save_images(folder: Path, train: int = 30, test: int = 8) -> Path:
         rows = {"image": [Image.fromarray(picture) for picture in pixels], "label": [i % 10 for i in range(count)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}-0.parquet"))
     return folder
+
+
+class TerminateAt(Callback):
+    """Sends SIGTERM to one rank as one of its training steps begins."""
+
+    def __init__(self, steps: int, rank: int) -> None:
+        self.steps, self.rank = steps, rank
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if (trainer.global_step, trainer.global_rank) == (self.steps, self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)

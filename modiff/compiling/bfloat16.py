@@ -33,12 +33,29 @@ class Bfloat16(Listener):
             entry.register_forward_hook(lambda _module, _args, output: _cast(output, torch.bfloat16)),
             leave.register_forward_pre_hook(lambda _module, args: tuple(_cast(x, torch.float32) for x in args)),
         ]
+        for module in student.modules():
+            if getattr(module, "is_cross_attention", False):
+                self.handles += _like_the_query(module)
 
     @override
     def removed(self, state: ModulationState) -> None:
         """Leave everything in its own precision again."""
         for handle in self.handles:
             handle.remove()
+
+
+def _like_the_query(attention: Any) -> list[Any]:
+    """Hooks that give keys and values of a prompt, which does not come from the first layer, the dtype of the query."""
+    dtypes = [torch.float32]
+
+    def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        dtypes[0] = args[0].dtype
+
+    def cast(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return _cast(output, dtypes[0])
+
+    operators = (attention.to_k, attention.to_v)
+    return [attention.register_forward_pre_hook(note), *(o.register_forward_hook(cast) for o in operators)]
 
 
 def _child(student: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -3,7 +3,8 @@
 The backend of an operator does so where it has the methods for it (:class:`modiff.kernels.backend.Backend`). The blocks
 are those of diffusers, known by the names of their classes and of what they hold; whatever looks different runs as it
 is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all of its
-operators advance; the first one of a trajectory, refreshes, and whatever is unusual run in that ``forward``.
+operators advance, or quantize plainly; the first one of a trajectory, evaluations outside of any, refreshes, and
+whatever is unusual run in that ``forward``.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing_extensions import override
 from modiff.kernels.backend import BACKENDS, Backend
 from modiff.kernels.fused import After, Before
 from modiff.operators.modulated import ModulatedOperator
+from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.cache import OperatorCache
+from modiff.trajectory.graphs import outside
 from modiff.trajectory.session import Listener, ModulationState
 
 NOTHING = Before()
 KEPT = After(dtype=None)
-"""The result is read from ô itself."""
+"""The result is read from ô itself; of plain quantization it is float32."""
 
 
 class Fused:
@@ -38,16 +41,21 @@ class Fused:
         fusion: Says whether the fused form may run.
     """
 
-    fuses: dict[str, tuple[str, str]] = {}
-    """What runs in the passes of which operator, before it and after it: words for ``describe``, by its name in the
-    block."""
+    fuses: dict[str, str] = {}
+    """What runs in the passes of which operator: parts of a sentence for ``describe``, by its name in the block. Those
+    that begin with "before" are left out where the backend does not do what follows."""
+
+    @classmethod
+    def fused_operators(cls, module: Any) -> dict[str, str]:
+        """:attr:`fuses` of one block."""
+        return cls.fuses
 
     def __init__(self, module: Any, fusion: Fusion) -> None:
         self.module = module
         self.fusion = fusion
         self.eager: Callable[..., Any] = types.MethodType(type(module).forward, module)
         self.fused_calls = 0
-        self.operators: list[ModulatedOperator] = [module.get_submodule(name) for name in self.fuses]
+        self.operators: list[QuantizedOperator] = [module.get_submodule(name) for name in self.fused_operators(module)]
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
@@ -64,6 +72,8 @@ class Fused:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's forward."""
+        if torch.compiler.is_compiling():
+            return outside(self, x, *args, **kwargs)
         if (
             self.fusion.ready
             and not torch.is_grad_enabled()
@@ -83,16 +93,16 @@ class Fusion(Listener):
 
     Args:
         student: What is searched for blocks.
-        kinds: Classes of :class:`Fused` by the name of the block's class.
+        kind_of: Gives the class of :class:`Fused` that a block of diffusers may be; None: it is none of them.
     """
 
-    def __init__(self, student: nn.Module, kinds: dict[str, type[Fused]]) -> None:
+    def __init__(self, student: nn.Module, kind_of: Callable[[Any], type[Fused] | None]) -> None:
         self.ready = False
         self.modules: list[nn.Module] = []
         self.obstacles: dict[str, str] = {}
         for name, module in student.named_modules():
-            kind = kinds.get(type(module).__name__)
-            if kind is None or not type(module).__module__.startswith("diffusers."):
+            kind = kind_of(module) if type(module).__module__.startswith("diffusers.") else None
+            if kind is None:
                 continue
             reason = _common_obstacle(module, kind) or kind.obstacle(module)
             if reason is not None:
@@ -100,9 +110,10 @@ class Fusion(Listener):
                 continue
             module.forward = kind(module, self)
             self.modules.append(module)
-            for inner, words in kind.fuses.items():
+            for inner, sentence in kind.fused_operators(module).items():
                 operator = module.get_submodule(inner)
-                operator.fused = ", ".join(words if _backend_of(operator).fuses_after else words[:1]).strip(", ")
+                parts = [part for part in sentence.split(", ") if _does(_backend_of(operator), part)]
+                operator.fused = ", ".join(parts)
 
     @override
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
@@ -129,34 +140,33 @@ class Fusion(Listener):
             else:
                 vars(module).pop("forward", None)
             for operator in module.modules():
-                if isinstance(operator, ModulatedOperator):
+                if isinstance(operator, QuantizedOperator):
                     operator.fused = ""
 
-    def advances(self, operator: ModulatedOperator, dtype: torch.dtype) -> bool:
-        """Whether an operator's next call advances its state, on a backend that fuses, unobserved by hooks.
+    def advances(self, operator: QuantizedOperator, dtype: torch.dtype) -> bool:
+        """Whether an operator's next call quantizes its input, on a backend that fuses, unobserved by hooks.
+
+        A modulated one advances its state, too.
 
         Args:
             operator: Of a block.
             dtype: In which the block's input comes.
         """
-        cache = _peek(operator)
         execution = operator.region.execution
-        return (
-            cache is not None
-            and execution is not None
-            and dtype in getattr(execution.backend, "fused_inputs", ())
-            and not operator.in_float
-            and (operator.traced or not operator.refreshes())
-            and not operator._forward_hooks
-            and not operator._forward_pre_hooks
-        )
+        if execution is None or dtype not in getattr(execution.backend, "fused_inputs", ()):
+            return False
+        if operator._forward_hooks or operator._forward_pre_hooks or operator.in_float:
+            return False
+        if isinstance(operator, ModulatedOperator):
+            return _peek(operator) is not None and (operator.traced or not operator.refreshes())
+        return hasattr(execution.backend, "apply") and operator.undecided is None
 
 
-def call(operator: ModulatedOperator, x: Tensor, before: Before = NOTHING, after: After = KEPT) -> Tensor:
+def call(operator: QuantizedOperator, x: Tensor, before: Before = NOTHING, after: After = KEPT) -> Tensor:
     """One evaluation of an operator with what stands before and after it.
 
     Args:
-        operator: It advances (:meth:`Fusion.advances`).
+        operator: Its input is quantized in this call (:meth:`Fusion.advances`).
         x: Float32 or bfloat16, in the shape of its input.
         before: Makes its input from ``x``.
         after: Makes the result from ô.
@@ -164,11 +174,18 @@ def call(operator: ModulatedOperator, x: Tensor, before: Before = NOTHING, after
     Returns:
         The result; ô itself, which the caller may only read, where ``after`` asks for none.
     """
-    cache = _next_cache(operator, x)
+    like = before.input(x)
     execution = operator.region.execution
     assert execution is not None
     backend: Any = execution.backend
-    quantizer = execution.quantizer.at(operator.fixed_scale(x))
+    quantizer = execution.quantizer.at(operator.fixed_scale(like))
+    if not isinstance(operator, ModulatedOperator):
+        after = After() if after.dtype is None else after
+        prepared = operator.prepared(execution)
+        out, probe = backend.apply(x, prepared, quantizer, operator.float_bias(), before, after)
+        operator.note(probe, quantized=True)
+        return out
+    cache = _next_cache(operator, like)
     after = _readable(after, cache, x, backend)
     prepared = operator.prepared(execution)
     out, probe = backend.advance_fused(x, cache.held, prepared, quantizer, cache.o_hat, before, after)
@@ -176,27 +193,39 @@ def call(operator: ModulatedOperator, x: Tensor, before: Before = NOTHING, after
     return cache.o_hat if after.dtype is None else out
 
 
-def call_together(operators: Sequence[ModulatedOperator], x: Tensor, before: Before, after: After) -> list[Tensor]:
-    """Several Linears that read the same tensor; those that share â are given the first one's codes."""
-    caches = [_peek(operator) for operator in operators]
-    leader = caches[0]
-    if any(cache is None or cache.leader is not leader for cache in caches[1:]):
+def call_together(operators: Sequence[QuantizedOperator], x: Tensor, before: Before, after: After) -> list[Tensor]:
+    """Several Linears that read the same tensor; where all make the same codes of it, the first one's serve all."""
+    if not _share_codes(operators):
         return [call(operator, x, before, after) for operator in operators]
     execution = operators[0].region.execution
     assert execution is not None
     backend: Any = execution.backend
     found, encoded = [], None
     for operator in operators:
-        cache = _next_cache(operator, x)
+        cache = _next_cache(operator, x) if isinstance(operator, ModulatedOperator) else None
         if encoded is None:
-            encoded = backend.encode_fused(x, cache.held, execution.quantizer, before)
+            encoded = backend.encode_fused(x, None if cache is None else cache.held, execution.quantizer, before)
         execution = operator.region.execution
         assert execution is not None
-        mine = _readable(after, cache, x, backend)
-        out = backend.multiply_fused(operator.prepared(execution), encoded, cache.o_hat, mine)
+        prepared, o_hat = operator.prepared(execution), None if cache is None else cache.o_hat
+        bias = operator.float_bias() if cache is None else None
+        mine = (After() if after.dtype is None else after) if cache is None else _readable(after, cache, x, backend)
+        out = backend.multiply_fused(prepared, encoded, o_hat, bias, mine)
         operator.note(encoded.probe, quantized=True)
-        found.append(cache.o_hat if mine.dtype is None else out)
+        found.append(o_hat if mine.dtype is None and o_hat is not None else out)
     return found
+
+
+def _share_codes(operators: Sequence[QuantizedOperator]) -> bool:
+    """Whether operators of the same tensor make the same codes: they share â, or are plain and quantize alike."""
+    first, *others = operators
+    if not all(isinstance(operator, ModulatedOperator) for operator in operators):
+        spec = first.activation_spec
+        return not any(
+            isinstance(o, ModulatedOperator) or o.calibrated is not None or o.activation_spec != spec for o in operators
+        )
+    leader, *caches = [_peek(operator) for operator in operators]
+    return not any(cache is None or cache.leader is not leader for cache in caches)
 
 
 def _next_cache(operator: ModulatedOperator, x: Tensor) -> OperatorCache:
@@ -216,7 +245,7 @@ def _next_cache(operator: ModulatedOperator, x: Tensor) -> OperatorCache:
     return cache
 
 
-def _peek(operator: ModulatedOperator) -> OperatorCache | None:
+def _peek(operator: QuantizedOperator) -> OperatorCache | None:
     """The state that the next call advances; None where it does something else. A graph finds it in its region."""
     if not operator.traced:
         return operator.state.peek_cache(operator.name)
@@ -230,7 +259,12 @@ def _readable(after: After, cache: OperatorCache, x: Tensor, backend: Any) -> Af
     return After() if after.dtype is None and cache.o_hat.dtype not in dtypes else after
 
 
-def _backend_of(operator: ModulatedOperator) -> Any:
+def _does(backend: Any, part: str) -> bool:
+    """Whether a backend does a part of what is fused, as ``describe`` words it."""
+    return backend.fuses_after or not (part.startswith("before") or "GEGLU" in part)
+
+
+def _backend_of(operator: QuantizedOperator) -> Any:
     """The backend that an operator gets where it is now."""
     return BACKENDS[operator.choice(operator.module.weight.device).name]
 
@@ -241,14 +275,14 @@ def fuses(backend: Backend) -> bool:
 
 
 def _common_obstacle(module: Any, kind: type[Fused]) -> str | None:
-    for name in kind.fuses:
+    for name in kind.fused_operators(module):
         try:
             operator = module.get_submodule(name)
         except AttributeError:
             return f"it has no {name}"
-        if not isinstance(operator, ModulatedOperator):
-            return f"{name} is not modulated"
-        if not operator.modulation.error_compensation:
+        if not isinstance(operator, QuantizedOperator) or operator.activation_spec is None:
+            return f"the input of {name} is not quantized"
+        if operator.modulation is not None and not operator.modulation.error_compensation:
             return f"{name} is modulated without error compensation"
         if not fuses(_backend_of(operator)):
             return f"{name} runs on {operator.choice(operator.module.weight.device)}"
@@ -283,11 +317,9 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def attend(module: Any, projected: Sequence[Tensor]) -> Tensor:
-    """Softmax attention of queries, keys and values ``[B, T, C]``; returns ``[B, T, C]``."""
+    """Softmax attention of queries ``[B, T, C]``, keys and values ``[B, S, C]``; returns ``[B, T, C]``."""
     batch, length, channels = projected[0].shape
-    query, key, value = (
-        x.view(batch, length, module.heads, channels // module.heads).transpose(1, 2) for x in projected
-    )
+    query, key, value = (x.view(batch, -1, module.heads, channels // module.heads).transpose(1, 2) for x in projected)
     found = F.scaled_dot_product_attention(query, key, value)
     return found.transpose(1, 2).reshape(batch, length, channels)
 

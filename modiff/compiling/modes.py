@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modiff.compiling.bfloat16 import Bfloat16
-from modiff.compiling.blocks import KINDS
+from modiff.compiling.blocks import kind_of
 from modiff.compiling.choose import Measured, chains_of, use_float
 from modiff.compiling.fusion import Fusion, fuses
 from modiff.compiling.graphs import require_recordable, use_graphs
@@ -42,11 +42,12 @@ def compile(  # noqa: A001 (modiff.compile)
 
     ``fused`` (on an x86 CPU): each operator is one C++ call, built once on this machine (less than 90 s), and takes the
     norms, activations and residual additions of known blocks into its passes over memory
-    (:mod:`modiff.compiling.blocks`); on an NVIDIA GPU, Triton's kernels take the norms and activations. ``stages``:
-    only the element-wise stages around each product (difference, range, codes, reconstruction; scale and add), once for
-    all operators and shapes: seconds. ``blocks``: each repeated block of the denoiser. ``whole``: the denoiser as one
-    graph (``fullgraph=True`` where it allows that). In the last two the first evaluation of a trajectory and refreshes
-    run eagerly; all others share one graph for each shape. ``auto`` takes the fastest of them where they were measured
+    (:mod:`modiff.compiling.blocks`), whether the student is modulated or plain; on an NVIDIA GPU, Triton's kernels take
+    the norms and activations of modulated ones. ``stages``: only the element-wise stages around each product
+    (difference, range, codes, reconstruction; scale and add), once for all operators and shapes: seconds. ``blocks``:
+    each repeated block of the denoiser. ``whole``: the denoiser as one graph (``fullgraph=True`` where it allows that).
+    In the last two the first evaluation of a trajectory and refreshes run eagerly; all others share one graph for each
+    shape. ``auto`` takes the fastest of them where they were measured
     (``benchmarks/peers.md``, ``benchmarks/cpu.md``): ``fused`` where that can be, else ``stages``.
 
     Where no C++ compiler is installed (on the CPU), one line says so and the student stays as it is.
@@ -175,7 +176,7 @@ def _fuse(student: nn.Module, mode: Mode, cuda_graph: bool) -> Fusion | None:
     compiles = not _missing_compiler(student)
     for operator in operators(student).values():
         operator.wrap_backend(compiled_backend if compiles and not _on_fusing_backend(operator) else None)
-    fusion = Fusion(student, KINDS)
+    fusion = Fusion(student, kind_of)
     state_of(student).listeners.append(fusion)
     return fusion
 

@@ -14,6 +14,7 @@ from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.contexts import Context
+from modiff.trajectory.graphs import outside
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.schedule import Answer
 from modiff.trajectory.session import ModulationState
@@ -168,7 +169,9 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
-        if not self.regions.ready or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return outside(self, *args, **kwargs)
+        if not self.regions.ready:
             return self.eager(*args, **kwargs)
         return self.compiled(*args, **kwargs)
 

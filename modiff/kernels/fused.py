@@ -14,7 +14,8 @@ class Before:
 
     Args:
         norm: ``group``, ``layer`` or None.
-        activation: ``silu``, ``gelu_tanh``, ``gelu`` or None; after the norm.
+        activation: ``silu``, ``gelu_tanh``, ``gelu`` or None; after the norm. ``geglu``: the tensor has twice the
+            operator's channels, and its first half times GELU of its second half is the input; without a norm.
         groups: Of a group norm.
         mul: Factor after the norm, float32 ``[C]``, or of a layer norm ``[B, C]``; None: 1.
         add: Summand after it, likewise; None: 0.
@@ -29,6 +30,10 @@ class Before:
     add: Tensor | None = None
     shift: Tensor | None = None
     eps: float = 0.0
+
+    def input(self, x: Tensor) -> Tensor:
+        """Something in the shape of the operator's input, where ``x`` is what is read."""
+        return x[..., : x.shape[-1] // 2] if self.activation == "geglu" else x
 
 
 @dataclass(frozen=True)

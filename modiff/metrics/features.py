@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.metrics.feature_outputs import FeatureOutputs
+from modiff.metrics.feature_outputs import FeatureOutputs, class_scores
 
 INCEPTION = "inception"
 
@@ -141,7 +141,7 @@ class FeatureClassifier(nn.Module):
     def outputs(self, images: Tensor) -> FeatureOutputs:
         """Pooled features and class scores in one pass; no spatial features."""
         features = self(images)
-        return FeatureOutputs(features, logits=self.head(features))
+        return FeatureOutputs(features, logits=class_scores(features, self.head.weight, self.head.bias))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and configuration to one safetensors file."""

@@ -111,7 +111,8 @@ class ImageFidelity(Metric):
             logits = self._of_width("class scores", outputs.logits, self.num_classes)
             probability = logits.double().softmax(dim=1)
             self._increase(f"{source}_probability", probability.sum(dim=0))
-            self._increase(f"{source}_negentropy", torch.special.xlogy(probability, probability).sum())
+            # Each image first: the sum of a whole large tensor depends on the number of threads.
+            self._increase(f"{source}_negentropy", torch.special.xlogy(probability, probability).sum(dim=1).sum())
         features = outputs.features.float()
         getattr(self, f"{source}_kept").append(features)
         getattr(self, f"{source}_priority").append(priorities(features, indices))

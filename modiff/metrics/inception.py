@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import CheckpointError, ConfigError
-from modiff.metrics.feature_outputs import FeatureOutputs
+from modiff.metrics.feature_outputs import FeatureOutputs, class_scores
 
 SPATIAL_CHANNELS = 7
 SPATIAL_SIZE = 17
@@ -40,7 +40,7 @@ class InceptionV3(nn.Module):
                 "Run: pip install 'modiff[fidelity]'; or give a TorchScript or .safetensors file."
             ) from error
         try:
-            self.extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+            self.extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"The weights of feature network 'inception' could not be loaded: {error}. "
@@ -68,6 +68,6 @@ class InceptionV3(nn.Module):
                 "Give a TorchScript network made for these images."
             )
         bytes_ = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        features, logits = self.extractor(bytes_)
+        (features,) = self.extractor(bytes_)
         spatial, self._spatial = self._spatial, None
-        return FeatureOutputs(features, spatial, logits)
+        return FeatureOutputs(features, spatial, class_scores(features, self.extractor.fc.weight))

@@ -16,6 +16,7 @@ from modiff.operators.quantized import Execution, QuantizedOperator
 from modiff.operators.vectors import is_vector
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like, static_room
+from modiff.trajectory.graphs import outside
 from modiff.trajectory.identity import InputIdentity
 from modiff.trajectory.lending import Lent
 from modiff.trajectory.schedule import Answer
@@ -46,6 +47,8 @@ class ModulatedOperator(QuantizedOperator):
         The same code runs eagerly and while ``torch.compile`` traces; only who keeps the books differs: this operator,
         or :mod:`modiff.compiling.regions` outside the graph.
         """
+        if self.is_traced_by_others():
+            return outside(self.run_outside, input)
         x = input
         if self.in_float:
             return super().forward(x)

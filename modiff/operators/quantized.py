@@ -24,7 +24,8 @@ from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
 from modiff.trajectory.cache import OperatorCache
-from modiff.trajectory.graphs import in_graph
+from modiff.trajectory.graphs import in_graph, outside
+from modiff.trajectory.remarks import COMPILED
 from modiff.trajectory.session import ModulationState
 
 
@@ -136,7 +137,6 @@ class QuantizedOperator(WeightHolder):
         """Choose and prepare anew at the next call."""
         self._executions = {}
 
-    @torch.compiler.disable  # a graph of somebody else's breaks here, once
     def decide(self, x: Tensor) -> None:
         """In the first call: take the spec of vectors where ``x`` is one vector per sample.
 
@@ -246,9 +246,19 @@ class QuantizedOperator(WeightHolder):
     def traced(self) -> bool:
         """Whether this runs in a graph of :func:`modiff.compile`, which keeps the books outside of it.
 
-        Under ``torch.compile`` by somebody else the operator keeps them itself, at the price of breaks in the graph.
+        A graph by somebody else's ``torch.compile`` breaks at each operator (:meth:`is_traced_by_others`).
         """
-        return in_graph() and (self.traceable or not torch.compiler.is_compiling())
+        return in_graph()
+
+    def is_traced_by_others(self) -> bool:
+        """Whether a ``torch.compile`` that is not :func:`modiff.compile`'s traces this call."""
+        return torch.compiler.is_compiling() and not self.traceable
+
+    def run_outside(self, input: Tensor) -> Tensor:  # noqa: A002 (as that of forward)
+        """The forward, in a break of somebody else's graph; a line says once that little is gained by it."""
+        self.state.remarks.say("compiled", COMPILED)
+        output: Tensor = self.forward(input)
+        return output
 
     def execution(self, a: Tensor) -> Execution:
         """How the products of ``a`` run in this evaluation; while ``torch.compile`` traces, as was found before."""
@@ -293,6 +303,8 @@ class QuantizedOperator(WeightHolder):
 
         While ``torch.compile`` traces, :mod:`modiff.compiling.regions` does the bookkeeping outside.
         """
+        if self.is_traced_by_others():
+            return outside(self.run_outside, input)
         x = input
         self.check(x)
         a = compute_input(x)
@@ -301,7 +313,13 @@ class QuantizedOperator(WeightHolder):
                 self.state.note(self.name, a.sum(), quantized=None)
             return self.product(a, with_bias=True).to(output_dtype(x))
         execution = self.execution(a)
-        encoded = execution.backend.encode(a, None, execution.quantizer.at(self.fixed_scale(a)))
+        quantizer = execution.quantizer.at(self.fixed_scale(a))
+        apply = getattr(execution.backend, "apply", None)
+        if apply is not None:
+            output, probe = apply(a, self.prepared(execution), quantizer, self.float_bias())
+            self.note(probe, quantized=True)
+            return output.to(output_dtype(x))
+        encoded = execution.backend.encode(a, None, quantizer)
         self.note(encoded.probe, quantized=True)
         if encoded.scale is None:
             return self.product(encoded.codes, with_bias=True).to(output_dtype(x))
@@ -321,6 +339,10 @@ class QuantizedOperator(WeightHolder):
         """Record a call in the open trajectory; a graph's are recorded when it has run."""
         if not self.traced:
             self.state.note(self.name, probe, quantized)
+
+    def float_bias(self) -> Tensor | None:
+        """The bias as a backend takes it."""
+        return None if self.bias is None else self.bias.detach().float().contiguous()
 
     def add_bias(self, output: Tensor) -> Tensor:
         """Add the bias in place, once (equation 9)."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.operators.adapters import find_adapter, is_unsupported
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.refusals import refuse_hooks
+from modiff.student.reuse import reuse_of
 from modiff.trajectory.listeners import Listener
 from modiff.trajectory.session import ModulationState
 
@@ -35,12 +37,15 @@ class Guard(Listener):
         self.student = student
         self.names = names
         self.linear = {name for name, _ in linear_modules(student)}
+        self.seen: tuple[object, ...] = ()
 
     @override
     def before_trajectory(self, state: ModulationState) -> None:
+        refuse_hooks(self.student, state.stateful or reuse_of(state) is not None)
         found = dict(linear_modules(self.student))
         for name in self.names:
             if not isinstance(found.get(name), QuantizedOperator):
+                self._refuse_wrapped(found)
                 raise TrajectoryError(
                     f"Operator {name!r} is no longer in its place in the student: something replaced or removed it "
                     f"(fused projections, adapters). {ANEW}."
@@ -52,6 +57,33 @@ class Guard(Listener):
                 f"would run in full precision. {ANEW}."
             )
         self._check_operators([m for m in found.values() if isinstance(m, QuantizedOperator)])
+
+    @override
+    def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
+        """Outside of a trajectory: compare again where PyTorch counted a write to a weight."""
+        if state.trajectory is not None:
+            return
+        weights = [
+            m.module._parameters.get("weight") for m in self.student.modules() if isinstance(m, QuantizedOperator)
+        ]
+        seen = tuple((id(w), None if w is None or w.is_inference() else w._version) for w in weights)
+        if seen != self.seen:
+            self.before_trajectory(state)
+            self.seen = seen
+
+    def _refuse_wrapped(self, found: Iterable[str]) -> None:
+        """Say so where the operators are still there, inside what ``torch.compile`` put in the place of a module.
+
+        Raises:
+            TrajectoryError: They are.
+        """
+        wrapped = next((name for name in found if "_orig_mod" in name.split(".")), None)
+        if wrapped is not None:
+            where = wrapped.split("._orig_mod")[0]
+            raise TrajectoryError(
+                f"Module {where!r} of the student was wrapped by torch.compile, which gives its operators other names. "
+                "Put the module itself back, and compile the student by modiff.compile(student)."
+            )
 
     def _check_operators(self, quantized: list[QuantizedOperator]) -> None:
         flags = []
@@ -113,5 +145,11 @@ def _follow(operator: QuantizedOperator) -> None:
             f"class, which the quantized operator would not follow. {ANEW}."
         )
     shape = adapter.shape(module, operator.weight_spec)
+    fixed = {name: getattr(operator.shape, name) for name in ("in_channels", "out_channels", "kernel", "groups")}
+    if any(getattr(shape, name) != value for name, value in fixed.items()):
+        raise TrajectoryError(
+            f"Operator {operator.name!r} was changed after it was quantized: its channels, kernel or groups are other "
+            f"ones, which its weight does not fit. {ANEW}."
+        )
     if shape != operator.shape:
         operator.use_shape(shape)

@@ -187,12 +187,6 @@ def _check(name: str, denoiser: nn.Module) -> None:
                     f"{where!r} holds LoRA adapters that are not fused: {', '.join(adapters)}. Call pipe.fuse_lora() "
                     "and pipe.unload_lora_weights() before quantize_pipeline."
                 )
-        hooks = getattr(own.get("_diffusers_hook"), "hooks", None)
-        if hooks:
-            raise ConfigError(
-                f"{where!r} has the diffusers hook {next(iter(hooks))!r}, which skips, moves or casts operators that "
-                "modiff quantizes. Disable it (disable_cache, or load the pipeline without it)."
-            )
         if "_hf_hook" in own and (inner or _offloads_weights(own["_hf_hook"])):
             raise ConfigError(
                 f"{where!r} is offloaded by accelerate on its own. Load the pipeline without sequential offloading and "

@@ -31,7 +31,11 @@ SAVES = (
     "would save the student under names that from_pretrained does not know. Save it by "
     "modiff.save({denoiser}, folder), or restore it first"
 )
-CACHES = "skips modules whose operators keep a state; the two do not combine yet. Use one of them"
+CACHES = (
+    "skips modules whose operators keep a state; the two do not combine. Use one of them, or modiff's own reuse of "
+    "blocks, which combines with modulation: QuantConfig.schedule (docs/frontier.md)"
+)
+MOVES = "moves or casts operators that modiff quantizes. Disable it, or load the model without it"
 WHY = {
     "save_pretrained": SAVES,
     "push_to_hub": SAVES,
@@ -39,6 +43,7 @@ WHY = {
     "enable_group_offload": OFFLOADS,
     "enable_layerwise_casting": "would cast the weight of each operator, which modiff keeps packed. Leave it out",
     "enable_cache": CACHES,
+    "to_empty": "would leave its codes and scales without content. {restore} first, or make the student after it",
     "fuse_qkv_projections": FUSES,
     "unfuse_qkv_projections": FUSES,
     **dict.fromkeys(
@@ -76,10 +81,34 @@ class Refusal:
         raise ConfigError(f"{self.method} on a quantized {self.owner} {reason(self.method, pipeline=False)}.")
 
 
-def refuse_methods(student: nn.Module) -> None:
-    """Put refusals in the places of a student's methods."""
+def refuse_hooks(model: nn.Module, stateful: bool) -> None:
+    """Refuse hooks of diffusers that act on operators; caches are allowed where no operator keeps a state.
+
+    Args:
+        model: Student, or what becomes one.
+        stateful: It keeps state between evaluations.
+
+    Raises:
+        ConfigError: There is such a hook.
+    """
+    for name, module in model.named_modules():
+        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+        for hook in hooks:
+            moves = any(part in hook for part in ("offload", "casting", "lazy", "tracker", "cp_", "autocast"))
+            if moves or stateful:
+                where = f"module {name!r} of the {type(model).__name__}" if name else f"the {type(model).__name__}"
+                raise ConfigError(f"The diffusers hook {hook!r} on {where} {MOVES if moves else CACHES}.")
+
+
+def refuse_methods(student: nn.Module, stateful: bool) -> None:
+    """Put refusals in the places of a student's methods.
+
+    Args:
+        student: The student.
+        stateful: It keeps state between evaluations, which caches would not know of.
+    """
     for name in WHY:
-        if hasattr(type(student), name):
+        if hasattr(type(student), name) and (stateful or WHY[name] is not CACHES):
             vars(student)[name] = Refusal(name, type(student).__name__)
 
 

@@ -22,6 +22,7 @@ from modiff.errors import TrajectoryError
 from modiff.operators.modulated import ModulatedOperator
 from modiff.student.blocks import residual_blocks, reusable_blocks
 from modiff.trajectory.cache import BranchCache
+from modiff.trajectory.graphs import outside
 from modiff.trajectory.schedule import Answer
 from modiff.trajectory.session import Listener, ModulationState, tensors_of
 
@@ -81,6 +82,9 @@ class BlockReuse(Listener):
 
     def note_time(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the student: the time step of this evaluation."""
+        if torch.compiler.is_compiling():
+            outside(self.note_time, _, args, kwargs)
+            return
         given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if isinstance(given, Tensor):
             self.time = given.detach().flatten()[0].float() if given.numel() else None
@@ -123,6 +127,8 @@ class BlockReuse(Listener):
             TrajectoryError: The student was called outside of a trajectory, the trajectory is longer than the schedule,
                 or the batch changed.
         """
+        if torch.compiler.is_compiling():
+            return outside(self.forward, name, *args, **kwargs)
         block = self.blocks[name]
         run = None if self.state is None else self.state.trajectory
         if self.state is None or run is None or not run.in_evaluation:

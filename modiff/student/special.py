@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from modiff.config.quant import QuantConfig
@@ -15,6 +14,7 @@ from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, find_adapter
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.vectors import is_vector
+from modiff.student.example import call_example
 
 # Names of diffusers: embeddings of time, size, class, pooled text and guidance; their projections in resnets and in
 # adaptive norms. tests/unit/test_special.py runs a tiny model of every family and compares.
@@ -103,16 +103,8 @@ def _observed(model: nn.Module, known: Mapping[str, OperatorAdapter], example: A
         return model.get_submodule(name).register_forward_pre_hook(before)
 
     handles = [watch(name, adapter) for name, adapter in known.items()]
-    args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     try:
-        with torch.no_grad():
-            model(*(args if isinstance(args, (tuple, list)) else (args,)), **kwargs)
-    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"The denoiser cannot be called with example_inputs ({reason}). Give the arguments of its forward: "
-            "quantize(model, config, example_inputs=(x, t))."
-        ) from error
+        call_example(model, example)
     finally:
         for handle in handles:
             handle.remove()

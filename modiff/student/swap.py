@@ -14,7 +14,7 @@ from typing_extensions import override
 from modiff.config.quant import QuantConfig, QuantSpec
 from modiff.errors import ConfigError
 from modiff.kernels.scratch import free_scratch
-from modiff.operators.adapters import adapter_of_type, find_adapter
+from modiff.operators.adapters import find_adapter
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.rewrites import rewrite, rewritten, undo
@@ -24,9 +24,9 @@ from modiff.student.blocks import prompt_modules, reusable_blocks
 from modiff.student.describe import Description, Row
 from modiff.student.guard import Guard
 from modiff.student.match import UNDECIDED, Plan, plan, plans
-from modiff.student.refusals import allow_methods, refuse_methods
+from modiff.student.refusals import allow_methods, refuse_hooks, refuse_methods
 from modiff.student.reuse import install_schedule, reuse_of
-from modiff.student.share import FullPrecisionShare
+from modiff.student.share import FullPrecisionShare, is_left, macs_beforehand, share_of
 from modiff.student.special import resolve
 from modiff.student.tensors import Slot, slots
 from modiff.trajectory.listeners import Listener
@@ -73,6 +73,7 @@ def quantize(
             which operators read one vector per sample, and which are the first and the last (``config.vectors`` and
             ``config.ends``). Not needed for diffusers' networks, which are known. Without it, vectors are recognized
             in the first evaluation, after weights are quantized; :func:`describe` calls them undecided until then.
+            A large share of work that stays in full precision is then warned of in the first evaluation as well.
 
     Returns:
         The same module, now the student.
@@ -84,7 +85,12 @@ def quantize(
     require_module(model)
     config = QuantConfig.preset(config) if isinstance(config, str) else config
     _require_quantizable(model, config)
-    return convert(model, resolve(model, config, example_inputs), keep_teacher)
+    config = resolve(model, config, example_inputs)
+    macs = macs_beforehand(model, plans(model, config), example_inputs)
+    student = convert(model, config, keep_teacher)
+    if macs:
+        share_of(state_of(student)).settle(macs)
+    return student
 
 
 def convert(
@@ -120,6 +126,7 @@ def convert(
         for planned, operator in built:
             _require_backend(operator, config.backend)
             operator.use_range((ranges or {}).get(planned.row.name))
+        refuse_hooks(model, state.stateful or config.schedule is not None)
     except Exception:
         if changed:
             undo(model)
@@ -129,12 +136,13 @@ def convert(
     record = Record(config, keep_teacher, Description(tuple(p.row for p in found)))
     _swap(model, built, record)
     record.hooks = _watch(model, state, record.names)
-    state.listeners.append(_share(found, {planned.row.name: operator for planned, operator in built}))
+    left = {planned.row.name: planned.module for planned in found if is_left(planned)}
+    state.listeners.append(FullPrecisionShare({planned.row.name: operator for planned, operator in built}, left))
     if config.schedule is not None:
         record.hooks += install_schedule(model, config.schedule, state)
     setattr(model, ATTRIBUTE, state)
     setattr(model, RECORD, record)
-    refuse_methods(model)
+    refuse_methods(model, state.stateful or config.schedule is not None)
     return model
 
 
@@ -309,12 +317,6 @@ def _backend(operator: QuantizedOperator) -> str:
     weight = operator.module.weight
     choice = str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
     return f"{choice}, {operator.fused}" if operator.fused else choice
-
-
-def _share(found: list[Plan], quantized: dict[str, QuantizedOperator]) -> FullPrecisionShare:
-    """Watches what stays in full precision for another reason than a rule."""
-    left = [p for p in found if p.row.skipped is not None and p.row.rule is None]
-    return FullPrecisionShare(quantized, {p.row.name: (p.module, adapter_of_type(p.module)) for p in left})
 
 
 def operators(student: nn.Module) -> dict[str, QuantizedOperator]:

@@ -204,6 +204,8 @@ class Trajectory:
             self.timed = True
             if self.total > 1 and not self._distinct():
                 raise TrajectoryError(self._ambiguous())
+            if self.calls_in_step:  # of this step only the last call was made: earlier steps may have left calls out
+                self.taken, self.calls_in_step = [self.current.name], 1
         known = self._known(call)
         if (
             same_time is False

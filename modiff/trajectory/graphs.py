@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _CAPTURING = [False]
+_REASON = (
+    "modiff keeps a state between evaluations, outside of graphs. Leave torch.compile out, or compile the student by "
+    "modiff.compile(student)"
+)
 
 
 def in_graph() -> bool:
@@ -23,3 +28,13 @@ def capturing() -> Iterator[None]:
         yield
     finally:
         _CAPTURING[0] = before
+
+
+@torch.compiler.disable(reason=_REASON)
+def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function where somebody else's ``torch.compile`` traces: its graph breaks here.
+
+    What the function does then happens in every evaluation, and not only where it was traced. A user who asks for one
+    graph (``fullgraph=True``) is told the reason.
+    """
+    return function(*args, **kwargs)

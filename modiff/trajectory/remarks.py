@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from modiff.trajectory.contexts import Trajectory
 
 LOGGER = logging.getLogger("modiff")
+COMPILED = (
+    "This student, or a part of it, was compiled by torch.compile. Its operators run outside of those graphs, because "
+    "they keep a state between evaluations: the numbers are right, but little is gained. Use modiff.compile(student)."
+)
 
 
 class Remarks:
@@ -33,13 +37,13 @@ class Remarks:
             listed = ", ".join(map(repr, uncalled[:5])) + (
                 f" and {len(uncalled) - 5} more" if len(uncalled) > 5 else ""
             )
-            self._say(
+            self.say(
                 "uncalled",
                 f"Never called in this trajectory, so that their inputs were not quantized: {listed}. Their module is "
                 "not used, or other code multiplies by their weight itself.",
             )
         if run.stateful and run.quantized == 0 and all(context.total == 1 for context in run.contexts.values()):
-            self._say(
+            self.say(
                 "warm-up",
                 "All evaluations of this trajectory were warm-ups, in which activations are in full precision. With so "
                 "few steps use Modulation(warmup='refine'), whose first evaluation is quantized too.",
@@ -54,7 +58,13 @@ class Remarks:
         finally:
             self._muted = before
 
-    def _say(self, key: str, text: str) -> None:
+    def say(self, key: str, text: str) -> None:
+        """Say something that was not said yet.
+
+        Args:
+            key: Of what is said once.
+            text: A whole line.
+        """
         if key not in self.said:
             self.said.add(key)
             LOGGER.warning(text)

@@ -14,7 +14,7 @@ from modiff.trajectory import messages
 from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.calls import Call, parameters_of, require_module, tensors_of
 from modiff.trajectory.contexts import Context, Trajectory, context_names
-from modiff.trajectory.graphs import in_graph
+from modiff.trajectory.graphs import in_graph, outside
 from modiff.trajectory.identity import InputIdentity, KeptOutput
 from modiff.trajectory.lending import without_lent
 from modiff.trajectory.listeners import Listener
@@ -135,7 +135,12 @@ class ModulationState:
         Raises:
             TrajectoryError: The evaluation before did not finish.
         """
+        if torch.compiler.is_compiling():
+            outside(self.begin_evaluation, _module, args, kwargs)
+            return
         run = self.trajectory
+        if run is not None and self.stateful and torch.jit.is_tracing():
+            raise TrajectoryError(messages.TRACED)
         if run is not None:
             if run.in_evaluation:
                 raise TrajectoryError(
@@ -156,6 +161,8 @@ class ModulationState:
         Raises:
             TrajectoryError: A modulated operator was called more or less often than in the first evaluation.
         """
+        if torch.compiler.is_compiling():
+            return outside(self.end_evaluation, _module, _args, output)
         run = self.trajectory
         if run is None:
             return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 
@@ -112,9 +115,11 @@ def test_contexts_that_are_no_names(contexts) -> None:
         modiff.trajectory(student, contexts=contexts).__enter__()
 
 
-@pytest.mark.parametrize("precision", ["64", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["64", "bf16-true", "bf16-mixed", "16-true"])
 def test_every_precision_of_the_trainer_draws(modiff, recipe, tmp_path, precision) -> None:
     options = ["--num_images", "2", "--model.steps", "2", "--trainer.precision", precision]
     status, _, err = modiff("evaluate", "--config", recipe, *options, "--output", tmp_path / "out")
     assert status == 0, err
-    assert (tmp_path / "out" / "metrics.json").is_file()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["evaluations"]["total"], metrics["evaluations"]["quantized"]) == (2, 1)
+    assert math.isfinite(metrics["student"]["relative_l2"])

@@ -59,6 +59,14 @@ def test_sentence_names_the_stage(ratio, stages_ms, expected) -> None:
     assert sentence("a", entry, student).startswith(expected.format(where))
 
 
+def test_sentence_compares_with_the_teacher_in_bfloat16_too() -> None:
+    stages = dict.fromkeys(("products_s", "modulation_s", "rest_s"), 0.1)
+    ratios = [{"median": m, "q1": m, "q3": m} for m in (2.5, 1.25)]
+    student = {"ratio": ratios[0], "ratio_to_bfloat16": ratios[1], "stages": stages}
+    found = sentence("a", {"mode": COMPILED, "batch_size": 1, TEACHER: {"stages": stages}}, student)
+    assert "(2.50 times the teacher's speed, 1.25 times that of the teacher in bfloat16; compiled, 1 image per" in found
+
+
 def test_peak_memory_counts_what_is_freed_again_and_what_an_earlier_call_freed() -> None:
     work = lambda: float(torch.ones(16 * 2**20).sum())  # noqa: E731  64 MiB, freed on return
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,18 +16,21 @@ import torch
 from PIL import Image
 
 from modiff.config.quant import QuantConfig
+from modiff.config.schedule import ReuseSchedule
 from modiff.lit.data.noise import NoiseDataModule
 from modiff.lit.modules.student import LitStudent
 from modiff.teachers.sampling.noise import indexed_noise
 from modiff.teachers.zoo import TeacherSpec
 from modiff.trajectory.session import trajectory
+from tests.fault_cases import ROOT, free_port
 
 
 def images(
     teacher: Path, num_images: int, batch_size: int, world_size: int = 1, dtype: torch.dtype = torch.float32, **options
 ) -> torch.Tensor:
     """The student's images 0 .. num_images - 1, as the ranks of a run draw them."""
-    module = LitStudent(TeacherSpec(path=str(teacher)), preset="w8a4-modiff-paper", steps=3, **options)
+    given = {"preset": "w8a4-modiff-paper", "steps": 3, **options}
+    module = LitStudent(TeacherSpec(path=str(teacher)), **given)
     module.prepare(seed=7)
     module.student.to(dtype)
     noise = module.noise
@@ -57,6 +61,22 @@ def test_invariant_3_batch_sizes_agree_up_to_rounding(tiny_teacher, eta) -> None
     # In float64: a float32 difference of 1e-7 may move a 4-bit code, whose error the next evaluation feeds back, so the
     # bound on float32 images would depend on the number of threads.
     a, b = (images(tiny_teacher, 4, size, dtype=torch.float64, eta=eta) for size in (4, 1))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def skipping(preset: str) -> QuantConfig:
+    config = QuantConfig.preset("w8a4-modiff-paper")
+    return dataclasses.replace(config, schedule=ReuseSchedule.preset(preset))
+
+
+@pytest.mark.parametrize("schedule", ["reuse-2", "extrapolate-2"])
+def test_invariant_3_holds_where_blocks_are_reused(tiny_teacher, schedule) -> None:
+    given = {"preset": None, "config": skipping(schedule), "steps": 5}
+    whole = images(tiny_teacher, 7, 3, **given)
+    assert torch.equal(images(tiny_teacher, 2, 3, **given), whole[:2])
+    assert torch.equal(images(tiny_teacher, 7, 3, world_size=2, **given), whole)
+    assert not torch.equal(images(tiny_teacher, 7, 3, steps=5), whole), "blocks were skipped"
+    a, b = (images(tiny_teacher, 4, size, dtype=torch.float64, **given) for size in (4, 1))
     assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -101,33 +121,47 @@ def test_streams_of_a_long_image_do_not_overlap() -> None:
     assert not set(first[0, -64:].tolist()) & set(second[0, :64].tolist())
 
 
-def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> None:
-    real = tmp_path / "real"
+ITSELF = [sys.executable, "-m", "modiff.lit.cli.main"]
+
+
+def check_two_processes(recipe: Path, folder: Path, program: list[str], more: list[str]) -> None:
+    """Every image and every figure of two processes is that of one, bit for bit."""
+    real = folder / "real"
     real.mkdir()
     for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
         Image.fromarray(picture).save(real / f"{i:02d}.png")
-    base = [sys.executable, "-m", "modiff.lit.cli.main", "evaluate", "--config", str(recipe), "--timing_rounds", "0"]
-    base += ["--model.reference", str(real)]
+    base = ["evaluate", "--config", str(recipe), "--timing_rounds", "0", "--model.reference", str(real)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
     jobs = {
         name: subprocess.Popen(
-            [*base, *more, "--output", str(tmp_path / name)],
-            env={**environment, "MODIFF_CACHE": str(tmp_path / f"cache-{name}")},  # each measures the real images
+            [*start, *base, *options, "--output", str(folder / name)],
+            env={**environment, "MODIFF_CACHE": str(folder / f"cache-{name}")},  # each measures the real images
         )
-        for name, more in (("one", []), ("two", two))
+        for name, start, options in (("one", ITSELF, []), ("two", program, more))
     }
-    assert {name: job.wait(timeout=200) for name, job in jobs.items()} == {"one": 0, "two": 0}
-    one, two = tmp_path / "one", tmp_path / "two"
+    assert {name: job.wait(timeout=400) for name, job in jobs.items()} == {"one": 0, "two": 0}
+    one, two = folder / "one", folder / "two"
     assert (one / "samples.safetensors").read_bytes() == (two / "samples.safetensors").read_bytes()
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
     assert (a["provenance"]["world_size"], b["provenance"]["world_size"]) == (1, 2)
     # Every figure, bit for bit: sums do not depend on who drew what.
     for part in ("cost", "evaluations", "teacher", "student", "features", "reasons"):
         assert a[part] == b[part]
-    for who, key in itertools.product(("teacher", "student"), ("fid", "precision", "recall")):
+    for who, key in itertools.product(("teacher", "student"), ("fid", "precision", "recall", "inception_score")):
         assert a[who][key] is not None
     assert a["student"]["fid_to_teacher"] > 0
+
+
+def test_invariant_3_two_processes_draw_the_images_of_one(recipe, tmp_path) -> None:
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    check_two_processes(recipe, tmp_path, ITSELF, two)
+
+
+@pytest.mark.slow
+def test_invariant_3_fabric_run_draws_the_images_of_one_process(recipe, tmp_path) -> None:
+    """The recipe leaves the devices open, so that the launcher's number is taken."""
+    fabric = [str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2", "--accelerator", "cpu"]
+    check_two_processes(recipe, tmp_path, [*fabric, "--main-port", str(free_port()), str(ROOT / "recipes/run.py")], [])
 
 
 def test_config_is_kept_as_given() -> None:

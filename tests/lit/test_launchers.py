@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from modiff.errors import ConfigError
+from modiff.lit.cli.student import StudentCLI
 from modiff.lit.runs.launchers import settle_rank, settle_single_rank
 
 VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -134,6 +136,50 @@ def test_processes_that_lightning_would_not_find_are_refused(environment, variab
         settle_rank(of)
 
 
+@pytest.fixture
+def mpi(monkeypatch):
+    """Process 1 of 2 as mpi4py says it, under any implementation of MPI."""
+    world = SimpleNamespace(Get_size=lambda: 2, Get_rank=lambda: 1)
+    monkeypatch.setattr("lightning.fabric.plugins.environments.mpi._MPI4PY_AVAILABLE", True)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=world)))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},  # Open MPI
+        {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2"},  # MPICH, Intel MPI
+    ],
+)
+def test_mpirun_is_recognized_by_mpi4py(environment, mpi, variables) -> None:
+    environment(**variables)
+    of = trainer("auto")
+    launch = settle_rank(of)
+    assert (launch.launcher, launch.rank, launch.world_size, of.devices, of.num_nodes) == ("mpirun", 1, 2, 2, 1)
+    assert rank_zero_only.rank == 1
+    with pytest.raises(ConfigError, match=r"mpirun started 2 processes, but .* Add --trainer.devices 2, or start 3"):
+        settle_rank(trainer(3))
+    with pytest.raises(ConfigError, match=r"modiff bench runs in one process, but mpirun started 2\."):
+        settle_single_rank("bench")
+
+
+def test_mpirun_of_several_nodes(environment, mpi) -> None:
+    environment(MPI_LOCALNRANKS="1")
+    of = trainer("auto")
+    assert settle_rank(of).per_node == 1
+    assert (of.devices, of.num_nodes) == (1, 2)
+
+
+def test_mpi4py_without_mpi_is_said(environment, mpi, monkeypatch) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError("cannot load MPI library\nlibmpi.so: cannot open shared object file")
+
+    monkeypatch.setitem(sys.modules, "mpi4py", Broken())
+    with pytest.raises(ConfigError, match=r"finds no MPI library \(cannot load MPI library\).*or uninstall mpi4py"):
+        settle_rank(trainer())
+
+
 def test_interactive_allocation_starts_its_own_processes(environment) -> None:
     environment(SLURM_NTASKS="4", SLURM_JOB_NAME="interactive", SLURM_PROCID="0")
     assert settle_rank(trainer(2)).world_size == 2
@@ -149,3 +195,11 @@ def test_a_rank_that_is_no_number_is_refused(modiff, recipe, environment) -> Non
     environment(RANK="first")
     status, _, err = modiff("evaluate", "--config", recipe)
     assert (status, err) == (1, "modiff: RANK is 'first'; allowed are whole numbers. Unset it.\n")
+
+
+def test_looking_for_devices_leaves_the_rank_of_a_given_environment(environment, recipe, monkeypatch) -> None:
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    kubeflow = ["--trainer.plugins", "lightning.pytorch.plugins.environments.KubeflowEnvironment"]
+    options = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp"]
+    StudentCLI("evaluate", ["--config", str(recipe), *options, *kubeflow])
+    assert rank_zero_only.rank == 1

@@ -31,8 +31,9 @@ ABOUT = {
 class Known:
     """A target whose error is .1 / steps + .05 / 2^bits, and whose cost is steps x bits."""
 
-    def __init__(self, fingerprint: str = "known", stop_after: int | None = None) -> None:
+    def __init__(self, fingerprint: str = "known", stop_after: int | None = None, seed: int = 0) -> None:
         self.fingerprint = fingerprint
+        self.noise = {"seed": seed}
         self.stop_after = stop_after
         self.drawn: list[tuple[Setting, int]] = []
 
@@ -88,6 +89,7 @@ def test_two_searches_on_one_folder_share_the_work(tmp_path):
     ("change", "match"),
     [
         ({"target": Known("other")}, "made for another teacher"),
+        ({"target": Known(seed=1)}, "made with another noise"),
         ({"reference_steps": 50}, "made with another reference"),
         ({"space": SearchSpace(samplers=("ddim",), steps=(5,))}, "made with another space"),
     ],
@@ -154,7 +156,8 @@ def test_files_hold_every_point_and_recipes_are_ready(tmp_path):
     ("call", "match"),
     [
         (lambda: Quality.parse("psnr_db > 30"), "write a measure and a bound"),
-        (lambda: Quality.parse("fid <= 3"), "names 'fid', which does not exist; allowed are psnr_db, relative_l2"),
+        (lambda: Quality.parse("ssim >= 1"), "names 'ssim', which does not exist; allowed are psnr_db, relative_l2"),
+        (lambda: Quality.parse("fid >= 3"), 'bounded by <=: "fid <= 3"'),
         (lambda: Quality.parse("psnr_db <= 30"), 'bounded by >=: "psnr_db >= 30"'),
         (lambda: parse_cost("money"), "cost is 'money'; allowed are time, gbops, memory"),
         (lambda: parse_budget("soon"), "write a duration such as 20m"),
@@ -163,12 +166,76 @@ def test_files_hold_every_point_and_recipes_are_ready(tmp_path):
         (lambda: SearchSpace(steps=(0,)), "space.steps has 0"),
         (lambda: SearchSpace(weight_bits=(9,)), "space.weight_bits has 9"),
         (lambda: SearchSpace(methods=("magic",)), "space.methods has 'magic'"),
+        (lambda: SearchSpace(granularities=("row",)), "space.granularities has 'row'; allowed are preset, tensor"),
+        (lambda: SearchSpace(scales=("log",)), "space.scales has 'log'; allowed are preset, real, power_of_two"),
+        (
+            lambda: SearchSpace(samplers=("ddpm",)).check(Quality.parse("psnr_db >= 30")),
+            "'ddpm', which adds noise in every step",
+        ),
         (lambda: SearchSpace(schedules=("sometimes",)), "unknown schedule 'sometimes'"),
     ],
 )
 def test_refusals(call, match):
     with pytest.raises(ConfigError, match=match):
         call()
+
+
+def test_scales_are_part_of_a_setting():
+    plain, other = Setting("ddim", 20, 8, 4), Setting("ddim", 20, 8, 4, scales="real")
+    assert plain.config().activation.scales == "power_of_two"
+    assert other.config().activation.scales == "real"
+    assert str(other) == "ddim 20, W8A4 modiff, real scales"
+    assert slug(other) == "ddim20_w8a4_modiff_real"
+
+
+def test_samplers_known_to_add_noise_are_those_that_do():
+    from modiff.teachers.sampling.loop import sample
+    from modiff.teachers.sampling.schedulers import SAMPLERS, STOCHASTIC, make_scheduler
+
+    for name in SAMPLERS:
+        asked = []
+
+        def step_noise(step, asked=asked):
+            asked.append(step)
+            return torch.zeros(1, 1, 2, 2)
+
+        sample(lambda x, t: 0.1 * x, make_scheduler(name), torch.ones(1, 1, 2, 2), 4, step_noise=step_noise)
+        assert bool(asked) == (name in STOCHASTIC), name
+
+
+def test_distances_compare_samplers_that_add_noise(tmp_path, tiny_teacher, tiny_features):
+    """The figure is ImageFidelity's own, and the noise of a step is the image's."""
+    from modiff.lit.search.distances import distances_of
+    from modiff.lit.search.target import TeacherTarget
+    from modiff.metrics.features import load_feature_network
+    from modiff.metrics.fidelity import ImageFidelity
+    from modiff.teachers.zoo import TeacherSpec, load_teacher
+
+    spec, quality = TeacherSpec(path=str(tiny_teacher)), Quality.parse("fid_to_teacher <= 1e9")
+    teacher = load_teacher(spec)
+    judge = distances_of(quality, spec, teacher, 40, str(tiny_features), None)
+    target = TeacherTarget(teacher, batch_size=20)
+    space = SearchSpace(("ddpm", "ddim"), (2, 4), (8,), (32,), schedules=("none",))
+    given = {"space": space, "images": 40, "confirm_images": 40, "reference_sampler": "ddim", "reference_steps": 8}
+    search = Search(target, quality=quality, cost="gbops", folder=tmp_path, distances=judge, say=print, **given)
+    points = search.run(600)
+    assert {p.setting.sampler for p in points} == {"ddpm", "ddim"}
+    point = next(p for p in points if p.setting.sampler == "ddpm" and p.setting.steps == 4)
+    fidelity = ImageFidelity(load_feature_network(str(tiny_features)), None, judge.features)
+    fidelity.update(((target.converged("ddim", 8, 40) + 1) / 2).clamp(0, 1), "teacher")
+    images = target.measure(point.setting, 40).images
+    fidelity.update(((images + 1) / 2).clamp(0, 1), "student")
+    assert point.quality["fid_to_teacher"] == pytest.approx(fidelity.compute()["student"]["fid_to_teacher"], rel=1e-6)
+    assert "fid" not in point.quality
+
+    fewer = TeacherTarget(teacher, batch_size=5).measure(point.setting, 5).images
+    assert torch.allclose(fewer, images[:5], atol=1e-5), "an image does not depend on the batch it is drawn in"
+    for asked, images_, match in (
+        ("fid <= 3", 40, "no statistics of real images"),
+        ("fid_to_teacher <= 3", judge.features, f"features, which {judge.features} images cannot give"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            distances_of(Quality.parse(asked), spec, teacher, images_, str(tiny_features), None)
 
 
 def test_settings_that_do_the_same_are_one():
@@ -212,7 +279,9 @@ def test_a_pipeline_of_ones_own_is_searched_and_left_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--quality", "fid <= 3"], "names 'fid', which does not exist"),
+        (["--quality", "ssim >= 1"], "names 'ssim', which does not exist"),
+        (["--quality", "fid <= 3"], "the teacher has no feature network of its own. Give --features"),
+        (["--space.samplers", "[euler_ancestral]"], "'euler_ancestral', which adds noise in every step"),
         (["--cost", "money"], "cost is 'money'"),
         (["--budget", "soon"], "budget is 'soon'"),
         (["--space.steps", "[]"], "space.steps is"),

@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from fault_cases import Bench, Case
+from fault_cases import Bench, Case, difference, results
 from fault_recipes import make_recipes, save_images
 
 ROUNDS = int(os.environ.get("MODIFF_FAULT_ROUNDS", "3"))
@@ -58,6 +58,21 @@ def test_two_ranks_train_like_one_with_twice_the_batch(bench) -> None:
     assert len(curves[0]) == len(curves[1]) == 20
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert len(set(curves[0])) == 20
+
+
+@pytest.mark.slow
+def test_three_ranks_that_go_on_add_gradients_up_as_before(bench) -> None:
+    """Of two ranks a + b is b + a; the sum of three depends on where DDP puts a gradient."""
+    case = Case("train", "srun", 3, TERM, "one")
+    wanted = bench.expected(case)
+    recipe, out = bench.folder / "train.yaml", bench.folder / "stopped-at-5"
+    before = recipe.read_text()
+    stop = "callbacks: [{class_path: fault_recipes.TerminateAt, init_args: {steps: 5, rank: 1}}], "
+    recipe.write_text(before.replace("trainer: {", f"trainer: {{{stop}"))
+    assert bench.start(case, out, out.with_suffix(".log")).wait(400) == 130, out.with_suffix(".log").read_text()
+    recipe.write_text(before)
+    assert bench.start(case, out, out.with_suffix(".log")).wait(400) == 0, out.with_suffix(".log").read_text()
+    assert results("train", out) == wanted, difference(results("train", out), wanted)
 
 
 COMMANDS = ("evaluate", "compare", "quantize", "train")

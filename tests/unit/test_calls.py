@@ -233,7 +233,31 @@ def test_a_package_that_skips_modules_is_called_what_it_is() -> None:
         model(X[0], 2, COND)
         model.b = nn.Identity()  # what a cache makes of a block in some steps
         with pytest.raises(
-            TrajectoryError, match="A package that skips modules, .* does not combine with modulation yet"
+            TrajectoryError,
+            match="A package that skips modules, .* does not combine with modulation: .*QuantConfig.schedule",
         ):
             model(X[1], 1, COND)
     model.b = original
+
+
+@pytest.mark.parametrize("until", [20, 15])
+@pytest.mark.parametrize("contexts", [("uncond", "cond"), ("cond", "uncond")])
+def test_guidance_that_begins_midway_with_the_unconditional_call_first(contexts, until) -> None:
+    model, last = student(), {}
+    with modiff.trajectory(model, contexts=contexts) as run:
+        for i in range(20):
+            if 5 <= i < until:
+                last["uncond"] = model(X[i], TIMES[i], UNCOND)
+            last["cond"] = model(X[i], TIMES[i], COND)
+    assert sorted((c.total, c.quantized) for c in run.contexts.values()) == [(until - 5, until - 6), (20, 19)]
+    assert torch.equal(last["cond"], alone(COND, 0, 20)[-1])
+    assert torch.equal(last["uncond"], alone(UNCOND, 5, until)[-1])
+
+
+def test_a_trace_of_a_state_is_refused() -> None:
+    model = student()
+    with (
+        modiff.trajectory(model),
+        pytest.raises(TrajectoryError, match=r"a trace \(torch\.jit\.trace, .* as constants"),
+    ):
+        torch.jit.trace(lambda x: model(x, 1, COND), (X[0],), check_trace=False)

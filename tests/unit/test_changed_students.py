@@ -301,3 +301,47 @@ def test_operators_take_their_input_by_name(name) -> None:
 def _sides(name: str) -> tuple:
     config = QuantConfig.preset(name)
     return config.activation, config.modulation
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("groups", 2), ("out_channels", 2), ("kernel_size", (1, 1))])
+def test_geometry_that_the_weight_does_not_fit_is_refused(attribute, value) -> None:
+    student = modiff.quantize(Conv(), QuantConfig.preset("w8a8-ptq"))
+    setattr(student.a, attribute, value)
+    with pytest.raises(TrajectoryError, match="'a' was changed after it was quantized: its channels, kernel or groups"):
+        run(student, IMAGE)
+
+
+def test_a_plain_student_outside_of_a_trajectory_sees_counted_writes_too() -> None:
+    student = modiff.quantize(Conv(), QuantConfig.preset("w8a8-ptq"))
+    with torch.no_grad():
+        student(IMAGE)
+        in_place(student)
+        with pytest.raises(TrajectoryError, match=r"weight of operator 'a' was written to.*restore\(student\)"):
+            student(IMAGE)
+
+
+@pytest.mark.parametrize("wrap", ["prune", "parametrize"])
+def test_a_parametrized_original_is_refused(wrap) -> None:
+    from torch.nn.utils import parametrize, prune
+
+    student = modiff.quantize(Conv(), QuantConfig.preset("w8a8-modiff"))
+    if wrap == "prune":
+        prune.l1_unstructured(student.a.module, "weight", 0.5)
+    else:
+        parametrize.register_parametrization(student.a.module, "weight", nn.Softplus())
+    with pytest.raises(TrajectoryError, match=r"operator 'a' was .*|Operator 'a' was changed"):
+        run(student, IMAGE)
+
+
+def test_to_empty_is_refused() -> None:
+    student = modiff.quantize(Conv(), QuantConfig.preset("w8a8-ptq"))
+    with pytest.raises(ConfigError, match="to_empty on a quantized Conv would leave its codes and scales without cont"):
+        student.to_empty(device="cpu")
+    run(student, IMAGE)
+
+
+def test_tensors_loaded_into_a_part_of_a_student_are_quantized_again() -> None:
+    student = modiff.quantize(nn.Sequential(Conv()), QuantConfig.preset("w8a8-ptq"))
+    student[0].load_state_dict({key: 2 * value for key, value in student[0].state_dict().items()})
+    expected = 2 * Conv()(IMAGE)
+    assert (run(student, IMAGE) - expected).norm() / expected.norm() < 0.02

@@ -86,10 +86,12 @@ def test_lora_is_refused_by_name_unless_fused():
     assert "time_embedding.linear_1.base_layer" in {row.name for row in modiff.describe(pipe.unet)}
 
 
-def test_diffusers_caches_and_group_offloading_are_refused():
+def test_layerwise_casting_is_refused():
     pipe, _ = build(pipelines.flux)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"has the diffusers hook 'layerwise_casting', which .* Disable it"):
+    with pytest.raises(
+        ConfigError, match=r"diffusers hook 'layerwise_casting' on module .* moves or casts .* Disable it"
+    ):
         modiff.quantize_pipeline(pipe, "w8a8-modiff")
 
 

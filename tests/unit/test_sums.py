@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modiff.metrics.feature_outputs import FeatureOutputs, class_scores
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.sums import MeanOverImages, add, empty, merge, value
-from tests.unit.feature_networks import SETS, Pixels, filled
+from tests.unit.feature_networks import SETS, D, Pixels, filled, images
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 
@@ -72,3 +73,36 @@ def test_figures_of_the_same_batches_are_equal_bit_for_bit_on_any_number_of_rank
     found, expected = parts[0].compute(), whole.compute()
     assert found["teacher"] == expected["teacher"]
     assert found["student"] == expected["student"]
+
+
+class ManyClasses(Pixels):
+    """As many class scores as Inception has: enough for PyTorch to share the work on them among threads."""
+
+    num_classes = 1008
+    weight = torch.randn(1008, D, generator=torch.Generator().manual_seed(0))
+
+    def outputs(self, images):
+        found = super().outputs(images)
+        return FeatureOutputs(found.features, found.spatial, class_scores(found.features.clone(), self.weight))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_figures_do_not_depend_on_threads(threads):
+    """Lightning and torchrun give each of several ranks fewer threads than a single one has."""
+    found = []
+    for count, ranks in ((1, 1), (2, 1), (1, 2), (1, 3), (2, 3)):
+        threads(count)
+        parts = [ImageFidelity(ManyClasses()) for _ in range(ranks)]
+        for batch, size in enumerate((64, 5, 40, 64)):
+            filled(parts[batch % ranks], {who: images(size, batch) for who in ("teacher", "student")}, 64)
+        for part in parts[1:]:
+            parts[0].merge_state(part)
+        found.append(parts[0].compute())
+    assert all(one == found[0] for one in found)
+    assert found[0]["student"]["inception_score"] > 1

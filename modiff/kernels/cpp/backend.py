@@ -30,6 +30,8 @@ PLACES = 64
 """Most places of a kernel in the products that are made here."""
 NOTHING_BEFORE, NOTHING_AFTER = Before(), After()
 TENSOR, SAMPLE, TOKEN = 0, 1, 2
+KEPT_ZERO = -1
+"""Stands for the code of 0 where codes keep their zero point, which has a value for each set."""
 
 
 # Ranked below the definition, so that ``auto`` builds nothing by itself: modiff.compile asks for it by name.
@@ -43,20 +45,27 @@ class CppBackend:
     fuses_after = True
 
     def zero(self, quantizer: Quantizer) -> int:
-        """The code that stands for 0: the middle of 8 bits, or of 7 where only those are exact."""
+        """The code that stands for 0: the middle of 8 bits, or of 7 where only those are exact.
+
+        Asymmetric codes of 8 bits keep their zero point: less it, they would need a ninth bit.
+        """
+        if quantizer.span > 127:
+            return KEPT_ZERO
         return 64 if quantizer.span <= 63 and not build.vnni() else 128
 
     def obstacle(
         self, shape: OperatorShape, quantizer: Quantizer, device: torch.device, dtype: torch.dtype
     ) -> str | None:
         """What would make the sums inexact, kinds of operators that are missing, and why there is no library."""
-        found = _shape_obstacle(shape, dtype) or integer_obstacle(shape, quantizer)
+        found = _shape_obstacle(shape, dtype) or integer_obstacle(shape, quantizer, keeps_zero=True)
         if found is None and quantizer.limits.margin is not None:
             found = "the C++ operators take no range of the evaluation before"
         if found is not None:
             return found
         if build.problem() is not None:
             return f"the C++ operators are missing: {build.problem()}"
+        if quantizer.span > 127 and not makes(shape):
+            return integer_obstacle(shape, quantizer)
         register_fakes()
         if makes(shape):
             return None
@@ -83,23 +92,35 @@ class CppBackend:
         layout = torch.channels_last if len(shape.kernel) == 2 else None
         return Prepared(shape, Weight(codes, scale, packed, stride, padding, dilation, shape.groups), layout)
 
-    def encode_fused(self, x: Tensor, held: Held, quantizer: Quantizer, before: Before) -> Encoded:
+    def encode_fused(self, x: Tensor, held: Held | None, quantizer: Quantizer, before: Before) -> Encoded:
         """:meth:`encode` for Linears, of an input that ``before`` makes from ``x`` (contiguous, like â)."""
+        kept = None if held is None else held.a_hat
         numbers = _numbers(self.zero(quantizer), quantizer, x.ndim, held)
-        args = (held.a_hat, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
-        codes, scale, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before_arguments(before))
-        return Encoded(codes, self.zero(quantizer), _against(scale, x, quantizer), probe)
+        args = (kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
+        codes, scale, zero, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before_arguments(before))
+        return Encoded(codes, self._zero_of(zero, x, quantizer), _against(scale, x, quantizer), probe)
 
-    def multiply_fused(self, prepared: Prepared, encoded: Encoded, o_hat: Tensor, after: After) -> Tensor:
-        """:meth:`multiply`, :meth:`update` and what follows in one call, for codes of :meth:`encode_fused`."""
+    def _zero_of(self, zero: Tensor, a: Tensor, quantizer: Quantizer) -> int | Tensor:
+        """The code of 0 for all, or for each set."""
+        same = self.zero(quantizer)
+        return same if same != KEPT_ZERO else _against(zero, a, quantizer)
+
+    def multiply_fused(
+        self, prepared: Prepared, encoded: Encoded, o_hat: Tensor | None, bias: Tensor | None, after: After
+    ) -> Tensor:
+        """:meth:`multiply`, :meth:`update` and what follows in one call, for codes of :meth:`encode_fused`.
+
+        Without ``o_hat`` (plain quantization) the bias is added in its place.
+        """
         assert encoded.scale is not None
         sets = encoded.scale.numel()
         granularity = TENSOR if sets == 1 else SAMPLE if sets == encoded.codes.shape[0] else TOKEN
-        total = o_hat.float()
-        args = (encoded.codes, encoded.scale.reshape(-1), granularity, encoded.zero, total, None)
+        total = None if o_hat is None else o_hat.float()
+        args = (encoded.codes, encoded.scale.reshape(-1), *_zeros(encoded.zero, granularity), total, bias)
         after = _laid_out(after, prepared.shape)
         out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after_arguments(after))
-        _put_back(total, o_hat)
+        if total is not None and o_hat is not None:
+            _put_back(total, o_hat)
         return out
 
     def encode(self, a: Tensor, held: Held | None, quantizer: Quantizer) -> Encoded:
@@ -108,16 +129,23 @@ class CppBackend:
         x, kept = _flat(a, like), None if held is None else _flat(held.a_hat, like)
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, held)
         args = (x, kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
-        codes, scale, probe = torch.ops.modiff.cpp_encode(*args, *before_arguments(NOTHING_BEFORE))
+        codes, scale, zero, probe = torch.ops.modiff.cpp_encode(*args, *before_arguments(NOTHING_BEFORE))
         if kept is not None and held is not None:
             _put_back(_restore(kept, like), held.a_hat)
-        return Encoded(_restore(codes, like), self.zero(quantizer), _against(scale, a, quantizer), probe)
+        zeros = self._zero_of(zero, a, quantizer)
+        return Encoded(_restore(codes, like), zeros, _against(scale, a, quantizer), probe)
 
     def multiply(self, prepared: Prepared, encoded: Encoded) -> Tensor:
         """``A(codes - zero)`` times the scales of the weight, float32; of convolutions, channels last."""
         x = _image(encoded.codes, prepared.shape)
-        args = (prepared.weight.number, x, _one(), TENSOR, encoded.zero, None, None, *after_arguments(NOTHING_AFTER))
-        return _unimage(torch.ops.modiff.cpp_multiply(*args), encoded.codes, prepared.shape)
+        scale, granularity = _one(), TENSOR
+        if isinstance(encoded.zero, Tensor):  # a scale for each zero point
+            sets = encoded.zero.numel()
+            granularity = TENSOR if sets == 1 else SAMPLE if sets == x.shape[0] else TOKEN
+            scale = torch.ones(sets)
+        args = (x, scale, *_zeros(encoded.zero, granularity), None, None, *after_arguments(NOTHING_AFTER))
+        product = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args)
+        return _unimage(product, encoded.codes, prepared.shape)
 
     def update(self, product: Tensor, encoded: Encoded, o_hat: Tensor) -> Tensor:
         """Equation (14)."""
@@ -167,6 +195,29 @@ class CppBackend:
         _put_back(_unimage(total, o_hat, shape), o_hat)
         return (out if after.dtype is None else _unimage(out, o_hat, shape)), probe
 
+    def apply(
+        self,
+        a: Tensor,
+        prepared: Prepared,
+        quantizer: Quantizer,
+        bias: Tensor | None,
+        before: Before = NOTHING_BEFORE,
+        after: After = NOTHING_AFTER,
+    ) -> tuple[Tensor, Tensor]:
+        """Plain quantization in one call: ``A(Q(a)) + bias``, with what stands before and after it.
+
+        Returns:
+            The result, of convolutions channels last, and the probe (:class:`Encoded`).
+        """
+        shape = prepared.shape
+        x, after = _image(a, shape), _laid_out(after, shape)
+        numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, None)
+        out, _, probe = torch.ops.modiff.cpp_advance(
+            prepared.weight.number, x, None, None, None, *_fixed(quantizer), numbers, quantizer.limits.ratio,
+            *before_arguments(before), None, bias, *after_arguments(after),
+        )  # fmt: skip
+        return _unimage(out, a, shape), probe
+
 
 def makes(shape: OperatorShape) -> bool:
     """Whether the product is made here; else it is oneDNN's, called from C++."""
@@ -214,6 +265,11 @@ def _fixed(quantizer: Quantizer) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     scale, zero_point = quantizer.fixed
     return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1)
+
+
+def _zeros(zero: int | Tensor, granularity: int) -> tuple[Tensor | None, int, int]:
+    """Zero points, sets of a scale and the code of 0 as products take them."""
+    return (zero.reshape(-1), granularity, KEPT_ZERO) if isinstance(zero, Tensor) else (None, granularity, zero)
 
 
 def _against(scale: Tensor, a: Tensor, quantizer: Quantizer) -> Tensor:

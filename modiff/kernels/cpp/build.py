@@ -108,7 +108,7 @@ def check() -> None:
     handle = torch.ops.modiff.cpp_prepare(weight, torch.ones(17), None, [], [], [], 1)
     try:
         codes = torch.full((7, 64), 255, dtype=torch.uint8)  # 127, as 0 is 128
-        sums = torch.ops.modiff.cpp_multiply(handle, codes, torch.ones(1), 0, 128, None, None, None, None, 1.0, 0)
+        sums = torch.ops.modiff.cpp_multiply(handle, codes, torch.ones(1), None, 0, 128, *[None] * 4, 1.0, 0)
     finally:
         torch.ops.modiff.cpp_release(handle)
     if not torch.equal(sums, torch.full((7, 17), 127.0 * 127 * 64)):

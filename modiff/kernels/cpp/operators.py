@@ -13,7 +13,7 @@ from modiff.kernels.fused import After, Before
 
 NO_PROLOGUE = (0, 0, 0)
 NORMS = {None: 0, "group": 1, "layer": 2}
-ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "geglu": 4}
 
 
 class Weight:
@@ -103,10 +103,11 @@ def _fake_advance(handle: int, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     return _fake_output(handle, x, out_type), scale, x.new_empty([], dtype=torch.float32)
 
 
-def _fake_encode(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_encode(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     granularity, linear = args[5][2], args[7]
-    scale = x.new_empty([_sets(x, granularity, linear)], dtype=torch.float32)
-    return torch.empty_like(x, dtype=torch.uint8), scale, x.new_empty([], dtype=torch.float32)
+    sets = [_sets(x, granularity, linear)]
+    scale, zero = (x.new_empty(sets, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x, dtype=torch.uint8), scale, zero, x.new_empty([], dtype=torch.float32)
 
 
 def _fake_multiply(handle: int, codes: Tensor, *args: Any) -> Tensor:

@@ -176,8 +176,10 @@ class TritonBackend:
         _count_write(o_hat)
         return o_hat
 
-    def multiply_fused(self, prepared: Prepared, encoded: Encoded, o_hat: Tensor, after: After) -> Tensor:
-        """:meth:`multiply_into`, and what follows it."""
+    def multiply_fused(
+        self, prepared: Prepared, encoded: Encoded, o_hat: Tensor, bias: Tensor | None, after: After
+    ) -> Tensor:
+        """:meth:`multiply_into`, and what follows it; of modulated operators, which have added their bias."""
         self.multiply_into(prepared, encoded, o_hat)
         return followed(o_hat, prepared.shape, after)
 
@@ -210,6 +212,9 @@ class TritonBackend:
         Returns:
             What ``after`` makes of ô, and the probe.
         """
+        if before.activation == "geglu":  # by PyTorch: it halves the channels
+            value, gate = a.chunk(2, dim=-1)
+            a, before = value * F.gelu(gate), NOTHING
         views = _views(a, held, prepared.shape, quantizer, o_hat)
         assert views is not None
         probe = self._advance(views, held, prepared, quantizer, before, o_hat)

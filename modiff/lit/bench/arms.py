@@ -26,6 +26,7 @@ from modiff.lit.bench.clocks import (
     stages,
     synchronize,
 )
+from modiff.lit.bench.results import backends
 from modiff.lit.modules.student import LitStudent
 from modiff.operators.adapters import find_adapter
 from modiff.student.cost import weight_bytes
@@ -215,6 +216,8 @@ class Bench:
             }
             teacher = arms.pop(TEACHER)
             del teacher["ratio"]
+            for name in self.modules if BFLOAT16 in turns else ():
+                arms[name]["ratio_to_bfloat16"] = summary(turns[name], turns[BFLOAT16])["ratio"]
             entries.append({"batch_size": batch_size, "mode": mode, TEACHER: teacher, "students": arms})
         for entry in entries:
             for name in self.modules:
@@ -224,6 +227,14 @@ class Bench:
                     for n, t in seen.operators.items()
                 ]
         return entries
+
+    def executed(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """Which backend runs each operator, by student and mode."""
+        students = [arm for arm in self.timed if arm.student is not None]
+        return {
+            name: {arm.mode: backends(describe(arm.student)) for arm in students if arm.name == name}  # type: ignore[arg-type]
+            for name in self.modules
+        }
 
     def inputs(self, indices: Tensor, count: int) -> Inputs:
         """The evaluations' inputs, the same for all arms."""

@@ -26,6 +26,7 @@ COLUMNS = (
     "products, ms",
     "modulation, ms",
     "rest, ms",
+    "speed, x compiled teacher in bfloat16 (quartiles)",
     "first evaluation, ms",
     "to compile, s",
     "peak memory beyond weights, MiB",
@@ -91,6 +92,8 @@ def sentence(name: str, entry: Mapping[str, Any], student: Mapping[str, Any]) ->
     parts = sorted((value, key) for key, value in change.items())
     more, less = _change(*parts[-1]), _change(*parts[0])
     speed = f"{number(ratio['median'], 3)} times the teacher's speed"
+    if "ratio_to_bfloat16" in student:
+        speed += f", {number(student['ratio_to_bfloat16']['median'], 3)} times that of the teacher in bfloat16"
     if ratio["q1"] <= 1 <= ratio["q3"]:
         return f"{name} is as fast as the teacher within the spread ({speed}; {where}): {more}; {less}."
     if ratio["median"] < 1:
@@ -110,15 +113,15 @@ def cells(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for name, arm in (("teacher", entry["teacher"]), *entry["students"].items()):
             seconds, ratio = arm["seconds"], arm.get("ratio")
             ms = [number(1000 * seconds[key]) for key in ("median", "q1", "q3")]
-            speed = [number(ratio[key], 3) for key in ("median", "q1", "q3")] if ratio else []
             rows.append(
                 [
                     str(entry["batch_size"]),
                     entry["mode"],
                     name,
                     f"{ms[0]} ({ms[1]} to {ms[2]})",
-                    f"{speed[0]} ({speed[1]} to {speed[2]})" if speed else "1",
+                    _speed(ratio) or "1",
                     *(number(1000 * arm["stages"][key], 3) for key in STAGES),
+                    _speed(arm.get("ratio_to_bfloat16")) or "-",
                     number(1000 * arm["first_evaluation_s"], 3),
                     "-" if arm["compile_s"] is None else number(arm["compile_s"], 3),
                     number(arm["peak_memory_mib"], 3),
@@ -127,6 +130,13 @@ def cells(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _speed(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return ""
+    middle, low, high = (number(ratio[key], 3) for key in ("median", "q1", "q3"))
+    return f"{middle} ({low} to {high})"
 
 
 def terminal_table(content: Mapping[str, Any]) -> Table:
@@ -160,9 +170,11 @@ def markdown(content: Mapping[str, Any]) -> str:
     lines.append("")
     lines += ["## Backends", ""]
     for name, facts in content["students"].items():
-        counts = Counter((b["backend"], b["why"]) for b in facts["backends"])
-        body = [(backend, str(count), why) for (backend, why), count in counts.most_common()]
-        lines += [f"{markdown_cell(name)}:", "", *_table([("backend", "operators", "why"), *body], left=(0, 2)), ""]
+        for mode, rows in facts["executed"].items():
+            counts = Counter((b["backend"], b["why"]) for b in rows)
+            body = [(backend, str(count), why) for (backend, why), count in counts.most_common()]
+            table = _table([("backend", "operators", "why"), *body], left=(0, 2))
+            lines += [f"{markdown_cell(name)}, {mode}:", "", *table, ""]
     lines += ["## How it was measured", "", "```", content["command"], "```", ""]
     if content["compiler_problem"]:
         lines += [f"Nothing was compiled: {markdown_cell(content['compiler_problem'])}.", ""]

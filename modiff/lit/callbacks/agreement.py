@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import distributed
@@ -37,6 +38,18 @@ def own_signals(trainer: Trainer) -> Trainer:
     launcher, control = trainer.strategy.launcher, current()
     if isinstance(launcher, _SubprocessScriptLauncher) and not getattr(control.launcher, "procs", None):
         control.launcher = launcher
+    return trainer
+
+
+def keep_order_of_sums(trainer: Trainer) -> Trainer:
+    """Let the ranks add their gradients up in the same order in every step.
+
+    After its first step DDP puts the gradients into other buckets, in the order in which they came. The sum of three
+    ranks or more is rounded by its place in a bucket, so that a training that goes on, whose first step is a later one,
+    would end with other bits. Looking for unused parameters, DDP leaves the buckets as they are.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     return trainer
 
 

@@ -14,6 +14,7 @@ from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from modiff.errors import ConfigError
 from modiff.lit.callbacks.agreement import Agreement, own_signals
@@ -93,12 +94,15 @@ class ModiffCLI(LightningCLI):
         nothing = dict.fromkeys(
             ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
         )
+        rank = rank_zero_only.rank
         try:
             Trainer(**plain, **nothing)
         except KeyError:
             return  # a variable of the launcher is missing; the Trainer itself says which, where it needs it
         except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"Lightning refuses the trainer's arguments: {plain_error(error)}") from error
+        finally:
+            rank_zero_only.rank = rank  # without the plugins a Trainer may take this process for the first
 
     def _set_seed(self) -> None:
         seed_everything(self.config.seed, workers=True, verbose=False)
@@ -157,6 +161,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
 

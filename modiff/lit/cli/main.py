@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from modiff.lit.runs.signals import ignore_signals, leave_early
+
 COMMANDS = {
     "evaluate": (
         "modiff.lit.commands.evaluate",
@@ -58,10 +60,23 @@ Every field of a recipe can be overridden by its dotted name:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
+    Args:
+        argv: Its arguments; None: those of this process, which ends with the command. From then on it ignores the
+            signals that ask a run to stop, because its exit status is decided.
+
     Returns:
         The exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted, 75 interrupted and to be requeued.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _run(list(argv), last=False)
+    leave_early(next(iter(sys.argv[1:]), ""))
+    try:
+        return _run(sys.argv[1:], last=True)
+    finally:
+        ignore_signals()
+
+
+def _run(args: list[str], last: bool) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -82,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from modiff.lit.runs.endings import run_command
 
-    return run_command(command, lambda: getattr(importlib.import_module(COMMANDS[command][0]), command)(rest))
+    return run_command(command, lambda: getattr(importlib.import_module(COMMANDS[command][0]), command)(rest), last)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from modiff.compiling.probe import compiler_problem
 from modiff.errors import CalibrationError, ConfigError
 from modiff.lit.bench.arms import COMPILED, EAGER, Bench
-from modiff.lit.bench.results import backends, bench_plot, markdown, sentences, terminal_table, unequal_arms
+from modiff.lit.bench.results import bench_plot, markdown, sentences, terminal_table, unequal_arms
 from modiff.lit.callbacks.provenance import device_name, git_commit, package_versions
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.cli.student import StudentCLI
@@ -29,7 +29,6 @@ from modiff.lit.runs.directory import RunDirectory
 from modiff.lit.runs.launchers import settle_single_rank
 from modiff.lit.runs.running import rank_zero
 from modiff.storage.atomic import write_json, write_text
-from modiff.student.swap import describe
 from modiff.teachers.zoo import Teacher, load_teacher
 
 SHARED = ("teacher", "guidance")
@@ -107,17 +106,18 @@ def bench(args: Sequence[str]) -> int:
         modules = build(clis, trainer.strategy.root_device, options.channels_last)
         rank_zero(run.claim, "bench")
         modes, problem = modes_of(options.compile, trainer.strategy.root_device)
-        results = measure(modules, modes, trainer, options)
+        results, executed = measure(modules, modes, trainer, options)
         facts = {
             "command": shlex.join(["modiff", "bench", *args]),
             "teacher": next(iter(modules.values())).spec.title,
-            "students": {name: _student_facts(clis[name], modules[name]) for name in modules},
+            "students": {name: _student_facts(clis[name], executed[name]) for name in modules},
             "settings": settings,
             "compiler_problem": problem,
             "provenance": provenance(trainer.strategy.root_device, clis),
         }
-    unequal = unequal_arms({name: student["backends"] for name, student in facts["students"].items()})
-    finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
+        by_mode = [{name: executed[name][mode] for name in executed} for mode in modes]
+        unequal = [*dict.fromkeys(text for students in by_mode for text in unequal_arms(students))]
+        finish(run, {**facts, "summary": [*unequal, *sentences(results)], "results": results})
     return 0
 
 
@@ -203,8 +203,14 @@ def build(clis: dict[str, StudentCLI], device: torch.device, channels_last: bool
     return modules
 
 
-def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Trainer, options: Namespace) -> list[Any]:
-    """Measure every batch size; the compiler cache starts empty."""
+def measure(
+    modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Trainer, options: Namespace
+) -> tuple[list[Any], dict[str, Any]]:
+    """Measure every batch size; the compiler cache starts empty.
+
+    Returns:
+        Entries of each mode and size, and the backend of each operator by student and mode.
+    """
     device = trainer.strategy.root_device
     results: list[Any] = []
     with fresh_compiler_cache() if COMPILED in modes else nullcontext():
@@ -214,7 +220,8 @@ def measure(modules: dict[str, LitStudent], modes: tuple[str, ...], trainer: Tra
         for size in options.batch_sizes:
             rank_zero(print, f"batch {size}: {options.rounds} rounds of {', '.join(a.key for a in arms.timed)}")
             results += arms.measure(size, options.rounds, options.evaluations)
-    return results
+        executed = arms.executed()
+    return results, executed
 
 
 def wants_bfloat16(asked: bool | None, device: torch.device) -> bool:
@@ -306,11 +313,10 @@ def _trainer(cli: StudentCLI) -> Trainer:
     return trainer
 
 
-def _student_facts(cli: StudentCLI, module: LitStudent) -> dict[str, Any]:
-    assert module.student is not None
+def _student_facts(cli: StudentCLI, executed: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": cli.recipe,
         "ckpt": cli.config.ckpt,
         "quantization": json.loads(json.dumps(cli.identity()["model"]["config"])),
-        "backends": backends(describe(module.student)),
+        "executed": executed,
     }

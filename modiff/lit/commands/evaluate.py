@@ -109,7 +109,8 @@ def given_images(cli: StudentCLI, module: LitStudent) -> ShardStore | None:
         return None
     store = ShardStore(Path(cli.config.from_images), cli.config.data.batch_size)
     store.check(cli.num_images, module.image_shape)
-    module.calibrated = True
+    assert module.student is not None
+    module.use_student(module.student, calibrated=True)
     return store
 
 

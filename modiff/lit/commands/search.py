@@ -15,6 +15,7 @@ from modiff.lit.callbacks.provenance import git_commit, package_versions
 from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.runs.wandb import WandbMode
+from modiff.lit.search.distances import distances_of
 from modiff.lit.search.frontier import sentences, write_frontier
 from modiff.lit.search.goals import Quality, parse_budget, parse_cost
 from modiff.lit.search.page import write_page
@@ -45,6 +46,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8, help="Images drawn at once.")
     parser.add_argument("--reference_sampler", type=str, default="dpmpp_2m", help="Sampler of the reference images.")
     parser.add_argument("--reference_steps", type=int, default=200, help="Its steps; convergence is checked.")
+    parser.add_argument("--features", type=str, default=None, help="Feature network of a distance.")
+    parser.add_argument("--reference", type=str, default=None, help="Its statistics of real images.")
     parser.add_argument("--output", type=str, default="runs/search", help="Directory of the search.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in --output.")
     parser.add_argument("--seed", type=int, default=0, help="Image i starts from the noise of (seed, i).")
@@ -61,8 +64,11 @@ def search(args: Sequence[str]) -> int:
     quality, cost = Quality.parse(options.quality), parse_cost(options.cost)
     budget = parse_budget(options.budget)
     space = SearchSpace(**options.space.as_dict())
+    space.check(quality)
     folder = claim(Path(options.output), options.overwrite)
-    teacher = load_teacher(TeacherSpec(**options.teacher.as_dict()))
+    spec = TeacherSpec(**options.teacher.as_dict())
+    teacher = load_teacher(spec)
+    distances = distances_of(quality, spec, teacher, options.images, options.features, options.reference)
     target = TeacherTarget(teacher, seed=options.seed, batch_size=options.batch_size)
     study = Search(
         target=target,
@@ -74,6 +80,7 @@ def search(args: Sequence[str]) -> int:
         confirm_images=options.confirm_images,
         reference_sampler=options.reference_sampler,
         reference_steps=options.reference_steps,
+        distances=distances,
         say=lambda line: print(line, flush=True),
     )
     try:

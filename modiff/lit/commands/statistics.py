@@ -14,6 +14,7 @@ from modiff.lit.cli.base import quiet
 from modiff.lit.cli.errors import parse_plainly
 from modiff.lit.data.batches import DeviceBatches, ImageDataset
 from modiff.lit.data.images import ImageDataModule
+from modiff.lit.runs.control import current
 from modiff.lit.runs.launchers import settle_single_rank
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
@@ -56,6 +57,7 @@ def statistics(args: Sequence[str]) -> int:
     found = measure(network, images, pick_device(options.device), data.batch_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     found.save(output)
+    current().over = True
     print(f"{found.num_images} images, {found.num_features} features of {found.network}: {output}")
     return 0
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from modiff.errors import CheckpointError, ConfigError
+from modiff.lit.callbacks.agreement import keep_order_of_sums
 from modiff.lit.callbacks.status import Status
 from modiff.lit.callbacks.training_samples import TrainingDistance, TrainingSamples
 from modiff.lit.cli.base import ModiffCLI
@@ -89,7 +90,7 @@ def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -
     values = {"model": config.model.as_dict(), "seed": config.seed}
     logger = make_wandb_logger(config.wandb, run.path, cli.recipe, values, None, "train", cli.recipe.split("/"))
     loggers = [CSVLogger(run.path, name="logs"), *([logger] if logger else [])]
-    trainer = cli.make_trainer(callbacks, logger=loggers, default_root_dir=run.path)
+    trainer = keep_order_of_sums(cli.make_trainer(callbacks, logger=loggers, default_root_dir=run.path))
     last = folder / "last.ckpt"
     ckpt = config.ckpt or (str(last) if last.exists() else None)
     fit = partial(trainer.fit, cli.model, datamodule=cli.datamodule, ckpt_path=ckpt, weights_only=False)

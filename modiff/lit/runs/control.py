@@ -21,10 +21,9 @@ from typing import Any
 
 from modiff.errors import ModiffError
 from modiff.lit.runs.directory import RunDirectory
+from modiff.lit.runs.signals import INTERRUPTED, REQUEUE, SIGNALS, asks_for_requeue, ignore_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 LOOK_S = 1.0
-INTERRUPTED, REQUEUE = 130, 75
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,17 @@ class Control:
         limit: Looks, about a second each, that the work has to end once a stop is known.
         stall: Looks without a step of the work after which a rank counts as stalled.
         end: Ends the process where the work does not end by itself in time.
+        last: The process ends with this command: signals are ignored from its end on.
     """
 
     def __init__(
-        self, limit: int | None = None, stall: int | None = None, end: Callable[[Control], Any] | None = None
+        self,
+        limit: int | None = None,
+        stall: int | None = None,
+        end: Callable[[Control], Any] | None = None,
+        last: bool = False,
     ) -> None:
-        self.end = end
+        self.end, self.last = end, last
         self.limit = limit or int(os.environ.get("MODIFF_STOP_SECONDS", "20"))
         self.stall = stall or int(os.environ.get("MODIFF_STALL_SECONDS", "1800"))
         self.stop: Stop | None = None
@@ -83,8 +87,8 @@ class Control:
         self.runs: list[RunDirectory] = []
         self.marked: list[RunDirectory] = []
         self.launcher: Any = None
-        self.deferred = 0
-        self.finished = self.parted = False
+        self.deferred = self._open = 0
+        self.over = self.finished = self.parted = False
         self.peers: Any = None
         self.waiting = False
         self._steps = self._still = 0
@@ -120,31 +124,45 @@ class Control:
     @contextmanager
     def deferring(self) -> Iterator[None]:
         """While this is open a signal ends the work at its next step, and not wherever it is."""
-        self.deferred += 1
-        try:
-            yield
-        finally:
-            self.deferred -= 1
+        with self._working():
+            self.deferred += 1
+            try:
+                yield
+            finally:
+                self.over = self._open == 1  # before signals would end the work wherever it is
+                self.deferred -= 1
 
     @contextmanager
     def marking(self, run: RunDirectory) -> Iterator[None]:
         """Mark a run as interrupted or failed where the work in here ends so."""
-        self.runs.append(run)
+        with self._working():
+            self.runs.append(run)
+            try:
+                yield
+            except BaseException as error:
+                self.over = len(self.runs) == 1
+                self.mark("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+                raise
+            finally:
+                self.runs.remove(run)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """The outermost of these is the work: once it has ended, signals change nothing any more."""
+        self._open, self.over = self._open + 1, False
         try:
             yield
-        except BaseException as error:
-            self.mark("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
-            raise
         finally:
-            self.runs.remove(run)
+            self.over = self._open == 1
+            self._open -= 1
 
     def mark(self, status: str) -> None:
-        """Mark the open runs: by rank 0, or where that was lost by the next one."""
+        """Mark the open runs, but for complete ones: by rank 0, or where that was lost by the next one."""
         if self.rank == (1 if self.lost_rank == 0 else 0):
             self.marked += self.runs
             for run in self.runs or self.marked:
-                if self.rank == 0 and not run.claimed:
-                    continue  # it was refused: what lies there is another's
+                if (self.rank == 0 and not run.claimed) or run.status == "complete":
+                    continue  # it was refused: what lies there is another's; or it is whole
                 with contextlib.suppress(OSError):
                     run.mark(status)
 
@@ -182,13 +200,18 @@ class Control:
                 self._wakeup[1].send(b"\0")
             self._thread.join(timeout=3 * LOOK_S)
         if self._wakeup is not None:
+            if self.last:
+                ignore_signals()  # and never restored in between: until it is gone, the process can get one
             signal.set_wakeup_fd(-1)
             for number, handler in self._before.items():
-                signal.signal(number, handler)
+                if not self.last:
+                    signal.signal(number, handler)
             for end in self._wakeup:
                 end.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.over:
+            return
         self._signals += 1
         self._ask(number)
         if number == signal.SIGINT and self._signals > 1:
@@ -199,10 +222,9 @@ class Control:
             raise (Interrupted if self.deferred else InterruptedAtOnce)(self.stop)
 
     def _ask(self, number: int) -> None:
-        if self.stop is None:
-            requeue = number == getattr(signal, "SIGUSR1", None) or os.environ.get("MODIFF_REQUEUE") == "1"
+        if self.stop is None and not self.over:
             to = f" to rank {self.rank}" if self.world_size > 1 else ""
-            self.stop = Stop(f"{signal.Signals(number).name}{to}", requeue and number != signal.SIGINT)
+            self.stop = Stop(f"{signal.Signals(number).name}{to}", asks_for_requeue(number))
 
     # The thread beside the work
 
@@ -218,7 +240,7 @@ class Control:
                 continue
             self._look_at_children()
             self._look_at_peers()
-            if parent is not None and os.getppid() != parent and self.stop is None:
+            if parent is not None and os.getppid() != parent and self.stop is None and not self.over:
                 self.stop = Stop("the end of its launcher")
             if self.lost is None and self.deferred and self._still >= self.stall and not self.waiting:
                 self._stalled()
@@ -242,7 +264,9 @@ class Control:
         """The ranks that Lightning started on this node: their end is seen at once."""
         for local, process in enumerate(getattr(self.launcher, "procs", ()), start=1):
             code = process.poll()
-            if code and self.stop is None and self.lost is None:
+            if code in (INTERRUPTED, REQUEUE) and self.stop is None and self.lost is None:
+                self.stop = Stop(f"a signal to local rank {local}", code == REQUEUE)  # before it joined the others
+            elif code and self.stop is None and self.lost is None:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 base = self.rank - self.rank % (len(self.launcher.procs) + 1)
                 self.lose(base + local, how)
@@ -262,7 +286,7 @@ class Control:
             peers.beat(self._steps, self._still, self.where)
             if self.stop is not None:
                 peers.post("stop", asdict(self.stop))
-            elif (stop := peers.read("stop")) is not None:
+            elif not self.over and (stop := peers.read("stop")) is not None:
                 self.stop = Stop(**stop)
             if self.lost is None and (lost := peers.read("lost")) is not None:
                 self.lost_rank, self.lost = lost["rank"], lost["text"]
@@ -326,10 +350,10 @@ def stopping(what: str, then: Callable[..., Any] | None = None) -> Callable[...,
 
 
 @contextmanager
-def controlling(end: Callable[[Control], Any] | None = None) -> Iterator[Control]:
-    """A control of its own for one command; ``end`` as for :class:`Control`."""
+def controlling(end: Callable[[Control], Any] | None = None, last: bool = False) -> Iterator[Control]:
+    """A control of its own for one command; ``end`` and ``last`` as for :class:`Control`."""
     global _current
-    before, _current = _current, Control(end=end)
+    before, _current = _current, Control(end=end, last=last)
     try:
         with _current:
             yield _current

@@ -124,6 +124,11 @@ class RunDirectory:
         self.name, self.claimed = name, True
         self.mark("running")
 
+    @property
+    def status(self) -> str | None:
+        """What the marker says: running, interrupted, failed or complete; None where there is none."""
+        return (self._read_marker() or {}).get("status")
+
     def mark(self, status: str) -> None:
         """Write the marker with ``status``: running, interrupted, failed or complete; an end gives the lock back."""
         name = self.name or (self._read_marker() or {}).get("name")  # a rank that is not 0 marks what rank 0 left

@@ -13,20 +13,29 @@ from collections.abc import Callable
 from typing import Any
 
 from modiff.errors import ModiffError
-from modiff.lit.runs.control import INTERRUPTED, LOOK_S, Control, Interrupted, PeerLost, controlling
+from modiff.lit.runs.control import LOOK_S, Control, Interrupted, PeerLost, controlling
+from modiff.lit.runs.signals import INTERRUPTED
 
 OF_A_GROUP = re.compile(r"gloo|nccl|connection|socket|peer|store|broken pipe|timed? ?out", re.IGNORECASE)
 
 
-def run_command(command: str, work: Callable[[], Any]) -> int:
+def run_command(command: str, work: Callable[[], Any], last: bool = False) -> int:
     """Run a command; returns its exit code, and says in one line, on one rank, why it is not 0.
 
     Several ranks that do not end well leave without Python's own goodbye, in which they would wait for each other.
+
+    Args:
+        command: Its name.
+        work: Does it; returns the exit code.
+        last: The process ends with the command: signals that come after the work change nothing.
     """
-    with controlling(end_now) as control:
+    with controlling(end_now, last) as control:
         error: BaseException | None = None
         try:
-            code = int(work() or 0)
+            try:
+                code = int(work() or 0)
+            finally:
+                control.over = True
         except (ModiffError, OSError, Interrupted, KeyboardInterrupt) as found:
             error, code = found, 1
         except BaseException as found:

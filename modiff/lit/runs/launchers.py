@@ -118,11 +118,26 @@ def _launched(trainer: Any) -> Launch | None:
     if LSFEnvironment.detect():
         lsf = LSFEnvironment()
         return Launch("jsrun", lsf.global_rank(), lsf.world_size(), lsf.world_size())
-    if MPIEnvironment.detect():  # pragma: no cover (needs mpi4py and several processes)
-        mpi = MPIEnvironment()
-        world = mpi.world_size()
-        return Launch("mpirun", mpi.global_rank(), world, int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", world)))
-    return None
+    return _by_mpirun()
+
+
+def _by_mpirun() -> Launch | None:
+    """What mpi4py says, by which Lightning recognizes mpirun; None: it is not installed, or this process is alone."""
+    try:
+        found = MPIEnvironment.detect()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"mpi4py is installed, but finds no MPI library ({str(error).splitlines()[0]}), and Lightning asks it who "
+            "started this process. Install MPI, put it on LD_LIBRARY_PATH, or uninstall mpi4py."
+        ) from error
+    if not found:
+        return None
+    mpi = MPIEnvironment()
+    world = mpi.world_size()
+    local = next(
+        (os.environ[name] for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS") if name in os.environ), world
+    )
+    return Launch("mpirun", mpi.global_rank(), world, int(local))
 
 
 def _given_environment(trainer: Any) -> type[ClusterEnvironment] | None:

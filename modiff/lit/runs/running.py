@@ -22,7 +22,7 @@ from modiff.lit.runs.endings import explain
 def running(run: RunDirectory | None) -> Iterator[None]:
     """Around the work on an output directory: it stops at a step only, and the directory says how it ended."""
     control = current()
-    with nullcontext() if run is None else control.marking(run), control.deferring():
+    with control.deferring(), nullcontext() if run is None else control.marking(run):
         control.check()
         try:
             yield

@@ -122,7 +122,7 @@ def slug(setting: Setting) -> str:
     'ddim20_w8a6_modiff'
     """
     parts = [f"{setting.sampler}{setting.steps}", f"w{setting.weight_bits}a{setting.activation_bits}", setting.method]
-    parts += [] if setting.granularity == "preset" else [setting.granularity]
+    parts += [value for value in (setting.granularity, setting.scales) if value != "preset"]
     parts += [] if setting.schedule == "none" else [setting.schedule]
     parts += ["compiled"] if setting.compile else []
     return "_".join(parts)

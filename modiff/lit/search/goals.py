@@ -13,8 +13,12 @@ UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 QUALITIES = {
     "psnr_db": ("PSNR to the converged sampler, dB", ">="),
     "relative_l2": ("relative L2 to the converged sampler", "<="),
+    "fid_to_teacher": ("Fréchet distance to the converged sampler's images", "<="),
+    "fid": ("Fréchet distance to real images", "<="),
 }
 """Measures of quality: their label, and the comparison that makes sense for them."""
+DISTANCES = ("fid_to_teacher", "fid")
+"""Measures that compare sets of images, so that samplers that add noise have them too."""
 COSTS = {
     "time": ("time per image, in evaluations of the full-precision teacher", "evaluations"),
     "gbops": ("bit operations per image", "GBOPs"),

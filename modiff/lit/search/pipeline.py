@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modiff.compiling.modes import compile as compile_student
 from modiff.errors import ConfigError
 from modiff.lit.search.frontier import write_frontier
-from modiff.lit.search.goals import Quality, parse_budget, parse_cost
+from modiff.lit.search.goals import DISTANCES, Quality, parse_budget, parse_cost
 from modiff.lit.search.page import write_page
 from modiff.lit.search.space import SearchSpace, Setting
 from modiff.lit.search.study import Search
@@ -65,6 +65,7 @@ class PipelineTarget:
         self.seed, self.batch_size, self.contexts = seed, batch_size, contexts
         self.arguments = dict(arguments or {})
         self.fingerprint = hash_tensors(dict(self.denoiser.named_parameters()))
+        self.noise = {"seed": seed, "batch_size": batch_size, "prompts": self.prompts}
         self._unit: float | None = None
 
     @property
@@ -212,6 +213,11 @@ def search_pipeline(
     target = PipelineTarget(pipe, prompts, seed, batch_size, contexts, arguments)
     reference = {"reference_sampler": reference_sampler, "reference_steps": reference_steps}
     drawn = {"images": images, "confirm_images": confirm_images}
+    if wanted.name in DISTANCES:
+        raise ConfigError(
+            f"quality is {wanted.name}, which modiff.search does not measure. Ask for psnr_db or relative_l2, or use "
+            "the command modiff search, which measures distances."
+        )
     study = Search(target, space or SearchSpace(), wanted, lowered, Path(output), **drawn, **reference, say=say)
     points = study.run(parse_budget(budget))
     result = write_frontier(study.folder, points, wanted, lowered, _about(pipe, study, seed))

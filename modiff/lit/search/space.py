@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from modiff.config.quant import QuantConfig
 from modiff.config.schedule import ReuseSchedule
+from modiff.config.specs import Granularity, Scales
 from modiff.errors import ConfigError
+from modiff.lit.search.goals import DISTANCES, Quality
+from modiff.teachers.sampling.schedulers import STOCHASTIC
 
 FULL = 32
 PRESET = "preset"
@@ -25,6 +28,7 @@ class Setting:
         activation_bits: 2 to 8, or 32: full precision.
         method: ``modiff`` or ``ptq``.
         granularity: Of activations; ``preset``: as the preset says.
+        scales: Of activations, ``real`` or ``power_of_two``; ``preset``: as the preset says.
         schedule: A name of :meth:`modiff.config.schedule.ReuseSchedule.preset`; ``none``: every block is computed.
         compile: Whether the student is compiled.
     """
@@ -35,6 +39,7 @@ class Setting:
     activation_bits: int = FULL
     method: str = "modiff"
     granularity: str = PRESET
+    scales: str = PRESET
     schedule: str = "none"
     compile: bool = False
 
@@ -46,7 +51,7 @@ class Setting:
         """
         changes: dict[str, Any] = {}
         if self.activation_bits == FULL:
-            changes.update(method="modiff", granularity=PRESET)
+            changes.update(method="modiff", granularity=PRESET, scales=PRESET)
         return dataclasses.replace(self, **changes)
 
     def config(self) -> QuantConfig | None:
@@ -58,9 +63,9 @@ class Setting:
         if self.weight_bits == FULL and self.activation_bits == FULL and self.schedule == "none":
             return None
         config = QuantConfig.preset(f"w{self.weight_bits}a{self.activation_bits}-{self.method}")
-        if self.granularity != PRESET and config.activation is not None:
-            spec = dataclasses.replace(config.activation, granularity=self.granularity)  # type: ignore[arg-type]
-            config = dataclasses.replace(config, activation=spec)
+        changes: Any = {k: getattr(self, k) for k in ("granularity", "scales") if getattr(self, k) != PRESET}
+        if changes and config.activation is not None:
+            config = dataclasses.replace(config, activation=dataclasses.replace(config.activation, **changes))
         if self.schedule != "none":
             config = dataclasses.replace(config, schedule=ReuseSchedule.preset(self.schedule))
         return config
@@ -70,6 +75,7 @@ class Setting:
         if self.weight_bits != FULL or self.activation_bits != FULL:
             bits = f"W{self.weight_bits}A{self.activation_bits} {self.method}"
         extra = [] if self.granularity == PRESET else [f"per {self.granularity}"]
+        extra += [] if self.scales == PRESET else [f"{self.scales} scales"]
         extra += [] if self.schedule == "none" else [self.schedule]
         extra += ["compiled"] if self.compile else []
         return ", ".join([f"{self.sampler} {self.steps}", bits, *extra])
@@ -80,12 +86,13 @@ class SearchSpace:
     """What each field of a :class:`Setting` may be.
 
     Args:
-        samplers: Names of deterministic samplers.
+        samplers: Names of samplers; those that add noise are for qualities that are distances.
         steps: Numbers of steps.
         weight_bits: Of 2 to 8, and 32.
         activation_bits: Of 2 to 8, and 32.
         methods: Of ``modiff`` and ``ptq``.
         granularities: Of activations, and ``preset``.
+        scales: Of activations: ``real``, ``power_of_two`` and ``preset``.
         schedules: Names of reuse schedules, and ``none``.
         compile: Whether students may be compiled, or must be.
 
@@ -99,6 +106,7 @@ class SearchSpace:
     activation_bits: tuple[int, ...] = (FULL, 8, 6, 4)
     methods: tuple[str, ...] = ("modiff",)
     granularities: tuple[str, ...] = (PRESET,)
+    scales: tuple[str, ...] = (PRESET,)
     schedules: tuple[str, ...] = ("none", "reuse-2", "extrapolate-2", "extrapolate-3")
     compile: tuple[bool, ...] = (False,)
 
@@ -115,12 +123,30 @@ class SearchSpace:
         wrong = [method for method in self.methods if method not in ("modiff", "ptq")]
         if wrong:
             raise ConfigError(f"space.methods has {wrong[0]!r}; allowed are modiff, ptq.")
+        for name, allowed in (("granularities", get_args(Granularity)), ("scales", get_args(Scales))):
+            wrong = [value for value in getattr(self, name) if value not in (PRESET, *allowed)]
+            if wrong:
+                raise ConfigError(f"space.{name} has {wrong[0]!r}; allowed are {', '.join((PRESET, *allowed))}.")
         for steps in self.steps:
             if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
                 raise ConfigError(f"space.steps has {steps!r}; allowed are whole numbers, 1 or more.")
         for schedule in self.schedules:
             if schedule != "none":
                 ReuseSchedule.preset(schedule)
+
+    def check(self, quality: Quality) -> None:
+        """Refuse samplers whose images the quality cannot judge.
+
+        Raises:
+            ConfigError: A sampler adds noise, and the quality compares image by image.
+        """
+        noisy = [name for name in self.samplers if name in STOCHASTIC]
+        if noisy and quality.name not in DISTANCES:
+            raise ConfigError(
+                f"space.samplers has {noisy[0]!r}, which adds noise in every step: its images have no converged "
+                f"counterpart, and {quality.name} compares image by image. Leave it out, or ask for a distance such as "
+                '"fid_to_teacher <= 1".'
+            )
 
     def suggest(self, trial: Any) -> Setting:
         """Ask an Optuna trial for a setting."""
@@ -130,6 +156,7 @@ class SearchSpace:
             "activation_bits": self.activation_bits,
             "method": self.methods,
             "granularity": self.granularities,
+            "scales": self.scales,
             "schedule": self.schedules,
             "compile": self.compile,
         }
@@ -146,7 +173,7 @@ class SearchSpace:
         """Settings that every search measures first: those between which the others lie."""
         most, weight, granularity = max(self.steps), max(self.weight_bits), self.granularities[0]
         found = [
-            Setting(sampler, most, weight, bits, self.methods[0], granularity, "none", compiled)
+            Setting(sampler, most, weight, bits, self.methods[0], granularity, self.scales[0], "none", compiled)
             for sampler in self.samplers
             for bits in dict.fromkeys((max(self.activation_bits), min(self.activation_bits)))
             for compiled in self.compile

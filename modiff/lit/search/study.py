@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from modiff.errors import ConfigError
+from modiff.lit.search.distances import Distances
 from modiff.lit.search.goals import COSTS, CostName, Quality
 from modiff.lit.search.space import SearchSpace, Setting
 from modiff.lit.search.target import Target
@@ -42,7 +43,7 @@ class Point:
 
     Args:
         setting: What was measured.
-        quality: ``psnr_db`` and ``relative_l2`` to the reference.
+        quality: ``psnr_db`` and ``relative_l2`` to the reference, and the distances where they are asked for.
         cost: ``time``, ``gbops``, ``memory``; see :data:`modiff.lit.search.goals.COSTS`.
         images: How many were drawn.
         seconds: Per image, on this machine.
@@ -81,6 +82,7 @@ class Search:
         reference_sampler: Deterministic sampler of the reference images.
         reference_steps: So many that more change little; this is checked.
         seed: Of Optuna's choices.
+        distances: Judges images by Fréchet distances; None: the quality is none.
         say: Called with one line of progress at a time.
     """
 
@@ -94,6 +96,7 @@ class Search:
     reference_sampler: str = "dpmpp_2m"
     reference_steps: int = 200
     seed: int = 0
+    distances: Distances | None = None
     say: Callable[[str], None] = print
     _reference: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _points: dict[tuple[str, Setting], Point] = field(default_factory=dict, repr=False)
@@ -104,6 +107,7 @@ class Search:
                 f"confirm_images is {self.confirm_images}, but every new setting already draws {self.images} (images). "
                 "Confirm with at least as many."
             )
+        self.space.check(self.quality)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def run(self, budget: float) -> list[Point]:
@@ -182,6 +186,7 @@ class Search:
     def _identity(self) -> dict[str, Any]:
         return {
             "teacher": self.target.fingerprint,
+            "noise": json.loads(json.dumps(self.target.noise)),
             "space": json.loads(json.dumps(dataclasses.asdict(self.space))),
             "quality": self.quality.name,
             "cost": self.cost,
@@ -224,13 +229,13 @@ class Search:
                 "asked for. Give more reference_steps, another reference_sampler, or a lower quality."
             )
 
-    @staticmethod
-    def _qualities(images: Tensor, reference: Tensor) -> dict[str, float]:
+    def _qualities(self, images: Tensor, reference: Tensor) -> dict[str, float]:
         unit = [((x + 1) / 2).clamp(0, 1) for x in (images, reference)]
         psnr = mean_psnr_db(*unit)
         return {
             "psnr_db": IDENTICAL_DB if psnr is None else psnr,
             "relative_l2": float(relative_l2(images, reference).mean()),
+            **({} if self.distances is None else self.distances(*unit)),
         }
 
     def _enqueue_corners(self, study: optuna.Study) -> None:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +63,7 @@ class Target(Protocol):
     """What :class:`modiff.lit.search.study.Search` asks of a model."""
 
     fingerprint: str
+    noise: dict[str, Any]  # what else the images depend on, such as the seed
 
     def measure(self, setting: Setting, count: int) -> Measured:
         """Draw images ``0 .. count - 1`` of a setting, timed and counted."""
@@ -95,6 +97,7 @@ class TeacherTarget:
         self.seed = seed
         self.batch_size = batch_size
         self.fingerprint = teacher.fingerprint
+        self.noise = {"seed": seed, "batch_size": batch_size, "guidance": self.guidance}
         self._students: OrderedDict[Any, nn.Module] = OrderedDict()
         self._costs: dict[Any, tuple[float, float]] = {}
 
@@ -163,11 +166,12 @@ class TeacherTarget:
     def _draw(self, denoiser: nn.Module, sampler: str, steps: int, indices: list[int]) -> Tensor:
         noise = indexed_noise(self.seed, indices, self.teacher.sample_shape)
         bound = self._bound(denoiser, indices)
-        if hasattr(denoiser, "_modiff_state"):
-            with trajectory(denoiser):
-                latents = sample(bound, self.scheduler(sampler), noise, steps)
-        else:
-            latents = sample(bound, self.scheduler(sampler), noise, steps)
+
+        def step_noise(step: int) -> Tensor:
+            return indexed_noise(self.seed, indices, self.teacher.sample_shape, stream=step + 1)
+
+        with trajectory(denoiser) if hasattr(denoiser, "_modiff_state") else nullcontext():
+            latents = sample(bound, self.scheduler(sampler), noise, steps, step_noise=step_noise)
         return self.teacher.decode(latents.float())
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ def log_search(mode: WandbMode, folder: Path, result: dict[str, Any]) -> None:
     front = [point["setting"] for point in result["frontier"]]
     table = wandb.Table(columns=COLUMNS)
     for point in result["points"]:
-        numbers = [*(point["quality"][q] for q in QUALITIES), *(point["cost"][c] for c in COSTS)]
+        numbers = [*(point["quality"].get(q) for q in QUALITIES), *(point["cost"][c] for c in COSTS)]
         counts = [point["evaluations"], point["images"]]
         table.add_data(str(Setting(**point["setting"])), point["setting"] in front, *numbers, *counts)
     name = result["quality"].split(" ")[0]

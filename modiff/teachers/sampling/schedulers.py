@@ -166,6 +166,8 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "flow_euler_flux": (FlowMatchFluxScheduler, {}),
 }
 """Class and fixed arguments of each sampler by name; anything else by its class path."""
+STOCHASTIC = frozenset({"ddpm", "euler_ancestral"})
+"""Samplers of :data:`SAMPLERS` that add noise in their steps, so that their images depend on more than x_T."""
 
 
 def make_scheduler(name_or_class_path: str, config: Mapping[str, Any] | Any = None, **overrides: Any) -> Any:

@@ -120,13 +120,15 @@ int64_t prepare(const Tensor& codes, const Tensor& scale, const Optional& packed
   return next_plan++;
 }
 
-Geometry geometry(const Plan& plan, const Tensor& x) {
+// gated: the input of a Linear has twice its channels: values, and what gates them.
+Geometry geometry(const Plan& plan, const Tensor& x, bool gated = false) {
   Geometry g{};
   const bool linear = plan.linear;
+  TORCH_CHECK(!gated || (linear && x.size(-1) % 2 == 0), "modiff: a gated input is a Linear's, and has two halves.");
   g.images = linear ? 1 : x.size(0);
-  g.channels = linear ? x.size(-1) : x.size(1);
+  g.channels = linear ? x.size(-1) / (gated ? 2 : 1) : x.size(1);
   g.height = linear ? 1 : x.size(2);
-  g.width = linear ? (g.channels ? x.numel() / g.channels : 0) : x.size(3);
+  g.width = linear ? (g.channels ? x.numel() / x.size(-1) : 0) : x.size(3);
   g.padded_channels = plan.own ? (g.channels + 3) / 4 * 4 : g.channels;
   g.pad_y = plan.padding[0], g.pad_x = plan.padding[1];
   g.kernel_y = plan.kernel[0], g.kernel_x = plan.kernel[1];
@@ -170,8 +172,9 @@ struct Work {
   float clip, factor;
   const float *fixed_scale, *fixed_zero;
   int64_t fixed_stride;
+  bool keeps_zero;  // the codes keep their zero point, which the product takes off
   uint8_t* codes;
-  float* scales;
+  float *scales, *zeros;
   float* bads;
 };
 
@@ -222,9 +225,11 @@ void run_set(const Work& w, int64_t set, Buffer& scratch) {
 void encode_set(const Work& w, int64_t set, Buffer& scratch) {
   const int64_t first = set * w.rows, last = first + w.rows;
   float scale, zero;
+  Quantizer quantizer = w.quantizer;
   Range range = empty_range();
   if (w.fixed_scale) {  // no range to wait for: codes follow while the difference is in the cache
     scale_of(w, set, 0, 0, scale, zero);
+    if (w.keeps_zero) quantizer.offset = zero;
     const int64_t step = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, w.channels)), threads = at::get_num_threads();
     std::vector<float> bad(threads + 1, 0.0f);
     at::parallel_for(first, last, w.rows / threads + step, [&](int64_t begin, int64_t end) {
@@ -234,12 +239,12 @@ void encode_set(const Work& w, int64_t set, Buffer& scratch) {
       for (int64_t r = begin; r < end; r += step) {
         const int64_t stop = std::min(end, r + step);
         w.kernels->difference(w.x, w.type, w.prologue, w.held, r, stop - r, w.channels, d, own);
-        w.kernels->codes(d, w.held, w.quantizer, scale, zero, r, stop - r, w.g, w.codes);
+        w.kernels->codes(d, w.held, quantizer, scale, zero, r, stop - r, w.g, w.codes);
       }
       bad[std::min<int64_t>(threads, at::get_thread_num())] += own.bad;
     });
     for (const float value : bad) range.bad += value;
-    w.scales[set] = scale;
+    w.scales[set] = scale, w.zeros[set] = zero;
     w.bads[set] = range.bad;
     return;
   }
@@ -254,10 +259,11 @@ void encode_set(const Work& w, int64_t set, Buffer& scratch) {
     range.low = std::min(range.low, part.low), range.high = std::max(range.high, part.high), range.bad += part.bad;
   }
   scale_of(w, set, range.low, range.high, scale, zero);
+  if (w.keeps_zero) quantizer.offset = zero;
   at::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
-    w.kernels->codes(d + (begin - first) * w.channels, w.held, w.quantizer, scale, zero, begin, end - begin, w.g, w.codes);
+    w.kernels->codes(d + (begin - first) * w.channels, w.held, quantizer, scale, zero, begin, end - begin, w.g, w.codes);
   });
-  w.scales[set] = scale;
+  w.scales[set] = scale, w.zeros[set] = zero;
   w.bads[set] = range.bad + (range.high - range.low);
 }
 
@@ -317,10 +323,17 @@ struct Clock {
 std::tuple<double, double> read_clocks() { return {1e-9 * clocks[0].exchange(0), 1e-9 * clocks[1].exchange(0)}; }
 
 struct Encoded {
-  Tensor scale, probe;
+  Tensor scale, zero, probe;
 };
 
-// quantizer: symmetric, top, granularity (0 tensor, 1 sample, 2 token), offset, compensates.
+// The code of 0 in an image: its own where codes keep their zero point.
+uint8_t border(const Tensor& zeros, int64_t offset, int64_t image) {
+  if (offset >= 0) return (uint8_t)offset;
+  return (uint8_t)zeros.const_data_ptr<float>()[zeros.numel() == 1 ? 0 : image];
+}
+
+// quantizer: symmetric, top, granularity (0 tensor, 1 sample, 2 token), offset (negative: codes keep their zero point),
+// compensates.
 Encoded encode_into(uint8_t* codes, const Geometry& g, const Tensor& x, const Optional& a_hat, const Optional& step, const Optional& center,
                     const Optional& fixed_scale, const Optional& fixed_zero, at::IntArrayRef q, double clip,
                     const Before& before, bool linear) {
@@ -333,15 +346,17 @@ Encoded encode_into(uint8_t* codes, const Geometry& g, const Tensor& x, const Op
   w.type = type_of(x);
   w.g = g;
   w.channels = g.channels;
-  const int64_t all = g.channels ? x.numel() / g.channels : 0;
+  const int64_t all = g.images * g.height * g.width;
   w.samples = linear && x.dim() < 2 ? 1 : x.size(0);
   w.sets = q[2] == 0 ? 1 : q[2] == 1 ? w.samples : all;
   w.rows = w.sets ? all / w.sets : 0;
   w.quantizer = {q[0] != 0, (float)q[1], (float)q[3]};
+  w.keeps_zero = q[3] < 0;
   w.clip = (float)clip, w.factor = (float)(clip / (double)q[1]);
   if (a_hat) {
     check_layout(*a_hat, linear);
-    TORCH_CHECK(a_hat->sizes() == x.sizes(), "modiff: the reconstruction has another shape than the input.");
+    TORCH_CHECK(before.act == kGeglu ? a_hat->numel() == all * g.channels : a_hat->sizes() == x.sizes(),
+                "modiff: the reconstruction has another shape than the input.");
     w.held.compensates = q[4] != 0;
     if (step) {
       w.held.numbers = a_hat->mutable_data_ptr<int16_t>();
@@ -357,8 +372,8 @@ Encoded encode_into(uint8_t* codes, const Geometry& g, const Tensor& x, const Op
   }
   w.codes = codes;
   const Tensor scale = at::empty({w.sets}, at::kFloat);
-  const Tensor bad = at::empty({w.sets}, at::kFloat);
-  w.scales = scale.mutable_data_ptr<float>(), w.bads = bad.mutable_data_ptr<float>();
+  const Tensor zero = at::empty({w.sets}, at::kFloat), bad = at::empty({w.sets}, at::kFloat);
+  w.scales = scale.mutable_data_ptr<float>(), w.zeros = zero.mutable_data_ptr<float>(), w.bads = bad.mutable_data_ptr<float>();
   w.prologue.norm = (int)before.norm, w.prologue.act = (int)before.act, w.prologue.eps = (float)before.eps;
   w.prologue.rows_per_sample = w.samples ? std::max<int64_t>(1, all / w.samples) : 1;
   static thread_local Buffer norms;
@@ -384,19 +399,19 @@ Encoded encode_into(uint8_t* codes, const Geometry& g, const Tensor& x, const Op
       run_set(w, set, scratch);
     }
   };
-  if (g.pad_x || g.pad_y) {
-    at::parallel_for(0, g.images, 1, [&](int64_t b, int64_t e) { for (int64_t n = b; n < e; n++) fill_border(g, n, (uint8_t)q[3], codes); });
-  }
   if (w.sets >= at::get_num_threads()) {
     at::parallel_for(0, w.sets, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, w.rows * w.channels)), run);
   } else {
     run(0, w.sets);
   }
+  if (g.pad_x || g.pad_y) {
+    at::parallel_for(0, g.images, 1, [&](int64_t b, int64_t e) { for (int64_t n = b; n < e; n++) fill_border(g, n, border(zero, q[3], n), codes); });
+  }
   float total = 0;
   for (int64_t set = 0; set < w.sets; set++) total += w.bads[set];
   const Tensor probe = at::empty({}, at::kFloat);
   probe.mutable_data_ptr<float>()[0] = total;
-  return {scale, probe};
+  return {scale, zero, probe};
 }
 
 // What follows the product, as tensors.
@@ -420,7 +435,7 @@ Tensor call_onednn(const Plan& plan, const Tensor& codes, int64_t offset) {
 }
 
 Tensor multiply_codes(const Plan& plan, const Geometry& g, const uint8_t* codes, const Tensor& plain, const Tensor& x,
-                      const Tensor& scale, int64_t granularity, int64_t offset, const After& after) {
+                      const Tensor& scale, const Optional& zeros, int64_t granularity, int64_t offset, const After& after) {
   const Clock clock(1);
   std::vector<int64_t> sizes = x.sizes().vec();
   if (plan.linear) sizes.back() = plan.out;
@@ -452,7 +467,9 @@ Tensor multiply_codes(const Plan& plan, const Geometry& g, const uint8_t* codes,
     e.residual = after.residual->const_data_ptr(), e.residual_type = type_of(*after.residual);
   }
   if (after.gate) e.gate = after.gate->const_data_ptr<float>(), e.gate_stride = plan.out;
-  TORCH_CHECK(!plan.own || offset == kOffset, "modiff: 0 is code ", kOffset, " here, not ", offset, ".");
+  TORCH_CHECK(!plan.own || zeros || offset == kOffset, "modiff: 0 is code ", kOffset, " here, not ", offset, ".");
+  TORCH_CHECK(plan.own || !zeros, "modiff: codes with zero points of their own are for the products that are made here.");
+  if (zeros) e.zeros = zeros->const_data_ptr<float>();
   if (!plan.own) {
     const Tensor product = call_onednn(plan, plain, offset);
     at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / plan.out), [&](int64_t begin, int64_t end) {
@@ -486,24 +503,27 @@ std::tuple<Tensor, Tensor, Tensor> advance(
     const Optional& add, const Optional& shift, double eps, const Optional& o_hat, const Optional& bias,
     const Optional& residual, const Optional& gate, double factor, int64_t out_type) {
   const auto plan = find(handle);
-  const Geometry g = geometry(*plan, x);
+  const bool gated = prologue[1] == kGeglu;
+  const Geometry g = geometry(*plan, x, gated);
   static thread_local Buffer buffer;
   Tensor plain;
   uint8_t* codes;
   if (plan->own) {
     codes = buffer.get<uint8_t>(g.images * g.padded_height * g.padded_width * g.padded_channels);
   } else {
-    plain = at::empty(x.sizes(), at::TensorOptions(at::kByte).memory_format(plan->linear ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast));
+    std::vector<int64_t> sizes = x.sizes().vec();
+    if (gated) sizes.back() /= 2;
+    plain = at::empty(sizes, at::TensorOptions(at::kByte).memory_format(plan->linear ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast));
     codes = plain.mutable_data_ptr<uint8_t>();
   }
   const Encoded encoded = encode_into(codes, g, x, a_hat, step, center, fixed_scale, fixed_zero, quantizer, clip,
                                       before_of(prologue, mul, add, shift, eps), plan->linear);
-  const Tensor out = multiply_codes(*plan, g, codes, plain, x, encoded.scale, quantizer[2], quantizer[3], {o_hat, bias, residual, gate, factor, out_type});
+  const Tensor out = multiply_codes(*plan, g, codes, plain, x, encoded.scale, quantizer[3] < 0 ? Optional(encoded.zero) : Optional(), quantizer[2], quantizer[3], {o_hat, bias, residual, gate, factor, out_type});
   return {out, encoded.scale, encoded.probe};
 }
 
 // Codes alone, in the layout of the input, for several operators that read the same tensor.
-std::tuple<Tensor, Tensor, Tensor> encode(
+std::tuple<Tensor, Tensor, Tensor, Tensor> encode(
     const Tensor& x, const Optional& a_hat, const Optional& step, const Optional& center, const Optional& fixed_scale, const Optional& fixed_zero,
     at::IntArrayRef quantizer, double clip, bool linear, at::IntArrayRef prologue, const Optional& mul, const Optional& add,
     const Optional& shift, double eps) {
@@ -515,11 +535,11 @@ std::tuple<Tensor, Tensor, Tensor> encode(
   const Tensor codes = at::empty(x.sizes(), at::TensorOptions(at::kByte).memory_format(linear ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast));
   const Encoded encoded = encode_into(codes.mutable_data_ptr<uint8_t>(), g, x, a_hat, step, center, fixed_scale, fixed_zero,
                                       quantizer, clip, before_of(prologue, mul, add, shift, eps), linear);
-  return {codes, encoded.scale, encoded.probe};
+  return {codes, encoded.scale, encoded.zero, encoded.probe};
 }
 
 // Product and accumulation for codes in the layout of the input.
-Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, int64_t granularity, int64_t offset, const Optional& o_hat,
+Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, const Optional& zeros, int64_t granularity, int64_t offset, const Optional& o_hat,
                 const Optional& bias, const Optional& residual, const Optional& gate, double factor, int64_t out_type) {
   const auto plan = find(handle);
   check_layout(codes, plan->linear);
@@ -527,17 +547,17 @@ Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, int64_
   const After after{o_hat, bias, residual, gate, factor, out_type};
   const uint8_t* from = codes.const_data_ptr<uint8_t>();
   if (!plan->own || (!g.pad_x && !g.pad_y && g.channels == g.padded_channels))
-    return multiply_codes(*plan, g, from, codes, codes, scale, granularity, offset, after);
+    return multiply_codes(*plan, g, from, codes, codes, scale, zeros, granularity, offset, after);
   static thread_local Buffer buffer;
   uint8_t* padded = buffer.get<uint8_t>(g.images * g.padded_height * g.padded_width * g.padded_channels);
   for (int64_t n = 0; n < g.images; n++) {
-    fill_border(g, n, (uint8_t)offset, padded);
+    fill_border(g, n, border(zeros ? *zeros : scale, zeros ? -1 : offset, n), padded);
     for (int64_t y = 0; y < g.height; y++) {
       uint8_t* to = padded + ((n * g.padded_height + y + g.pad_y) * g.padded_width + g.pad_x) * g.padded_channels;
       for (int64_t x = 0; x < g.width; x++, to += g.padded_channels, from += g.channels) memcpy(to, from, g.channels);
     }
   }
-  return multiply_codes(*plan, g, padded, Tensor(), codes, scale, granularity, offset, after);
+  return multiply_codes(*plan, g, padded, Tensor(), codes, scale, zeros, granularity, offset, after);
 }
 
 std::string isa() { return table() ? table()->name : "none"; }
@@ -556,9 +576,9 @@ TORCH_LIBRARY_FRAGMENT(modiff, m) {
       "Tensor(b!)? o_hat, Tensor? bias, Tensor? residual, Tensor? gate, float factor, int out_type) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpp_encode(Tensor x, Tensor(a!)? a_hat, Tensor? step, Tensor? center, Tensor? fixed_scale, Tensor? fixed_zero, int[] quantizer, "
-      "float clip, bool linear, int[] prologue, Tensor? mul, Tensor? add, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor)");
+      "float clip, bool linear, int[] prologue, Tensor? mul, Tensor? add, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpp_multiply(int handle, Tensor codes, Tensor scale, int granularity, int offset, Tensor(a!)? o_hat, Tensor? bias, "
+      "cpp_multiply(int handle, Tensor codes, Tensor scale, Tensor? zeros, int granularity, int offset, Tensor(a!)? o_hat, Tensor? bias, "
       "Tensor? residual, Tensor? gate, float factor, int out_type) -> Tensor");
 }
 

@@ -45,6 +45,11 @@ inline void tile(const uint8_t* const* rows, const int64_t* offsets, int segment
   for (int r = 0; r < valid; r++) {
     for (int j = 0; j < NR; j++) {
       const int64_t c = channel + 16 * j;
+      if (e.zeros) {  // the sums begin as if 0 were code 128; what is left to take off is a multiple of the weight's sum
+        const int32_t left = 128 - (int32_t)e.zeros[(row + r) / e.rows_per_set];
+        const __m512i minus_weights = _mm512_srai_epi32(_mm512_loadu_si512(start + c), 7);
+        sums[r][j] = _mm512_sub_epi32(sums[r][j], _mm512_mullo_epi32(minus_weights, _mm512_set1_epi32(left)));
+      }
       const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][j]), _mm512_loadu_ps(weight_scale + c));
       if (c + 16 <= channels) {
         epilogue<Wide>(sum, row + r, channels, c, e);

@@ -76,6 +76,23 @@ void normalize(float* row, int64_t channels, float eps) {
   });
 }
 
+// Rows of the input as floats; of a gated one, the first half times gelu of the second.
+void read(const void* x, int type, const Prologue& prologue, int64_t begin, int64_t rows, int64_t channels, float* y) {
+  if (prologue.act != kGeglu) {
+    load(x, type, begin * channels, rows * channels, y);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r++, y += channels) {
+    const int64_t values = (begin + r) * 2 * channels, gates = values + channels;
+    load(x, type, values, channels, y);
+    along(channels, [&](auto v, int64_t i) {
+      using V = decltype(v);
+      const auto gate = type == kFloat ? V::load((const float*)x + gates + i) : V::load_bf16((const uint16_t*)x + gates + i);
+      V::store(y + i, V::mul(V::load(y + i), activate<V>(gate, kGelu)));
+    });
+  }
+}
+
 void apply(const Prologue& prologue, float* y, int64_t begin, int64_t rows, int64_t channels) {
   for (int64_t r = 0; prologue.norm != kNoNorm && r < rows; r++) {
     float* row = y + r * channels;
@@ -91,7 +108,7 @@ void apply(const Prologue& prologue, float* y, int64_t begin, int64_t rows, int6
       V::store(row + i, x);
     });
   }
-  if (prologue.act == kIdentity) return;
+  if (prologue.act == kIdentity || prologue.act == kGeglu) return;
   along(rows * channels, [&](auto v, int64_t i) {
     using V = decltype(v);
     V::store(y + i, activate<V>(V::load(y + i), prologue.act));
@@ -138,7 +155,7 @@ void difference(const void* x, int type, const Prologue& prologue, const Held& h
   for (int64_t r = 0; r < rows; r += step) {
     const int64_t count = r + step < rows ? step : rows - r;
     float* y = d + r * channels;
-    load(x, type, (begin + r) * channels, count * channels, y);
+    read(x, type, prologue, begin + r, count, channels, y);
     apply(prologue, y, begin + r, count, channels);
     subtract(y, held, (begin + r) * channels, count * channels, range);
   }
@@ -148,7 +165,7 @@ void difference(const void* x, int type, const Prologue& prologue, const Held& h
 void hold(const void* x, int type, const Prologue& prologue, const Held& held, int64_t begin, int64_t rows,
           int64_t channels, float* y) {
   for (int64_t r = begin; r < begin + rows; r++) {
-    load(x, type, r * channels, channels, y);
+    read(x, type, prologue, r, 1, channels, y);
     apply(prologue, y, r, 1, channels);
     along(channels, [&](auto v, int64_t i) {
       using V = decltype(v);

@@ -6,9 +6,10 @@ namespace modiff {
 
 enum Type : int { kFloat = 0, kBFloat16 = 1 };
 enum Norm : int { kNoNorm = 0, kAffine = 1, kLayerNorm = 2 };
-enum Activation : int { kIdentity = 0, kSilu = 1, kGeluTanh = 2, kGelu = 3 };
+enum Activation : int { kIdentity = 0, kSilu = 1, kGeluTanh = 2, kGelu = 3, kGeglu = 4 };
 
-// What stands between the tensor that is read and the operator's input: y = act(norm(x)).
+// What stands between the tensor that is read and the operator's input: y = act(norm(x)). kGeglu: x has two halves, and
+// y is the first one times gelu of the second one.
 struct Prologue {
   int norm = kNoNorm;
   int act = kIdentity;
@@ -46,6 +47,7 @@ struct Geometry {
 struct Epilogue {
   const float* scales;  // of the codes, one for each set of rows
   int64_t rows_per_set;
+  const float* zeros = nullptr;  // zero points that the codes keep, one for each set; null: 0 is code 128
   float* o_hat = nullptr;
   const float* bias = nullptr;
   void* out = nullptr;
