@@ -42,13 +42,12 @@ def compile(  # noqa: A001 (modiff.compile)
 
     ``fused`` (on an x86 CPU): each operator is one C++ call, built once on this machine (less than 90 s), and takes the
     norms, activations and residual additions of known blocks into its passes over memory
-    (:mod:`modiff.compiling.blocks`), whether the student is modulated or plain; on an NVIDIA GPU, Triton's kernels take
-    the norms and activations of modulated ones. ``stages``: only the element-wise stages around each product
-    (difference, range, codes, reconstruction; scale and add), once for all operators and shapes: seconds. ``blocks``:
-    each repeated block of the denoiser. ``whole``: the denoiser as one graph (``fullgraph=True`` where it allows that).
-    In the last two the first evaluation of a trajectory and refreshes run eagerly; all others share one graph for each
-    shape. ``auto`` takes the fastest of them where they were measured
-    (``benchmarks/peers.md``, ``benchmarks/cpu.md``): ``fused`` where that can be, else ``stages``.
+    (:mod:`modiff.compiling.blocks`), modulated or plain; on an NVIDIA GPU, Triton's kernels take norms and activations
+    of modulated ones. ``stages``: only the element-wise stages around each product (difference, range, codes,
+    reconstruction; scale and add), once for all operators and shapes: seconds. ``blocks``: each repeated block.
+    ``whole``: the denoiser as one graph (``fullgraph=True`` where it allows that). In the last two the first evaluation
+    of a trajectory and refreshes run eagerly; all others share one graph for each shape. ``auto`` takes the fastest of
+    them where measured (``benchmarks/peers.md``, ``benchmarks/cpu.md``): ``fused`` where that can be, else ``stages``.
 
     Where no C++ compiler is installed (on the CPU), one line says so and the student stays as it is.
 
