@@ -163,8 +163,8 @@ class Modulation:
         refresh_every: Compute every n-th evaluation in full precision again; None: never. Counted in the cost.
         state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
             needs ``refresh_every``.
-        reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: float32.
-            ``int16`` keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to
+        reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: ``int16`` where
+            the operator runs on NVIDIA GPUs (``backend: triton``), else float32; ``describe`` says which. ``int16`` keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to
             four times their range; scales are rounded to whole multiples of the step, so that â changes exactly.
 
     Both stay in float32 where a sample's input is one vector (time embeddings); â also where the input, and ô where the

@@ -155,6 +155,8 @@ class Backend(Protocol):
         devices: Types of devices that it runs on, such as ``("cpu",)``; empty: all.
         reads_half: May be missing, for no: :meth:`encode` and :meth:`advance` take float16 and bfloat16 inputs.
         returns_state: May be missing, for no: :meth:`advance` returns ``o_hat`` itself.
+        reconstruction_dtype: May be missing, for ``"float32"``: in which â is kept where
+            ``Modulation.reconstruction_dtype`` leaves it open.
         apply: May be missing: plain quantization in one call, with the input, the prepared weight, the quantizer and
             the bias; returns ``A(Q(a)) + bias`` in float32, and the probe.
         multiply_into: May be missing: :meth:`multiply` and :meth:`update` in one, called with the prepared weight, the

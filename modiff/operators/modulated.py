@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modiff.config.specs import Modulation
 from modiff.errors import TrajectoryError
-from modiff.kernels.backend import Encoded
+from modiff.kernels.backend import Backend, Encoded
 from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.execution import Execution
@@ -40,7 +40,13 @@ class ModulatedOperator(QuantizedOperator):
         self.modulation = modulation
         self.block = ""  # of a reuse schedule: what advances in other evaluations shares no â
         self.apart = False  # keeps an â of its own, also where another operator reads the same tensor
+        self.held_dtype: torch.dtype | None = None  # of â as it was last allocated
         self.state.stateful = True
+
+    def forget_executions(self) -> None:
+        """Choose and prepare anew at the next call; another backend may keep â otherwise."""
+        super().forget_executions()
+        self.held_dtype = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (its name in PyTorch's operators)
         """One evaluation: warm up, refresh, advance by the quantized difference, or give the last output again.
@@ -154,16 +160,22 @@ class ModulatedOperator(QuantizedOperator):
         elif shared is not None:
             self.state.may_lead(shared, x, cache)
         self.state.keep_cache(self.name, cache)
+        self.held_dtype = cache.a_hat.dtype
         return cache
 
     def room(self, a: Tensor) -> Held:
         """Memory for â."""
         compensates, last = self.modulation.error_compensation, self._room_for_range(a)
-        if self.modulation.reconstruction_dtype != "int16" or self.reads_vector(a) or self.widens:
+        if not self.may_hold_int16(self.execution(a).backend) or self.reads_vector(a):
             return Held(dense_like(a, a.dtype), None, compensates, last)
         with torch.inference_mode(False):
             grid = Int16Grid.like(a)
         return Held(dense_like(a, torch.int16), grid, compensates, last)
+
+    def may_hold_int16(self, backend: Backend) -> bool:
+        """Whether â is int16 on a backend: as configured, else as the backend has it. Vectors are not."""
+        kept = self.modulation.reconstruction_dtype or getattr(backend, "reconstruction_dtype", "float32")
+        return kept == "int16" and not self.widens
 
     def _room_for_range(self, a: Tensor) -> Tensor | None:
         """Memory for the range of the last residual, where scales come from it."""

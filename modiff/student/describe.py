@@ -25,6 +25,7 @@ class Row:
         backend: Its execution and, where that is not in integers, why.
         special: ``vector``: it reads one vector per sample; ``end``: it is the denoiser's first or last operator;
             ``undecided``: what it reads is not known before the first evaluation.
+        reconstruction: How â is kept, where that is not in float32; known for sure after the first evaluation.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     uncalled: bool = False
     backend: str = ""
     special: str = ""
+    reconstruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Description:
                 "" if row.skipped else ("never called" if row.uncalled else _spec_text(row.activation)),
                 ""
                 if row.skipped
-                else _modulation_text(row.modulation) + row.constant * ", constant input: computed once",
+                else _modulation_text(row.modulation, row.reconstruction)
+                + row.constant * ", constant input: computed once",
                 row.backend,
                 row.special,
                 row.rule or "",
@@ -98,10 +101,12 @@ def _spec_text(spec: QuantSpec | None) -> str:
     return ", ".join(parts)
 
 
-def _modulation_text(modulation: Modulation | None) -> str:
+def _modulation_text(modulation: Modulation | None, reconstruction: str = "") -> str:
     if modulation is None:
         return "none"
     parts = ["compensated" if modulation.error_compensation else "uncompensated", f"{modulation.warmup} warm-up"]
     if modulation.refresh_every:
         parts.append(f"refresh every {modulation.refresh_every}")
+    if reconstruction:
+        parts.append(f"â in {reconstruction}")
     return ", ".join(parts)

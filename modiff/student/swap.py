@@ -307,16 +307,23 @@ def _as_it_is(operator: QuantizedOperator, row: Row) -> Row:
     special = row.special
     if special == UNDECIDED and operator.undecided is None:
         special = "vector" if operator.found_vector else ""
-    return replace(row, activation=operator.activation_spec, backend=_backend(operator), special=special)
+    backend, kept = _execution(operator, special)
+    return replace(row, activation=operator.activation_spec, backend=backend, special=special, reconstruction=kept)
 
 
-def _backend(operator: QuantizedOperator) -> str:
-    """The execution of an operator where it is now, in float32."""
+def _execution(operator: QuantizedOperator, special: str) -> tuple[str, str]:
+    """The execution of an operator where it is now, in float32; and how â is kept there, if not in float32."""
     if operator.in_float:
-        return "full precision (as chosen)"
+        return "full precision (as chosen)", ""
     weight = operator.module.weight
-    choice = str(operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32)))
-    return f"{choice}, {operator.fused}" if operator.fused else choice
+    choice = operator.choice(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    backend, kept = f"{choice}, {operator.fused}" if operator.fused else str(choice), ""
+    if isinstance(operator, ModulatedOperator) and special != "vector":
+        if operator.held_dtype is None and operator.may_hold_int16(choice.backend):
+            kept = "int16 unless a sample is one vector"
+        elif operator.held_dtype == torch.int16:
+            kept = "int16"
+    return backend, kept
 
 
 def operators(student: nn.Module) -> dict[str, QuantizedOperator]:

@@ -68,6 +68,7 @@ class TritonBackend:
     name = "triton"
     reads_half = True  # inputs of encode and advance may be float16 or bfloat16
     returns_state = True  # advance returns ô itself
+    reconstruction_dtype = "int16"  # half of the bytes of â in each pass, and exact
     fused_inputs = (torch.float32, torch.float16, torch.bfloat16)
     fuses_after = False  # sums with residuals are passes of PyTorch's
     devices = ("cuda", "cpu") if support.interpreted() else ("cuda",)
