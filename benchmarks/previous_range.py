@@ -115,10 +115,11 @@ def markdown(rows: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         "",
         f"    {provenance['command']}",
         "",
-        f"Presets `w8a{{bits}}-modiff-paper`, DDIM {STEPS} steps, {provenance['num_images']} images in one batch, seeds "
-        f"{' '.join(map(str, seeds))}: mean ± half the spread, PSNR and relative L2 to the teacher's images of the same "
-        f"noise. Machine: {provenance['device']}, {provenance['threads']} thread(s), torch {provenance['torch']}. The "
-        "last column is the share of scales (one for each sample, operator and evaluation) that the range of the "
+        f"Presets `w8a{{bits}}-modiff-paper`, DDIM {STEPS} steps, {provenance['num_images']} images in one batch, "
+        f"seeds {' '.join(map(str, seeds))}: mean ± half the spread, PSNR and relative L2 to the teacher's images of "
+        f"the same noise. Machine: {provenance['device']}, {provenance['threads']} thread(s), torch "
+        f"{provenance['torch']}. The last column is the "
+        "share of scales (one for each sample, operator and evaluation) that the range of the "
         "evaluation before would have been too small for, so that they came from the residual itself; the first "
         "quantized evaluation, which has none before it, is not counted.",
         "",

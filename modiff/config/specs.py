@@ -164,8 +164,9 @@ class Modulation:
         state_dtype: dtype in which an operator's output ô is kept; None: float32. ``bfloat16`` drifts and therefore
             needs ``refresh_every``.
         reconstruction_dtype: dtype in which the reconstruction â of an operator's input is kept; None: ``int16`` where
-            the operator runs on NVIDIA GPUs (``backend: triton``), else float32; ``describe`` says which. ``int16`` keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to
-            four times their range; scales are rounded to whole multiples of the step, so that â changes exactly.
+            the operator runs on the Triton backend (on NVIDIA GPUs), else float32; ``describe`` says which. ``int16``
+            keeps whole numbers of a step that the first evaluation decides, with room for inputs to grow to four times
+            their range; scales are rounded to whole multiples of the step, so that â changes exactly.
 
     Both stay in float32 where a sample's input is one vector (time embeddings); â also where the input, and ô where the
     output, has at most a sixteenth of the other's channels (the image, at the denoiser's ends). That takes few bytes,

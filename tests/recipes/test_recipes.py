@@ -206,3 +206,21 @@ def test_script_for_launchers_is_the_command(capsys) -> None:
     import runpy
 
     assert runpy.run_path(str(FOLDER / "run.py"))["main"] is __import__("modiff.lit.cli.main", fromlist=["main"]).main
+
+
+def test_a_recipe_may_take_scales_from_the_evaluation_before(tmp_path) -> None:
+    recipe = yaml.safe_load((FOLDER / "mnist" / "w8a8_modiff.yaml").read_text())
+    del recipe["model"]["preset"]
+    activation = {"bits": 6, "granularity": "sample", "range": "previous"}
+    recipe["model"]["config"] = {"weight": {"bits": 8, "granularity": "channel"}, "activation": activation}
+    recipe["model"]["config"]["modulation"] = {"reconstruction_dtype": "int16"}
+    path = tmp_path / "previous.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    config = build(path).model.config
+    assert config.activation == modiff.QuantSpec(6, "sample", range="previous")
+    assert config.modulation == modiff.Modulation(reconstruction_dtype="int16")
+    rows = list(modiff.describe(modiff.quantize(tiny_unet(), config)))
+    assert {row.activation.range for row in rows if not row.skipped} == {"previous"}
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(build(path).dump())
+    assert build(saved).model.config == config

@@ -15,6 +15,8 @@ if support.missing() is not None:
     pytest.skip(f"{support.missing()}", allow_module_level=True)
 
 from modiff.kernels.triton import encoding, norms, proof, scaling
+from modiff.kernels.triton.support import ROW
+from modiff.kernels.triton.tables import ARCHITECTURES
 
 SIZES = ("height", "width", "top_pad", "left_pad", "padded_height", "padded_width")
 GRID = {"held": "*i16", "step": "*fp32", "center": "*fp32"}
@@ -78,6 +80,7 @@ MOMENTS |= {"a_row": "i32", "a_channel": 1, "BLOCK_R": 32, "BLOCK_C": 128}
 GROUP: dict[str, Any] = {"means": "*fp32", "squares": "*fp32", "mean": "*fp32", "rstd": "*fp32", "rows": "i32:1"}
 GROUP |= {"channels": "i32", "group_size": "i32:1", "blocks": "i32:1", "epsilon": "fp32"}
 GROUP |= {"BLOCK_R": 32, "BLOCK_P": 16, "BLOCK_C": 8}
+WIDEST = {"BLOCK_P": 1, "BLOCK_C": ROW}
 VARIANTS = {
     "asymmetric": quantize(SYMMETRIC=False, zero="*fp32"),
     "plain": quantize(held=None),
@@ -99,6 +102,7 @@ VARIANTS = {
     "kept or own scale, asymmetric, int16": settle(before_zero="*fp32", zero="*fp32", step="*fp32", SYMMETRIC=False),
     "powers of two": shared(),
     "powers of two, asymmetric, int16": shared(zero="*fp32", step="*fp32", SYMMETRIC=False),
+    "powers of two, of as many channels as may be": shared(SYMMETRIC=False, zero="*fp32", step="*fp32", **WIDEST),
     "scale": scale(),
     "scale, asymmetric, int16": scale(zero="*fp32", step="*fp32", SYMMETRIC=False),
     "scale of one part": scale(parts=1),
@@ -109,7 +113,9 @@ VARIANTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_compiles_without_spills(name: str) -> None:
+def test_every_variant_compiles_without_spills(name: str, architecture: str) -> None:
     kernel, arguments = VARIANTS[name]
-    assert proof.compile_kernel("sm_90", kernel, name, "", arguments, warps=4, stages=3).stack == 0
+    warps = 16 if arguments.get("BLOCK_C") == ROW else 4
+    assert proof.compile_kernel(architecture, kernel, name, "", arguments, warps, stages=3).stack == 0

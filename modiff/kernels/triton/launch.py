@@ -229,7 +229,7 @@ def quantize(
         *(*strides(a), *strides(a if held is None else held), *norm.numbers(channels), *numbers.arguments),
         PER=per, SYMMETRIC=numbers.symmetric, CLIPS=numbers.clips or held is not None, COMPENSATES=compensates,
         MEASURES=measures, AGAIN=again is not None, **norm.constants, BLOCK_R=rows, BLOCK_C=columns,
-        num_warps=tuned.warps, **FACTS,
+        num_warps=tuned.warps_for(rows * columns), **FACTS,
     )
     return probes, lows, highs
 # fmt: on
@@ -263,7 +263,7 @@ def ranges(
         BLOCK_R=rows,
         BLOCK_C=columns,
         REPEATS=repeats,
-        num_warps=tuned.warps,
+        num_warps=tuned.warps_for(rows * columns),
         **FACTS,
     )
     return lows, highs

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from modiff.kernels.triton import encoding, products
 from modiff.kernels.triton.launch import FACTS, SAMPLE, TOKEN, block_of
+from modiff.kernels.triton.support import ROW
 from modiff.kernels.triton.tables import REGISTERS_PER_SM, SHARED_PER_SM, THREADS_PER_SM, Blocks, Table
 
 CAPABILITY = {"sm_80": 80, "sm_89": 89, "sm_90": 90}
@@ -161,10 +162,9 @@ def compile_quantize(
     arguments |= {"COMPENSATES": True, "MEASURES": False, "NORM": ("none", "group", "layer").index(norm)}
     arguments |= {"ACTIVATION": int(norm == "group"), "AGAIN": False, "BLOCK_R": rows, "BLOCK_C": columns}
     name = f"quantize{'' if norm == 'none' else ' after ' + norm + ' norm'}{', per token' if per == TOKEN else ''}"
-    shape = f"{rows}x{columns}, {table.warps} warps"
-    return compile_kernel(
-        table.architecture, encoding.quantize_kernel, f"{name}, â {held}", shape, arguments, table.warps, 3
-    )
+    warps = table.warps_for(rows * columns)
+    shape = f"{rows}x{columns}, {warps} warps"
+    return compile_kernel(table.architecture, encoding.quantize_kernel, f"{name}, â {held}", shape, arguments, warps, 3)
 
 
 def compile_range(table: Table, norm: str = "none", per_channel: bool = False, channels: int = 256) -> Compiled:
@@ -178,9 +178,10 @@ def compile_range(table: Table, norm: str = "none", per_channel: bool = False, c
     arguments |= {"group_size": "i32:1", "epsilon": "fp32", "PER_CHANNEL": per_channel}
     arguments |= {"NORM": ("none", "group", "layer").index(norm), "ACTIVATION": int(norm == "group")}
     arguments |= {"BLOCK_R": rows, "BLOCK_C": columns, "REPEATS": 4}
-    shape = f"{rows}x{columns}, {table.warps} warps"
+    warps = table.warps_for(rows * columns)
+    shape = f"{rows}x{columns}, {warps} warps"
     name = f"range{' per channel' if per_channel else ''}{'' if norm == 'none' else ' after ' + norm + ' norm'}, â i16"
-    return compile_kernel(table.architecture, encoding.range_kernel, name, shape, arguments, table.warps, 3)
+    return compile_kernel(table.architecture, encoding.range_kernel, name, shape, arguments, warps, 3)
 
 
 def compile_table(table: Table, thorough: bool = False) -> Iterator[Compiled]:
@@ -206,6 +207,9 @@ def compile_table(table: Table, thorough: bool = False) -> Iterator[Compiled]:
     yield compile_range(table)
     yield compile_range(table, "group", per_channel=True)
     yield compile_range(table, "layer", channels=1152)
+    yield compile_quantize(table, "none", TOKEN, channels=ROW)
+    yield compile_quantize(table, "layer", TOKEN, channels=ROW)
+    yield compile_range(table, "layer", channels=ROW)
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:

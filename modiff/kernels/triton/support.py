@@ -18,8 +18,8 @@ CHANNEL_MULTIPLE = 16
 """Of channels: int8 tensor cores read 16 codes at a time."""
 DEPTH = 2**31 // 127**2
 """Products of the largest codes that an int32 sum holds: 133144 of 127 * 127."""
-ROW = 16384
-"""Most channels of which one program finds the range of a token."""
+ROW = 8192
+"""Most channels of which one program finds the range of a token without spilling registers."""
 
 
 def interpreted() -> bool:

@@ -99,6 +99,14 @@ class Table:
                 return blocks
         raise ValueError(f"No rule of the table for {self.architecture} fits {product}; the last one must fit all.")
 
+    def warps_for(self, elements: int) -> int:
+        """Warps of an element-wise program: more than usual where a row that must stay whole has more elements.
+
+        >>> [table("sm_90").warps_for(elements) for elements in (2048, 4096, 8192, 16384)]
+        [4, 8, 16, 16]
+        """
+        return min(max(self.warps * elements // self.elements, self.warps), 16)
+
     def every(self) -> tuple[Blocks, ...]:
         """All blocks that may run, each once."""
         return tuple(dict.fromkeys([blocks for *_, blocks in self.rules] + list(self.shapes.values())))
