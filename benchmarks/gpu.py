@@ -189,7 +189,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "W8A8 plain, CUDA graph": {"preset": "w8a8-ptq", "graph": True},
     "W8A8 modulated": {"preset": "w8a8-modiff"},
     "W8A8 modulated, CUDA graph": {"preset": "w8a8-modiff", "graph": True},
-    "best per operator, CUDA graph": {"preset": "w8a8-modiff", "graph": True, "choose": True},
+    "W8A8 modulated, norms fused, CUDA graph": {"preset": "w8a8-modiff", "graph": True, "fused": True},
+    "the same, range of the evaluation before": {
+        "preset": "w8a8-modiff",
+        "graph": True,
+        "fused": True,
+        "range": "previous",
+    },
+    "best per operator, CUDA graph": {"preset": "w8a8-modiff", "graph": True, "fused": True, "choose": True},
 }
 
 
@@ -205,16 +212,17 @@ def arm(name: str, model: Model, device: torch.device) -> nn.Module:
     denoiser = denoiser.to(device, torch.float16 if on_gpu else torch.float32)
     denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = modiff.QuantConfig.preset(options["preset"])
-    config = replace(config, activation=modiff.QuantSpec(8, granularity="sample"))  # asymmetric 8-bit codes need 9 bits
+    # Asymmetric 8-bit codes need 9 bits.
+    spec = modiff.QuantSpec(8, granularity="sample", range=options.get("range", "dynamic"))
+    config = replace(config, activation=spec)
     if config.modulation is not None and on_gpu:
         state = replace(config.modulation, state_dtype="float16", reconstruction_dtype="int16")
         config = replace(config, modulation=state)
     student = modiff.quantize(denoiser, config)
     extra = {"choose": "measured"} if options.get("choose") else {}
     if on_gpu:
-        modiff.compile(
-            student, "whole" if options.get("graph") else "stages", cuda_graph=bool(options.get("graph")), **extra
-        )
+        mode = "auto" if options.get("fused") else "whole" if options.get("graph") else "stages"
+        modiff.compile(student, mode, cuda_graph=bool(options.get("graph")), **extra)
     return student
 
 

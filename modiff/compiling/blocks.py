@@ -18,7 +18,7 @@ from modiff.compiling.fusion import (
     layer_norm,
     plain,
 )
-from modiff.kernels.cpp.operators import After, Before
+from modiff.kernels.fused import After, Before
 from modiff.operators.quantized import QuantizedOperator
 
 
@@ -57,7 +57,7 @@ class FusedResnet(Fused):
         shortcut = module.conv_shortcut
         if shortcut is None:
             residual = x
-        elif isinstance(shortcut, QuantizedOperator) and self.fusion.advances(shortcut):
+        elif isinstance(shortcut, QuantizedOperator) and self.fusion.advances(shortcut, x.dtype):
             residual = call(shortcut, x)
         else:
             residual = shortcut(x)

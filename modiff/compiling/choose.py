@@ -2,6 +2,8 @@
 
 What is compared are *chains*: fused blocks, and each operator outside of them. All of them are timed where they stand,
 once with every operator in integers and once with none, in trajectories of their own on the inputs of the first call.
+They are timed as they run eagerly: graphs have no clocks inside. Where evaluations are replayed as CUDA graphs, what
+counts is the time of the device, without that of launches.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from modiff.compiling.graphs import GraphRegions
+from modiff.compiling.regions import Regions
 from modiff.errors import ConfigError
 from modiff.student.swap import operators
 from modiff.trajectory.session import Listener, ModulationState, state_of, trajectory
@@ -23,6 +27,9 @@ MARGIN = 1.1
 """A chain runs in integers where full precision takes at least this many times as long."""
 EVALUATIONS = 4
 """Timed evaluations; the fastest counts. One more warms up."""
+HEAD_START = 10**7
+"""Cycles for which a GPU is kept busy before what it is timed at: about 6 ms, longer than a block's launches take."""
+Clock = Callable[[Callable[[], Any]], tuple[Any, float]]
 
 
 class Measured(Listener):
@@ -69,10 +76,15 @@ def choose(
     if _rank() == 0:
         state = state_of(student)
         aside, state.trajectory = state.trajectory, None
+        regions = [listener for listener in state.listeners if isinstance(listener, Regions)]
         try:
+            for each in regions:
+                each.paused = True
             seconds = {flag: _time(student, chains, args, kwargs, flag) for flag in (False, True)}
         finally:
             state.trajectory = aside
+            for each in regions:
+                each.paused = False
         slow = {name for name in chains if seconds[True][name] < MARGIN * seconds[False][name]}
         inside = {id(m) for name in slow for m in chains[name].modules()}
         names = [name for name, operator in operators(student).items() if id(operator) in inside]
@@ -126,11 +138,13 @@ def _time(
     """Seconds of each chain in the fastest evaluation."""
     _mark(student, [*operators(student)] if floats else [])
     best = dict.fromkeys(chains, float("inf"))
+    replayed = any(isinstance(listener, GraphRegions) for listener in state_of(student).listeners)
+    clock = device_clock if replayed else wall_clock
     with trajectory(student):
         student(*args, **kwargs)
         for _ in range(EVALUATIONS):
             spent = dict.fromkeys(chains, 0.0)
-            with _clocks(chains, spent):
+            with _clocks(chains, spent, clock):
                 student(*_nudged(args), **kwargs)
             best = {name: min(best[name], spent[name]) for name in chains}
     return best
@@ -142,11 +156,11 @@ def _nudged(args: Sequence[Any]) -> list[Any]:
 
 
 @contextmanager
-def _clocks(chains: Mapping[str, nn.Module], spent: dict[str, float]) -> Iterator[None]:
+def _clocks(chains: Mapping[str, nn.Module], spent: dict[str, float], clock: Clock) -> Iterator[None]:
     """Clocks around the forward of each chain."""
     before = {name: vars(module).get("forward") for name, module in chains.items()}
     for name, module in chains.items():
-        module.forward = _clocked(module.forward, name, spent)
+        module.forward = _clocked(module.forward, name, spent, clock)
     try:
         yield
     finally:
@@ -156,18 +170,34 @@ def _clocks(chains: Mapping[str, nn.Module], spent: dict[str, float]) -> Iterato
                 module.forward = before[name]  # type: ignore[assignment]
 
 
-def _clocked(forward: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
+def _clocked(forward: Callable[..., Any], name: str, spent: dict[str, float], clock: Clock) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        start = _now()
-        found = forward(*args, **kwargs)
-        spent[name] += _now() - start
+        found, seconds = clock(lambda: forward(*args, **kwargs))
+        spent[name] += seconds
         return found
 
     return run
 
 
+def wall_clock(run: Callable[[], Any]) -> tuple[Any, float]:
+    """A result, and seconds until a GPU has done what it was told to."""
+    start = _now()
+    found = run()
+    return found, _now() - start
+
+
+def device_clock(run: Callable[[], Any]) -> tuple[Any, float]:
+    """A result, and the device's own seconds: it is kept busy until the host has launched what is timed."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    found = run()
+    end.record()
+    end.synchronize()
+    return found, start.elapsed_time(end) / 1000
+
+
 def _now() -> float:
-    """The clock, read when a GPU has done what it was told to."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,8 +1,9 @@
 """Blocks in which norms, activations and residual additions run in the same passes as the operators between them.
 
-The blocks are those of diffusers, known by the names of their classes and of what they hold; whatever looks different
-runs as it is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all
-of its operators advance, or quantize plainly; the first one of a trajectory, evaluations outside of any, refreshes, and
+The backend of an operator does so where it has the methods for it (:class:`modiff.kernels.backend.Backend`). The blocks
+are those of diffusers, known by the names of their classes and of what they hold; whatever looks different runs as it
+is. A fused block computes the same as its own ``forward``, up to rounding, in the evaluations in which all of its
+operators advance, or quantize plainly; the first one of a trajectory, evaluations outside of any, refreshes, and
 whatever is unusual run in that ``forward``.
 """
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from modiff.kernels.cpp.backend import CppBackend
-from modiff.kernels.cpp.operators import After, Before
+from modiff.kernels.backend import BACKENDS, Backend
+from modiff.kernels.fused import After, Before
 from modiff.operators.modulated import ModulatedOperator
 from modiff.operators.quantized import QuantizedOperator
 from modiff.trajectory.cache import OperatorCache
@@ -41,7 +42,8 @@ class Fused:
     """
 
     fuses: dict[str, str] = {}
-    """What runs in the pass of which operator: a sentence for ``describe``, by the operator's name in the block."""
+    """What runs in the passes of which operator: parts of a sentence for ``describe``, by its name in the block. Those
+    that begin with "before" are left out where the backend does not do what follows."""
 
     @classmethod
     def fused_operators(cls, module: Any) -> dict[str, str]:
@@ -75,9 +77,8 @@ class Fused:
         if (
             self.fusion.ready
             and not torch.is_grad_enabled()
-            and x.dtype in (torch.float32, torch.bfloat16)
             and self.fits(x, *args, **kwargs)
-            and all(self.fusion.advances(operator) for operator in self.operators)
+            and all(self.fusion.advances(operator, x.dtype) for operator in self.operators)
         ):
             self.fused_calls += 1
             return self.run(x, *args, **kwargs)
@@ -110,7 +111,9 @@ class Fusion(Listener):
             module.forward = kind(module, self)
             self.modules.append(module)
             for inner, sentence in kind.fused_operators(module).items():
-                module.get_submodule(inner).fused = sentence
+                operator = module.get_submodule(inner)
+                parts = [part for part in sentence.split(", ") if _does(_backend_of(operator), part)]
+                operator.fused = ", ".join(parts)
 
     @override
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
@@ -140,19 +143,23 @@ class Fusion(Listener):
                 if isinstance(operator, QuantizedOperator):
                     operator.fused = ""
 
-    def advances(self, operator: QuantizedOperator) -> bool:
-        """Whether an operator's next call quantizes its input, on this backend, unobserved by hooks.
+    def advances(self, operator: QuantizedOperator, dtype: torch.dtype) -> bool:
+        """Whether an operator's next call quantizes its input, on a backend that fuses, unobserved by hooks.
 
         A modulated one advances its state, too.
+
+        Args:
+            operator: Of a block.
+            dtype: In which the block's input comes.
         """
         execution = operator.region.execution
-        if execution is None or not isinstance(execution.backend, CppBackend):
+        if execution is None or dtype not in getattr(execution.backend, "fused_inputs", ()):
             return False
-        if operator._forward_hooks or operator._forward_pre_hooks:
+        if operator._forward_hooks or operator._forward_pre_hooks or operator.in_float:
             return False
         if isinstance(operator, ModulatedOperator):
-            return operator.state.peek_cache(operator.name) is not None and not operator.refreshes()
-        return not operator.in_float and operator.undecided is None
+            return _peek(operator) is not None and (operator.traced or not operator.refreshes())
+        return hasattr(execution.backend, "apply") and operator.undecided is None
 
 
 def call(operator: QuantizedOperator, x: Tensor, before: Before = NOTHING, after: After = KEPT) -> Tensor:
@@ -179,8 +186,7 @@ def call(operator: QuantizedOperator, x: Tensor, before: Before = NOTHING, after
         operator.note(probe, quantized=True)
         return out
     cache = _next_cache(operator, like)
-    if after.dtype is None and cache.o_hat.dtype != torch.float32:
-        after = After()
+    after = _readable(after, cache, x, backend)
     prepared = operator.prepared(execution)
     out, probe = backend.advance_fused(x, cache.held, prepared, quantizer, cache.o_hat, before, after)
     operator.note(probe, quantized=True)
@@ -203,11 +209,10 @@ def call_together(operators: Sequence[QuantizedOperator], x: Tensor, before: Bef
         assert execution is not None
         prepared, o_hat = operator.prepared(execution), None if cache is None else cache.o_hat
         bias = operator.float_bias() if cache is None else None
-        keeps = after.dtype is None and o_hat is not None and o_hat.dtype == torch.float32
-        mine = After() if after.dtype is None and not keeps else after
+        mine = (After() if after.dtype is None else after) if cache is None else _readable(after, cache, x, backend)
         out = backend.multiply_fused(prepared, encoded, o_hat, bias, mine)
         operator.note(encoded.probe, quantized=True)
-        found.append(o_hat if keeps and o_hat is not None else out)
+        found.append(o_hat if mine.dtype is None and o_hat is not None else out)
     return found
 
 
@@ -219,21 +224,54 @@ def _share_codes(operators: Sequence[QuantizedOperator]) -> bool:
         return not any(
             isinstance(o, ModulatedOperator) or o.calibrated is not None or o.activation_spec != spec for o in operators
         )
-    leader = first.state.peek_cache(first.name)
-    caches = [operator.state.peek_cache(operator.name) for operator in others]
+    leader, *caches = [_peek(operator) for operator in operators]
     return not any(cache is None or cache.leader is not leader for cache in caches)
 
 
 def _next_cache(operator: ModulatedOperator, x: Tensor) -> OperatorCache:
     """The state of this call, laid out as rows of channels from the first fused call on."""
-    cache = operator.state.next_cache(operator.name, x, operator.shape.is_batched(x.ndim))
-    assert cache is not None
+    if operator.traced:
+        _, cache = operator.next_call(x)
+    else:
+        found = operator.state.next_cache(operator.name, x, operator.shape.is_batched(x.ndim))
+        assert found is not None
+        cache = found
+        operator.check_lent(cache)
+        cache.source = cache.lent = None
     image = operator.shape.kind == "conv" and x.ndim == 4
     layout = torch.channels_last if image else torch.contiguous_format
     cache.held.a_hat = cache.held.a_hat.contiguous(memory_format=layout)
     cache.o_hat = cache.o_hat.contiguous(memory_format=layout)
-    cache.source = None
     return cache
+
+
+def _peek(operator: QuantizedOperator) -> OperatorCache | None:
+    """The state that the next call advances; None where it does something else. A graph finds it in its region."""
+    if not operator.traced:
+        return operator.state.peek_cache(operator.name)
+    region, call = operator.region, operator.region.call
+    return region.caches[call] if call < len(region.caches) and not region.reuses[call] else None
+
+
+def _readable(after: After, cache: OperatorCache, x: Tensor, backend: Any) -> After:
+    """What follows, with a copy of ô in float32 where ô itself was to be read and is in another dtype."""
+    dtypes = (torch.float32, x.dtype) if getattr(backend, "returns_state", False) else (torch.float32,)
+    return After() if after.dtype is None and cache.o_hat.dtype not in dtypes else after
+
+
+def _does(backend: Any, part: str) -> bool:
+    """Whether a backend does a part of what is fused, as ``describe`` words it."""
+    return backend.fuses_after or not (part.startswith("before") or "GEGLU" in part)
+
+
+def _backend_of(operator: QuantizedOperator) -> Any:
+    """The backend that an operator gets where it is now."""
+    return BACKENDS[operator.choice(operator.module.weight.device).name]
+
+
+def fuses(backend: Backend) -> bool:
+    """Whether a backend takes norms and activations into its passes."""
+    return bool(getattr(backend, "fused_inputs", ()))
 
 
 def _common_obstacle(module: Any, kind: type[Fused]) -> str | None:
@@ -246,6 +284,8 @@ def _common_obstacle(module: Any, kind: type[Fused]) -> str | None:
             return f"the input of {name} is not quantized"
         if operator.modulation is not None and not operator.modulation.error_compensation:
             return f"{name} is modulated without error compensation"
+        if not fuses(_backend_of(operator)):
+            return f"{name} runs on {operator.choice(operator.module.weight.device)}"
     if "forward" in vars(module) or "_hf_hook" in vars(module):
         return "its forward was replaced"
     return None
@@ -285,5 +325,5 @@ def attend(module: Any, projected: Sequence[Tensor]) -> Tensor:
 
 
 def kept_dtype(x: Tensor) -> After:
-    """ô itself in float32, else a copy in the dtype of the network around."""
-    return KEPT if x.dtype == torch.float32 else After(dtype=x.dtype)
+    """ô itself in float32 or where it has the dtype of the network around, else a copy in that dtype."""
+    return KEPT if x.dtype == torch.float32 else After(dtype=x.dtype, lends=True)

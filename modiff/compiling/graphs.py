@@ -20,6 +20,7 @@ from typing_extensions import override
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.operators.quantized import QuantizedOperator
+from modiff.student.reuse import reuse_of
 from modiff.student.swap import operators
 from modiff.trajectory.contexts import DEFAULT
 from modiff.trajectory.graphs import capturing
@@ -183,7 +184,7 @@ class Graphed:
         )
         run = self.state.trajectory
         context = None if run is None else run.current.name
-        return described, str(structure), context, tuple(op.region.reuses for op in self._operators())
+        return described, str(structure), context, tuple((op.in_float, op.region.reuses) for op in self._operators())
 
     def _operators(self) -> list[QuantizedOperator]:
         return list(self.regions.operators.values())
@@ -195,7 +196,8 @@ class Graphed:
             for cache in operator.region.caches:
                 grid = cache.grid
                 steps = () if grid is None else (grid.step.data_ptr(), grid.center.data_ptr())
-                found += [cache.a_hat.data_ptr(), cache.o_hat.data_ptr(), *steps]
+                last = () if cache.held.last is None else (cache.held.last.data_ptr(),)
+                found += [cache.a_hat.data_ptr(), cache.o_hat.data_ptr(), *steps, *last]
         return tuple(found)
 
     def _fixed(self) -> list[Tensor]:
@@ -220,6 +222,19 @@ def _fixed_of(operator: QuantizedOperator) -> tuple[Tensor, ...]:
     return () if fixed is None else tuple(tensor for tensor in fixed if tensor is not None)
 
 
+def require_recordable(student: nn.Module) -> None:
+    """Refuse students whose evaluations cannot be CUDA graphs.
+
+    Raises:
+        ConfigError: The student is not on a CUDA device, or follows a reuse schedule.
+    """
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        raise ConfigError(f"CUDA graphs need a CUDA device, and the student is on {device}. Move it there first.")
+    if reuse_of(state_of(student)) is not None:
+        raise ConfigError("A reuse schedule cannot be recorded as a CUDA graph. Compile without cuda_graph.")
+
+
 def use_graphs(
     student: nn.Module,
     inner: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
@@ -233,14 +248,13 @@ def use_graphs(
         recorder: Makes recorders; others than CUDA graphs need no GPU.
 
     Raises:
-        ConfigError: The student is not on a CUDA device.
+        ConfigError: See :func:`require_recordable`.
         TrajectoryError: The module is not a student, or a trajectory is open.
     """
     state = state_of(student)
     state.refuse_inside("recorded")
-    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    if recorder is CudaRecorder and device.type != "cuda":
-        raise ConfigError(f"CUDA graphs need a CUDA device, and the student is on {device}. Move it there first.")
+    if recorder is CudaRecorder:
+        require_recordable(student)
     found: Mapping[str, QuantizedOperator] = operators(student)
     regions = GraphRegions([student], found)
     state.listeners.append(regions)

@@ -12,13 +12,14 @@ from torch import nn
 from modiff.compiling.bfloat16 import Bfloat16
 from modiff.compiling.blocks import kind_of
 from modiff.compiling.choose import Measured, chains_of, use_float
-from modiff.compiling.fusion import Fusion
-from modiff.compiling.graphs import use_graphs
+from modiff.compiling.fusion import Fusion, fuses
+from modiff.compiling.graphs import require_recordable, use_graphs
 from modiff.compiling.probe import missing_compiler
 from modiff.compiling.regions import CompiledForward, Regions
 from modiff.errors import ConfigError
 from modiff.kernels.compiled import RECOMPILES, compiled_backend
 from modiff.kernels.cpp import build
+from modiff.operators.quantized import QuantizedOperator
 from modiff.student.blocks import repeated_blocks
 from modiff.student.reuse import reuse_of
 from modiff.student.swap import operators
@@ -41,12 +42,12 @@ def compile(  # noqa: A001 (modiff.compile)
 
     ``fused`` (on an x86 CPU): each operator is one C++ call, built once on this machine (less than 90 s), and takes the
     norms, activations and residual additions of known blocks into its passes over memory
-    (:mod:`modiff.compiling.blocks`), whether the student is modulated or plain. ``stages``: only the element-wise
-    stages around each product (difference, range, codes, reconstruction; scale and add), once for all operators and
-    shapes: seconds. ``blocks``: each repeated block of the denoiser. ``whole``: the denoiser as one graph
-    (``fullgraph=True`` where it allows that). In the last two the first evaluation of a trajectory and refreshes run
-    eagerly; all others share one graph for each shape. ``auto`` takes the fastest of them where they were measured
-    (``benchmarks/peers.md``, ``benchmarks/cpu.md``): ``fused`` where that can be, else ``stages``.
+    (:mod:`modiff.compiling.blocks`), modulated or plain; on an NVIDIA GPU, Triton's kernels take norms and activations
+    of modulated ones. ``stages``: only the element-wise stages around each product (difference, range, codes,
+    reconstruction; scale and add), once for all operators and shapes: seconds. ``blocks``: each repeated block.
+    ``whole``: the denoiser as one graph (``fullgraph=True`` where it allows that). In the last two the first evaluation
+    of a trajectory and refreshes run eagerly; all others share one graph for each shape. ``auto`` takes the fastest of
+    them where measured (``benchmarks/peers.md``, ``benchmarks/cpu.md``): ``fused`` where that can be, else ``stages``.
 
     Where no C++ compiler is installed (on the CPU), one line says so and the student stays as it is.
 
@@ -75,18 +76,19 @@ def compile(  # noqa: A001 (modiff.compile)
     state = state_of(student)
     state.refuse_inside("compiled")
     modules = _modules(student, mode)
+    if cuda_graph:
+        require_recordable(student)
     uncompile(student)
-    fusion = None if cuda_graph else _fuse(student, mode)
+    fusion = _fuse(student, mode, cuda_graph)
     _use_options(student, fusion, choose, compute_dtype)
-    if fusion is not None:
-        return student
-    missing = _missing_compiler(student)
-    if missing:
-        log.warning("modiff.compile: %s, so the student runs eagerly. Install one, such as g++.", missing)
-        return student
-    # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
-    for operator in operators(student).values():
-        operator.wrap_backend(compiled_backend)
+    if fusion is None:
+        missing = _missing_compiler(student)
+        if missing:
+            log.warning("modiff.compile: %s, so the student runs eagerly. Install one, such as g++.", missing)
+            return student
+        # Operators outside of the graphs, and evaluations that run eagerly, have compiled element-wise work too.
+        for operator in operators(student).values():
+            operator.wrap_backend(compiled_backend)
     _use_regions(student, modules, mode, cuda_graph)
     return student
 
@@ -119,13 +121,7 @@ def _modules(student: nn.Module, mode: Mode) -> list[nn.Module]:
 
 
 def _use_regions(student: nn.Module, modules: list[nn.Module], mode: Mode, cuda_graph: bool) -> None:
-    """Graphs in the place of forwards, and around all of them a recorded evaluation.
-
-    Raises:
-        ConfigError: A recorded evaluation cannot follow a reuse schedule.
-    """
-    if cuda_graph and reuse_of(state_of(student)) is not None:
-        raise ConfigError("A reuse schedule cannot be recorded as a CUDA graph. Compile without cuda_graph.")
+    """Graphs in the place of forwards, and around all of them a recorded evaluation."""
     if cuda_graph:
         use_graphs(student, inner=_Graph if mode == "whole" else None)
     if modules and not (cuda_graph and mode == "whole"):
@@ -159,23 +155,33 @@ def _check_options(choose: Any, compute_dtype: Any) -> None:
         raise ConfigError(f"choose is {choose!r}; allowed are 'measured', a list of operators' names, and None.")
 
 
-def _fuse(student: nn.Module, mode: Mode) -> Fusion | None:
-    """C++ operators and fused blocks, where they are asked for and can be."""
+def _fuse(student: nn.Module, mode: Mode, cuda_graph: bool) -> Fusion | None:
+    """Fused blocks, where they are asked for and can be: on Triton's kernels, or on C++ operators.
+
+    Raises:
+        ConfigError: They are asked for by name and cannot be.
+    """
     if mode not in ("auto", "fused"):
         return None
     on_cpu = all(parameter.device.type == "cpu" for parameter in student.parameters())
-    problem = build.problem() if on_cpu else "they are for the CPU"
-    if problem is not None:
-        if mode == "fused":
+    if not any(op.choice(op.module.weight.device).name == "triton" for op in operators(student).values()):
+        problem = build.problem() if on_cpu else "they are for the CPU, and no operator runs on the Triton kernels"
+        if problem is not None and mode == "fused":
             raise ConfigError(f"mode 'fused' needs the C++ operators: {problem}. Use mode 'stages'.")
-        return None
+        if problem is not None or cuda_graph:
+            return None
+        for operator in operators(student).values():
+            operator.prefer_backend("cpp")
+    compiles = not _missing_compiler(student)
     for operator in operators(student).values():
-        operator.prefer_backend("cpp")
-        cpp = operator.choice(operator.module.weight.device).name == "cpp"
-        operator.wrap_backend(None if cpp else compiled_backend)
+        operator.wrap_backend(compiled_backend if compiles and not _on_fusing_backend(operator) else None)
     fusion = Fusion(student, kind_of)
     state_of(student).listeners.append(fusion)
     return fusion
+
+
+def _on_fusing_backend(operator: QuantizedOperator) -> bool:
+    return fuses(operator.choice(operator.module.weight.device).backend)
 
 
 MADE = (Regions, Fusion, Bfloat16, Measured)

@@ -37,6 +37,7 @@ class Regions(Listener):
         self.modules = modules
         self.operators = {name: op for name, op in operators.items() if id(op) in inside}
         self.ready = False
+        self.paused = False  # everything runs eagerly, while it is measured
         for operator in self.operators.values():
             operator.traceable = True
 
@@ -44,6 +45,8 @@ class Regions(Listener):
     def before_evaluation(self, state: ModulationState, arguments: Sequence[Tensor]) -> None:
         """Decide whether the graphs may run, and give their operators the state."""
         self.ready = False
+        if self.paused:
+            return
         run = state.trajectory
         shapes = tuple((t.shape, t.dtype, t.device) for t in arguments)
         if run is None:

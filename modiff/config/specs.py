@@ -10,7 +10,7 @@ from modiff.errors import ConfigError
 
 Granularity = Literal["tensor", "sample", "channel", "sample_channel", "token", "group"]
 Scales = Literal["real", "power_of_two"]
-Range = Literal["dynamic", "calibrated"]
+Range = Literal["dynamic", "previous", "calibrated"]
 Warmup = Literal["full", "refine"]
 StateDtype = Literal["float32", "float16", "bfloat16"]
 ReconstructionDtype = Literal["float32", "int16"]
@@ -18,6 +18,7 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 STATE_DTYPES: tuple[StateDtype, ...] = get_args(StateDtype)
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 CALIBRATED_GRANULARITIES = ("tensor", "channel", "group")
+PREVIOUS_GRANULARITIES = ("tensor", "sample")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class QuantSpec:
         symmetric: Codes -n..n with n = 2^(bits-1) - 1; else 0..2^bits - 1 with a zero point.
         range: ``dynamic``: from the tensor itself; ``calibrated``: from a calibration
             (:func:`modiff.calibration.calibrate`), and fixed then. Activations only, with granularity ``tensor``,
-            ``channel`` or ``group``: the others have as many scales as the batch has rows. The integer warm-up
-            ``refine`` stays dynamic.
+            ``channel`` or ``group``: the others have as many scales as the batch has rows. ``previous``: from the
+            residual of the evaluation before, widened by a margin (:attr:`margin`); where the residual does not fit,
+            from itself. Codes can then be made in the pass that finds the range, which saves a GPU a pass over memory.
+            Modulated activations only, with granularity ``tensor`` or ``sample``: a sample's scales come from its own
+            past. The integer warm-up ``refine`` stays dynamic.
         clip: The range is multiplied by this, 0 < clip <= 1; where modulated, not in the first evaluation. A calibrated
             range is multiplied once, when it is calibrated.
         group_size: Channels in a group, for ``granularity="group"`` only; the last group may be short.
@@ -71,11 +75,16 @@ class QuantSpec:
                 f"range is 'calibrated' with granularity {self.granularity!r}, whose scales belong to rows of a batch; "
                 f"allowed are {', '.join(CALIBRATED_GRANULARITIES)}. Set granularity='tensor', or range='dynamic'."
             )
-        integer("timestep_buckets", self.timestep_buckets, low=1)
-        if self.range == "dynamic" and self.timestep_buckets > 1:
+        if self.range == "previous" and self.granularity not in PREVIOUS_GRANULARITIES:
             raise ConfigError(
-                f"timestep_buckets is {shown(self.timestep_buckets)}, but range is 'dynamic', which is new in every "
-                "evaluation. Set range='calibrated', or remove timestep_buckets."
+                f"range is 'previous' with granularity {self.granularity!r}; allowed are "
+                f"{' and '.join(PREVIOUS_GRANULARITIES)}. Set granularity='sample', or range='dynamic'."
+            )
+        integer("timestep_buckets", self.timestep_buckets, low=1)
+        if self.range != "calibrated" and self.timestep_buckets > 1:
+            raise ConfigError(
+                f"timestep_buckets is {shown(self.timestep_buckets)}, but range is {self.range!r}, which is new in "
+                "every evaluation. Set range='calibrated', or remove timestep_buckets."
             )
         if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
             raise ConfigError(f"clip is {shown(self.clip)}; allowed is 0 < clip <= 1. Use 1.0 for the full range.")
@@ -105,6 +114,15 @@ class QuantSpec:
                 f"exponent fits beside them. Use at most {7 if self.symmetric else 6} bits, or granularity='sample' "
                 "with scales='real'."
             )
+
+    @property
+    def margin(self) -> float:
+        """By how much the range of the evaluation before is widened: finer codes leave more room to be wasted.
+
+        >>> QuantSpec(8).margin, QuantSpec(4).margin
+        (1.25, 1.125)
+        """
+        return 1 + self.bits / 32
 
     @property
     def spare_bits(self) -> int:
@@ -182,9 +200,29 @@ class Modulation:
             raise ConfigError("warmup 'refine' needs error_compensation. Use warmup='full'.")
 
 
+def check_range(spec: QuantSpec, modulation: Modulation | None) -> None:
+    """Refuse ranges of the evaluation before where nothing is kept of it, or where it cannot be undone.
+
+    Raises:
+        ConfigError: The operator is not modulated, or without error compensation.
+    """
+    if spec.range != "previous":
+        return
+    if modulation is None:
+        raise ConfigError(
+            "range is 'previous', but the operator is not modulated: plain quantization keeps nothing between "
+            "evaluations, so that each sample is quantized by itself. Use range='dynamic', or add a modulation."
+        )
+    if not modulation.error_compensation:
+        raise ConfigError(
+            "range 'previous' needs error_compensation: without it the last input is kept in place of â, and codes "
+            "that do not fit could not be made again. Use range='dynamic'."
+        )
+
+
 def check_weight(spec: QuantSpec) -> None:
     """Refuse what exists for activations only."""
     if spec.granularity not in WEIGHT_GRANULARITIES:
         raise ConfigError(f"weight granularity is {spec.granularity!r}; allowed are {', '.join(WEIGHT_GRANULARITIES)}.")
-    if spec.range == "calibrated":
-        raise ConfigError("weight range is 'calibrated'; a weight's range is its own. Use 'dynamic'.")
+    if spec.range != "dynamic":
+        raise ConfigError(f"weight range is {spec.range!r}; a weight's range is its own. Use 'dynamic'.")

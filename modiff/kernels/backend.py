@@ -159,6 +159,11 @@ class Backend(Protocol):
             the bias; returns ``A(Q(a)) + bias`` in float32, and the probe.
         multiply_into: May be missing: :meth:`multiply` and :meth:`update` in one, called with the prepared weight, the
             codes and ô; returns what :meth:`advance` does.
+        fused_inputs: May be missing, for none: dtypes of inputs that ``advance_fused``, ``encode_fused`` and
+            ``multiply_fused`` take. These are :meth:`advance`, :meth:`encode` (of a Linear's input) and
+            :meth:`multiply` with :meth:`update`, of what a norm or an activation makes of the input, and with what
+            follows ô (:mod:`modiff.kernels.fused`). The state they are given lies as rows of channels.
+        fuses_after: What follows ô is done in the pass that updates it; there where ``fused_inputs`` is.
     """
 
     name: str

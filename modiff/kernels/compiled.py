@@ -138,7 +138,7 @@ def _encode_rows(
     partition = quantizer.partition
     if a.numel() == 0 or partition.group_dim is not None or partition.keep != tuple(range(len(partition.keep))):
         return None
-    if partition.shared is not None:  # rows of a sample would have to know of each other
+    if partition.shared is not None or quantizer.limits.margin is not None:  # rows would have to know of more
         return None
     a_hat, grid = (None, None) if held is None else (held.a_hat, held.grid)
     if a_hat is None:

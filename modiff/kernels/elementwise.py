@@ -42,7 +42,7 @@ def encode(
         Codes or values, in eager mode in scratch memory; the scale, broadcasting against ``a``; a scalar that is NaN or
         Inf where ``a`` holds either.
     """
-    residual, step = _difference(a, held), None if held is None else held.step
+    residual, step = _difference(a, held, limits), None if held is None else held.step
     power: Tensor | None = None
     if fixed is None and partition is not None and partition.shared is not None:
         low, high = partition.range(residual)
@@ -51,7 +51,7 @@ def encode(
     elif fixed is None:
         low, high = _range(residual, partition)
         probe = (high - low).sum()
-        scale, zero_point = limits.scale(low, high, step)
+        scale, zero_point = _scale(low, high, limits, held)
         if partition is not None:
             scale = partition.expand(scale, a.shape)
             zero_point = None if zero_point is None else partition.expand(zero_point, a.shape)
@@ -99,11 +99,11 @@ def encode_keeping_zero(a: Tensor, held: Held | None, quantizer: Quantizer) -> E
         quantizer: As there; asymmetric.
     """
     limits, partition = quantizer.limits, quantizer.partition
-    residual, step = _difference(a, held), None if held is None else held.step
+    residual, step = _difference(a, held, limits), None if held is None else held.step
     if quantizer.fixed is None:
         low, high = partition.range(residual)
         probe = (high - low).sum()
-        scale, zero_point = (partition.expand(t, a.shape) for t in limits.scale(low, high, step) if t is not None)
+        scale, zero_point = (partition.expand(t, a.shape) for t in _scale(low, high, limits, held) if t is not None)
     else:
         probe = a.sum()
         scale, fixed = limits.calibrated(*quantizer.fixed, step)
@@ -198,13 +198,22 @@ def laid_out_like(product: Tensor, o_hat: Tensor) -> Tensor:
     )
 
 
-def _difference(a: Tensor, held: Held | None) -> Tensor:
+def _difference(a: Tensor, held: Held | None, limits: Limits) -> Tensor:
     """``a - â``, or ``a`` itself, in memory that may be overwritten."""
     if torch.compiler.is_compiling():
-        return a.clone() if held is None else held.difference(a)
+        found = a.clone() if held is None else held.difference(a)
+        return found if limits.margin is None else materialized(found)
     if held is None:
         return scratch(a).copy_(a)
     return held.difference(a, out=scratch(held.a_hat, a.dtype))
+
+
+def _scale(low: Tensor, high: Tensor, limits: Limits, held: Held | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of a dynamic range: this evaluation's, or that of the one before."""
+    step = None if held is None else held.step
+    if limits.margin is None or held is None or held.last is None:
+        return limits.scale(low, high, step)
+    return limits.scale_after(low, high, held.last, step)
 
 
 def _range(residual: Tensor, partition: Partition | None) -> tuple[Tensor, Tensor]:
@@ -217,6 +226,17 @@ def _as_uint8(codes: Tensor, zero: int) -> Tensor:
     if torch.compiler.is_compiling():
         return (codes + zero).to(torch.uint8)
     return scratch(codes, torch.uint8).copy_(codes.add_(zero))
+
+
+@torch.library.custom_op("modiff::materialized", mutates_args=())
+def materialized(residual: Tensor) -> Tensor:
+    """A copy that a graph does not compute again: inductor may do so from an â that has been overwritten meanwhile."""
+    return residual.clone()
+
+
+@materialized.register_fake
+def _(residual: Tensor) -> Tensor:
+    return torch.empty_like(residual)
 
 
 @torch.library.custom_op("modiff::advance", mutates_args=("a_hat",))

@@ -12,7 +12,8 @@ from modiff.errors import TrajectoryError
 from modiff.kernels.backend import Encoded
 from modiff.kernels.elementwise import rescale
 from modiff.operators.dtypes import compute_input, output_dtype
-from modiff.operators.quantized import Execution, QuantizedOperator
+from modiff.operators.execution import Execution
+from modiff.operators.quantized import QuantizedOperator
 from modiff.operators.vectors import is_vector
 from modiff.quantizers.held import Held, Int16Grid
 from modiff.trajectory.cache import OperatorCache, dense_like, static_room
@@ -157,12 +158,19 @@ class ModulatedOperator(QuantizedOperator):
 
     def room(self, a: Tensor) -> Held:
         """Memory for â."""
-        compensates = self.modulation.error_compensation
+        compensates, last = self.modulation.error_compensation, self._room_for_range(a)
         if self.modulation.reconstruction_dtype != "int16" or self.reads_vector(a) or self.widens:
-            return Held(dense_like(a, a.dtype), None, compensates)
+            return Held(dense_like(a, a.dtype), None, compensates, last)
         with torch.inference_mode(False):
             grid = Int16Grid.like(a)
-        return Held(dense_like(a, torch.int16), grid, compensates)
+        return Held(dense_like(a, torch.int16), grid, compensates, last)
+
+    def _room_for_range(self, a: Tensor) -> Tensor | None:
+        """Memory for the range of the last residual, where scales come from it."""
+        if self.activation_spec is None or self.activation_spec.range != "previous":
+            return None
+        with torch.inference_mode(False):
+            return a.new_zeros(3, *self.partition(a.ndim).range_shape(a.shape))
 
     def reads_vector(self, a: Tensor) -> bool:
         """Whether each sample is one vector; its state stays in float32."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,51 +17,16 @@ from modiff.kernels.float import full_precision
 from modiff.kernels.select import DEFINITION, Choice, choose
 from modiff.operators.adapters import OperatorAdapter
 from modiff.operators.dtypes import compute_input, output_dtype
+from modiff.operators.execution import Execution, Region
 from modiff.operators.vectors import is_vector
 from modiff.operators.weight import WeightHolder
 from modiff.quantizers.affine import Limits, frees_zero
 from modiff.quantizers.calibrated import CalibratedRange
 from modiff.quantizers.granularity import Partition, activation_partition, granularity_of
 from modiff.quantizers.packing import PackedWeight
-from modiff.trajectory.cache import OperatorCache
 from modiff.trajectory.graphs import in_graph, outside
 from modiff.trajectory.remarks import COMPILED
 from modiff.trajectory.session import ModulationState
-
-
-class Execution(NamedTuple):
-    """How an operator's products run, for inputs of one device, dtype and number of dims.
-
-    Args:
-        backend: Runs them.
-        prepared: The weight for it; None: the original's, in full precision.
-        quantizer: Of the input.
-        unclipped: The same quantizer in an integer warm-up: dynamic and not clipped.
-    """
-
-    backend: Backend
-    prepared: Prepared | None
-    quantizer: Quantizer
-    unclipped: Quantizer
-
-
-@dataclass
-class Region:
-    """What an operator inside a compiled region may read: set outside of it, before each evaluation.
-
-    Args:
-        caches: Of its calls, in their order; empty for plain quantization.
-        reuses: Which of the calls give their last output again; numbers, for a graph is not guarded by enums.
-        execution: How its products run; None before it ran eagerly.
-        shape: Of an input that ran eagerly.
-        call: Calls so far in this evaluation.
-    """
-
-    caches: list[OperatorCache] = field(default_factory=list)
-    reuses: tuple[bool, ...] = ()
-    execution: Execution | None = None
-    shape: torch.Size | None = None
-    call: int = 0
 
 
 class QuantizedOperator(WeightHolder):

@@ -34,6 +34,7 @@ class ReferenceOperator:
         a_hat: Reconstruction â of the input (the last input itself without error compensation); float64.
         o_hat: Output ô; float64.
         evaluations: How many there were.
+        last: Smallest and largest value of each set of the last residual.
     """
 
     a_hat: Tensor
@@ -57,6 +58,7 @@ class ReferenceOperator:
         self.modulation = modulation
         self.fixed = fixed
         self.evaluations = 0
+        self.last: dict[int, tuple[float, float]] = {}
 
     def evaluate(self, a: Tensor) -> Tensor:
         """The output ``[B, ...]`` (float64) of the next evaluation, whose input is ``a``."""
@@ -77,12 +79,12 @@ class ReferenceOperator:
 
     def warm_up(self, a: Tensor) -> None:
         """Full-precision activations, in the first evaluation and in refreshes."""
-        self.a_hat = a  # (8)
+        self.a_hat, self.last = a, {}  # (8)
         self.o_hat = self.with_bias(self.a_hat)  # (9)
 
     def warm_up_in_rounds(self, a: Tensor, rounds: int) -> None:
         """The same input again and again, each time with scales of its own and without clipping (App. D.5)."""
-        self.a_hat = torch.zeros_like(a)
+        self.a_hat, self.last = torch.zeros_like(a), {}
         for _ in range(rounds):
             self.a_hat = self.a_hat + self.q(a - self.a_hat, clip=1.0, residual=True)  # (13) with a_t = a_T
         self.o_hat = self.with_bias(self.a_hat)  # (9)
@@ -96,13 +98,34 @@ class ReferenceOperator:
     def calibrated_or_dynamic_q(self, x: Tensor, t: int, residual: bool = False) -> Tensor:
         """``Q(x)`` in evaluation ``t``."""
         if self.fixed is None:
-            return self.q(x, residual=residual)
+            follows = residual and self.activation is not None and self.activation.range == "previous"
+            return self.q_after(x) if follows else self.q(x, residual=residual)
         assert self.activation is not None
         labels = activation_labels(x.shape, self.activation, self.with_bias)
         result = torch.empty_like(x)
         for label, (scale, zero_point) in enumerate(self.fixed[t]):
             members = labels == label
             result[members] = quantize_with(x[members], scale, zero_point, self.activation)
+        return result
+
+    def q_after(self, x: Tensor) -> Tensor:
+        """``Q(x)`` with the ranges of the evaluation before, widened, where they hold those of this one."""
+        spec = self.activation
+        assert spec is not None
+        labels, margin, result = activation_labels(x.shape, spec, self.with_bias), 1 + spec.bits / 32, x.clone()
+        for label in labels.unique().tolist():
+            values = x[labels == label]
+            low, high = float(values.min()), float(values.max())
+            ends = (low, high)
+            if label in self.last:
+                least, most = (margin * end for end in self.last[label])
+                if spec.symmetric:
+                    fits = max(-low, high) <= max(-least, most)
+                else:
+                    fits = min(low, 0.0) >= min(least, 0.0) and max(high, 0.0) <= max(most, 0.0)
+                ends = (least, most) if fits else ends
+            self.last[label] = (low, high)
+            result[labels == label] = quantize_set(values, spec, spec.clip, torch.tensor(ends, dtype=x.dtype))
         return result
 
     def q(self, x: Tensor, clip: float | None = None, residual: bool = False) -> Tensor:
@@ -162,14 +185,15 @@ def own_scale(x: Tensor, spec: QuantSpec, clip: float) -> float:
     return clip * (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (2**spec.bits - 1)
 
 
-def quantize_set(x: Tensor, spec: QuantSpec, clip: float) -> Tensor:
-    """``Q(x)`` of elements ``[N]`` that share a scale."""
+def quantize_set(x: Tensor, spec: QuantSpec, clip: float, ends: Tensor | None = None) -> Tensor:
+    """``Q(x)`` of elements ``[N]`` that share a scale, which comes from their range, or from that of ``ends``."""
+    ends = x if ends is None else ends
     if spec.symmetric:
         n = 2 ** (spec.bits - 1) - 1
-        scale = _nonzero(clip * x.abs().max() / n)
+        scale = _nonzero(clip * ends.abs().max() / n)
         return torch.clamp(torch.round(x / scale), -n, n) * scale
     top = 2**spec.bits - 1
-    low, high = clip * min(float(x.min()), 0.0), clip * max(float(x.max()), 0.0)
+    low, high = clip * min(float(ends.min()), 0.0), clip * max(float(ends.max()), 0.0)
     scale = _nonzero(torch.tensor((high - low) / top, dtype=x.dtype))
     zero_point = torch.clamp(torch.round(-low / scale), 0, top)
     codes = torch.clamp(torch.round(x / scale) + zero_point, 0, top)  # (4)

@@ -29,6 +29,7 @@ class Limits:
             room for in a container of 8 bits; 1 where scales are any numbers.
         free: The range need not contain 0, and the zero point may lie outside of the codes: a residual's 0 needs no
             code of its own.
+        margin: By which the range of the evaluation before is widened; None: ranges are those of the evaluation itself.
     """
 
     top: Tensor
@@ -40,6 +41,7 @@ class Limits:
     ratio: float
     powers: Tensor
     free: bool = False
+    margin: float | None = None
 
     @classmethod
     def of(cls, spec: QuantSpec, like: Tensor, clip: float | None = None, fixed: bool = False) -> Limits:
@@ -48,14 +50,17 @@ class Limits:
         Args:
             spec: The quantizer.
             like: A tensor.
-            clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory).
+            clip: Overrides ``spec.clip`` (1.0 in the first evaluation of a trajectory); ranges are then dynamic.
             fixed: Scales are calibrated.
         """
+        margin = spec.margin if spec.range == "previous" and clip is None and not fixed else None
         clip, top = spec.clip if clip is None else clip, spec.code_range[1]
         made = [torch.tensor(value, dtype=like.dtype, device=like.device) for value in (top, clip, clip / top)]
         spare = spec.spare_bits if spec.scales == "power_of_two" else 0
         powers = torch.tensor([2.0**e for e in range(spare + 1)], dtype=like.dtype, device=like.device)
-        return cls(made[0], made[1], made[2], spec.symmetric, clip < 1 or fixed, spec.code_range, clip, powers)
+        clips = clip < 1 or fixed
+        numbers = (spec.symmetric, clips, spec.code_range, clip, powers)
+        return cls(made[0], made[1], made[2], *numbers, margin=margin)
 
     def scale(self, low: Tensor, high: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scale, and zero point of an asymmetric quantizer, from the smallest and largest values.
@@ -79,6 +84,32 @@ class Limits:
         scale = (high - low) / self.top
         scale = self._whole_steps(scale.masked_fill_(scale < smallest, 1.0), step)
         return scale, torch.minimum((-low / scale).round_().clamp_(min=0), self.top)
+
+    def scale_after(
+        self, low: Tensor, high: Tensor, last: Tensor, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`scale` of the range of the evaluation before, widened; of this one's where that does not hold it.
+
+        So nothing is clipped that would not be with a range of its own.
+
+        Args:
+            low: Smallest values of this evaluation.
+            high: Largest values.
+            last: The range of the evaluation before: lowest, highest, and 1 where there are such, else 0. Replaced by
+                this one's.
+            step: As for :meth:`scale`.
+        """
+        assert self.margin is not None
+        before = (exchanged if torch.compiler.is_compiling() else exchange)(last, low, high)
+        least, most = before[0] * self.margin, before[1] * self.margin
+        if self.symmetric:
+            fits = torch.maximum(-low, high) <= torch.maximum(-least, most)
+        else:
+            fits = (low.clamp(max=0) >= least.clamp(max=0)) & (high.clamp(min=0) <= most.clamp(min=0))
+        fits = fits & (before[2] > 0)
+        wide, own = self.scale(least, most, step), self.scale(low, high, step)
+        zero_point = None if wide[1] is None or own[1] is None else torch.where(fits, wide[1], own[1])
+        return torch.where(fits, wide[0], own[0]), zero_point
 
     def _free_scale(self, low: Tensor, high: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a range that need not contain 0.
@@ -141,6 +172,28 @@ class Limits:
         if step is None:
             return scale
         return torch.minimum((scale / step).round().clamp(min=1), (2 * INT16_TOP / self.top).ceil()) * step
+
+
+def exchange(last: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The range of the evaluation before, in whose place this one's is kept.
+
+    Args:
+        last: Lowest, highest, and 1 where there are such.
+        low: Of this evaluation.
+        high: Likewise.
+    """
+    before = last.clone()
+    last.copy_(torch.stack((low, high, torch.ones_like(low))))
+    return before
+
+
+exchanged = torch.library.custom_op("modiff::exchanged", exchange, mutates_args=("last",))
+"""The same as an operator of its own, whose order graphs keep."""
+
+
+@exchanged.register_fake
+def _(last: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(last)
 
 
 def frees_zero(spec: QuantSpec) -> bool:

@@ -69,11 +69,14 @@ class Held:
         a_hat: â in the shape of the input: floats, or whole numbers of ``grid`` (int16, or held in floats).
         grid: What the numbers of an integer ``a_hat`` are worth; None where it holds the values themselves.
         compensates: â advances by what was quantized (equation 13); False: ``â = a`` (ablation).
+        last: The range of the last residual, for scales that come from it (:meth:`.affine.Limits.scale_after`);
+            zeros before there is one.
     """
 
     a_hat: Tensor
     grid: Int16Grid | None = None
     compensates: bool = True
+    last: Tensor | None = None
 
     @property
     def step(self) -> Tensor | None:
@@ -86,6 +89,7 @@ class Held:
 
     def hold(self, a: Tensor) -> None:
         """``â = a`` (equation 8), to the nearest step where â is an integer; the grid is fitted anew."""
+        self._forget_range()
         if self.grid is None:
             self.a_hat.copy_(a)
         else:
@@ -94,11 +98,16 @@ class Held:
 
     def clear(self, a: Tensor) -> None:
         """``â = 0``, which every grid holds, ready to approach ``a``."""
+        self._forget_range()
         if self.grid is None:
             self.a_hat.zero_()
         else:
             self.grid.fit(a)
             self.a_hat.copy_(-self.grid.center)
+
+    def _forget_range(self) -> None:
+        if self.last is not None:
+            self.last.zero_()
 
     def difference(self, a: Tensor, out: Tensor | None = None) -> Tensor:
         """``a - â`` in memory that may be overwritten; what a grid cannot hold is clipped first.

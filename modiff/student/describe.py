@@ -91,6 +91,8 @@ def _spec_text(spec: QuantSpec | None) -> str:
         parts.append("scales in powers of two")
     if spec.clip != 1:
         parts.append(f"clip {spec.clip:g}")
+    if spec.range == "previous":
+        parts.append("range of the evaluation before")
     if spec.range == "calibrated":
         parts.append(f"calibrated in {spec.timestep_buckets} buckets" if spec.timestep_buckets > 1 else "calibrated")
     return ", ".join(parts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from modiff.config import QuantConfig, QuantSpec, Rule, Special
+from modiff.config.specs import check_range
 from modiff.errors import ConfigError
 from modiff.operators.adapters import OperatorAdapter, bypassed_operators, find_adapter, is_unsupported, own_linear
 from modiff.operators.rewrites import RewrittenOperator
@@ -123,6 +124,10 @@ def _decide(plan: Plan, config: QuantConfig) -> Row:
     else:
         try:
             activation_partition(activation, 3, plan.adapter.kind)
+            vectors = config.vectors.activation if special == UNDECIDED and config.vectors is not None else None
+            for spec in (activation, vectors):
+                if isinstance(spec, QuantSpec):
+                    check_range(spec, modulation)
         except ConfigError as error:
             raise ConfigError(f"Operator {name!r} ({kind}): {error}") from error
     return Row(name, kind, weight, activation, modulation, pattern, special=special)
@@ -137,4 +142,4 @@ def _special(plan: Plan, config: QuantConfig) -> tuple[str, Special | None]:
     vectors, own = config.vectors, config.activation
     if vectors is None or vectors.names is not None or not isinstance(vectors.activation, QuantSpec):
         return "", None
-    return (UNDECIDED if own is not None and own.range == "dynamic" else ""), None
+    return (UNDECIDED if own is not None and own.range != "calibrated" else ""), None

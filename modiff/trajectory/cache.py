@@ -72,6 +72,9 @@ class OperatorCache:
         self.o_hat = self.o_hat[self.o_hat.shape[0] // 2 :].clone()
         if self.leader is None:
             self.held.a_hat = self.held.a_hat[rows:].clone()
+            last = self.held.last
+            if last is not None and last.shape[1] == self.shape[0]:  # one range for each sample
+                self.held.last = last[:, rows:].clone()
         self.shape = torch.Size([rows, *self.shape[1:]])
         self.source = self.lent = None
 

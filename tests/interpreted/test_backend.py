@@ -115,6 +115,90 @@ def test_other_granularities(spec: QuantSpec) -> None:
     torch.testing.assert_close(codes.codes * codes.scale, values, rtol=0, atol=1e-6)
 
 
+POWERS = QuantSpec(4, "sample_channel", symmetric=False, clip=0.9, scales="power_of_two")
+FOLLOWING = QuantSpec(6, granularity="sample", range="previous")
+
+
+@pytest.mark.parametrize(
+    ("case", "int16"),
+    crossed(
+        [["linear", "vector", "3x3", "3x3, one image without a batch", "Conv1d"], (False, True)],
+        lambda case, int16: int16 == (case == "3x3"),
+    ),
+)
+@torch.no_grad()
+def test_scales_in_powers_of_two(case: str, int16: bool) -> None:
+    """One pass of the operator, and its three steps, for channels that differ a thousand times."""
+    module, size = CASES[case]
+    a = torch.randn(size)
+    quantizer, (packed, prepared, values) = quantizer_for(module, a, POWERS), weights_for(module)
+    channel = a.ndim - 1 if isinstance(module, nn.Linear) else a.ndim - 1 - len(prepared.shape.kernel)
+    sizes = [1] * a.ndim
+    sizes[channel] = -1
+    held = held_near(a, int16)
+    a = a + 10.0 ** -torch.linspace(0, 3, a.shape[channel]).view(sizes) * torch.randn(size)
+    other, apart = copy.deepcopy(held), copy.deepcopy(held)
+    o_hat = module(held.value())
+    if a.ndim == 4 and prepared.layout is not None:
+        o_hat = o_hat.contiguous(memory_format=prepared.layout)
+    expected = FLOAT.advance(a, other, values, quantizer, o_hat.clone())[0]
+    output, probe = TRITON.advance(a, held, prepared, quantizer, o_hat)
+    torch.testing.assert_close(held.value(), other.value(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert probe == 0
+    encoded = TRITON.encode(a, apart, quantizer)
+    assert torch.equal(apart.a_hat, held.a_hat)
+    assert encoded.codes.shape == a.shape
+    assert quantizer.partition.shared is None or encoded.codes.abs().max() > 15  # shifted within the container
+    product = TRITON.multiply(prepared, encoded)
+    sums = accumulate(encoded.codes, packed.unpack().codes, prepared.shape)
+    scale = packed.scale.reshape(-1 if module.weight.ndim == 2 else [-1, *[1] * (module.weight.ndim - 2)])
+    assert torch.equal(product, sums.float() * scale)
+
+
+@pytest.mark.parametrize("int16", [False, True], ids=["float", "int16"])
+@torch.no_grad()
+def test_the_range_of_the_evaluation_before(int16: bool) -> None:
+    """Some evaluations, of which one outgrows the margin, are the definition's."""
+    module, size = CASES["3x3"]
+    a = torch.randn(size)
+    quantizer, (_, prepared, values) = quantizer_for(module, a, FOLLOWING), weights_for(module)
+    held = held_near(a, int16)
+    held.last = torch.zeros(3, size[0], 1, 1, 1)
+    other = copy.deepcopy(held)
+    o_hat = module(held.value()).contiguous(memory_format=torch.channels_last)
+    expected_o = o_hat.clone()
+    for change in (0.1, 0.1, 0.5, 0.08):
+        a = a + change * torch.randn(size)
+        output = TRITON.advance(a, held, prepared, quantizer, o_hat)[0]
+        expected = FLOAT.advance(a, other, values, quantizer, expected_o)[0]
+        torch.testing.assert_close(held.value(), other.value(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(held.last, other.last, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [EIGHT, QuantSpec(8, granularity="token"), POWERS, QuantSpec(6, granularity="tensor")])
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_tokens_that_are_the_pixels_of_an_image(spec: QuantSpec, shared: bool) -> None:
+    """Their channels lie apart, as attention's do, or in no order that the kernels read: the state must move anyway."""
+    module = CASES["linear"][0]
+    for size, order in (((3, 48, 5), (0, 2, 1)), ((2, 3, 2, 48), (0, 2, 1, 3))):
+        a = torch.randn(size).permute(order)
+        quantizer, (_, prepared, values) = quantizer_for(module, a, spec), weights_for(module)
+        held = held_near(a, int16=False)
+        assert not held.a_hat.is_contiguous()
+        other, before, o_hat = copy.deepcopy(held), held.a_hat.clone(), module(held.value()).contiguous()
+        expected = FLOAT.advance(a, other, values, quantizer, o_hat.clone())[0]
+        if shared:
+            output = TRITON.multiply_into(prepared, TRITON.encode(a, held, quantizer), o_hat)
+        else:
+            output = TRITON.advance(a, held, prepared, quantizer, o_hat)[0]
+        torch.testing.assert_close(held.a_hat, other.a_hat, rtol=0, atol=1e-6)
+        assert not torch.equal(held.a_hat, before)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("spec", [QuantSpec(8, granularity="sample"), ASYMMETRIC])
 @pytest.mark.parametrize("int16", [False, True], ids=["float", "int16"])
 @torch.no_grad()
@@ -156,26 +240,14 @@ def test_the_fakes_know_the_shapes() -> None:
     a = torch.randn(size)
     _, prepared, _ = weights_for(module)
     image = a.permute(0, 2, 3, 1)
-    arguments = (
-        image,
-        image.clone(),
-        None,
-        None,
-        None,
-        None,
-        None,
-        1,
-        [1, 1, 1, 1],
-        32,
-        127,
-        1.0,
-        True,
-        False,
-        True,
-        True,
-    )
     tests = ("test_schema", "test_faketensor")
+    tail = (1, [1, 1, 1, 1], 32, 127, 1.0, True, False, True)
+    arguments = (image, image.clone(), None, None, None, None, None, *tail)
     torch.library.opcheck(torch.ops.modiff.triton_quantize.default, arguments, test_utils=tests)
+    last = torch.ones(3, 2)
+    norm = (0, 1.25, 4, 1e-5, torch.ones(32), torch.zeros(32), torch.randn(2, 32), "silu")
+    normed = (image, image.clone(), None, None, None, None, last, *tail, *norm)
+    torch.library.opcheck(torch.ops.modiff.triton_quantize.default, normed, test_utils=tests)
     codes = torch.ops.modiff.triton_quantize(*arguments)[0]
     weight = prepared.weight
     torch.library.opcheck(
@@ -189,20 +261,6 @@ def test_the_fakes_know_the_shapes() -> None:
         (o_hat, codes, weight.codes, weight.scale, torch.ones(2), 2),
         test_utils=tests,
     )
-    ranges = torch.randn(2, 3)
-    torch.library.opcheck(
-        torch.ops.modiff.triton_scales.default, (ranges - 9, ranges, None, 15, 1.0, False, 1.25), test_utils=tests
-    )
-    normed = (image, image.clone(), None, None, torch.ones(1), None, 0, [0, 0, 0, 0], 32, 127, 1.0, True, True, True)
-    normed += (4, 1e-5, torch.ones(32), torch.zeros(32), None, None, True)
-    torch.library.opcheck(torch.ops.modiff.triton_norm_quantize.default, normed, test_utils=tests)
-
-
-def test_a_fused_norm_needs_a_scale() -> None:
-    image = torch.randn(2, 3, 3, 32)
-    arguments = (image, None, None, None, None, None, 1, [0, 0, 0, 0], 32, 127, 1.0, True, True, False)
-    with pytest.raises(ValueError, match="must be known where the norm is fused"):
-        torch.ops.modiff.triton_norm_quantize(*arguments, 4, 1e-5, None, None, None, None, True)
 
 
 def test_a_layout_that_the_kernels_cannot_read_is_refused() -> None:

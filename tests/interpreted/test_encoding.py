@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from selection import crossed
 from torch import Tensor
 from torch.nn import functional as F
 
-from modiff.kernels.triton import launch
+from modiff.config.quant import QuantSpec
+from modiff.kernels.triton import launch, library  # noqa: F401 (registers the operators)
 from modiff.kernels.triton.launch import SAMPLE, SAMPLE_CHANNEL, TENSOR, TOKEN, Codes, Norm
+from modiff.quantizers.affine import Limits
+from modiff.quantizers.granularity import Partition
 
 SHAPE = (3, 5, 6, 48)
 GRID = (torch.tensor(2.0**-9), torch.tensor(-900.0))
@@ -233,7 +237,7 @@ def test_group_norm_silu_and_codes_in_one_pass(silu: bool, last: bool) -> None:
     a = a if last else image.contiguous().permute(0, 2, 3, 1)
     mean, rstd = launch.moments(a, 4, 1e-6)
     codes = torch.full((3, 7, 8, 64), 99, dtype=torch.int8)
-    before, norm = held.clone(), Norm("group", silu, mean, rstd, gamma, beta)
+    before, norm = held.clone(), Norm("group", "silu" if silu else None, mean, rstd, gamma, beta)
     launch.quantize(codes, a, held, None, scale, None, None, TENSOR, CLIPPED, (1, 1), norm=norm)
     check_near(codes[:, 1:-1, 1:-1, :48], wide, before, held, scale)
 
@@ -241,13 +245,12 @@ def test_group_norm_silu_and_codes_in_one_pass(silu: bool, last: bool) -> None:
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_layer_norm_and_codes_per_token_in_one_pass(adaptive: bool) -> None:
     a, held = torch.randn(3, 1, 30, 48) * 3 + 5, torch.randn(3, 1, 30, 48)
-    gain, shift = (torch.randn(3, 48), torch.randn(3, 48)) if adaptive else (None, None)
+    mul, add = torch.randn(2, 3, 48) if adaptive else torch.randn(2, 48)
     wide = F.layer_norm(a.double(), (48,), eps=1e-6)
-    if gain is not None and shift is not None:
-        wide = wide * (1 + gain.double()[:, None, None]) + shift.double()[:, None, None]
+    wide = wide * mul.double().view(-1, 1, 1, 48) + add.double().view(-1, 1, 1, 48)
     codes = torch.full((3, 1, 30, 64), 99, dtype=torch.int8)
     scale, before = torch.full((90,), float("nan")), held.clone()
-    norm = Norm("layer", False, gain=gain, shift=shift, epsilon=1e-6)
+    norm = Norm("layer", mul=mul, add=add, epsilon=1e-6)
     launch.quantize(codes, a, held, None, scale, None, None, TOKEN, EIGHT, (0, 0), norm=norm)
     expected = (wide - before.double()).abs().amax(3).reshape(-1) / 127
     torch.testing.assert_close(scale.double(), expected, rtol=1e-5, atol=0)
@@ -261,3 +264,73 @@ def check_near(codes: Tensor, wide: Tensor, before: Tensor, held: Tensor, scale:
     assert inside.float().mean() > 0.2
     assert ((codes.double() - distance).abs()[inside] < 0.501).all()
     assert torch.equal(held, before + codes.float() * scale)
+
+
+def limits_of(numbers: Codes, margin: float | None = None, exponent: int = 0) -> Limits:
+    spec = QuantSpec({127: 8, 15: 4, 7: 4}[numbers.highest], "sample", numbers.symmetric, clip=numbers.clip)
+    powers = torch.tensor([2.0**e for e in range(exponent + 1)])
+    return replace(Limits.of(spec, torch.zeros(1)), margin=margin, powers=powers)
+
+
+@pytest.mark.parametrize("numbers", [CLIPPED, FOUR], ids=IDS[2:0:-1])
+@pytest.mark.parametrize("kind", ["float", "int16"])
+def test_scales_in_powers_of_two_are_the_definitions(numbers: Codes, kind: str) -> None:
+    """Scales, zero points, what one code is worth and codes, bit for bit, with channels a thousand times apart."""
+    a, held, grid = inputs(kind)
+    factors = 10.0 ** -torch.linspace(0, 3, 48)
+    factors[5] = 0
+    near = a + factors * torch.randn(SHAPE)
+    held = near if grid is None else ((near / grid[0]).round() - grid[1]).clamp(-32767, 32767).to(torch.int16)
+    step, residual = None if grid is None else grid[0], residual_of(a, held, grid)
+    limits = limits_of(numbers, exponent=3)
+    low, high = (t.permute(0, 3, 1, 2) for t in ranges_of(residual, SAMPLE_CHANNEL))
+    partition = Partition(keep=(0, 1), shared=(0,))
+    shared = limits.shared_scale(low, high, partition, step)
+    scale, zero, power, unit = (t if t is None else t.permute(0, 2, 3, 1) for t in shared)
+    expected, advanced = define(a, held.clone(), grid, scale, torch.zeros(1) if zero is None else zero, numbers)
+    arguments = (None, None, None, SAMPLE_CHANNEL, [1, 1, 2, 1], 64)
+    how = (numbers.highest, numbers.clip, numbers.symmetric, numbers.clips, True, 3)
+    codes, found, probe = torch.ops.modiff.triton_quantize(a, held, *(grid or (None, None)), *arguments, *how)
+    assert torch.equal(found, unit.reshape(-1))
+    assert torch.equal(codes[:, 1:-1, 2:-1, :48].float(), expected * power)
+    assert torch.equal(held, advanced)
+    assert power.unique().numel() > 2
+    assert probe == 0
+
+
+@pytest.mark.parametrize("numbers", [EIGHT, FOUR], ids=IDS[:2])
+@pytest.mark.parametrize("kind", ["float", "int16"])
+@pytest.mark.parametrize("per", [SAMPLE, pytest.param(TENSOR, marks=pytest.mark.slow)])
+def test_the_range_of_the_evaluation_before_gives_the_scale_where_it_fits(numbers: Codes, kind: str, per: int) -> None:
+    """Sample 0 fits, sample 1 outgrows its last range and is encoded anew, and sample 2 has no last range."""
+    a, held, grid = inputs(kind)
+    step, residual = None if grid is None else grid[0], residual_of(a, held, grid)
+    low, high = ranges_of(residual, per)
+    last = torch.stack([low * 1.5, high * 1.5, torch.ones_like(low)])
+    if per == SAMPLE:
+        last[:2, 1] /= 4
+        last[:, 2] = 0
+    kept, limits = last.clone(), limits_of(numbers, margin=1.125)
+    scale, zero = limits.scale_after(low, high, kept, step)
+    own, _ = scale_of(low, high, numbers, step)
+    assert ((scale > own) == torch.tensor([True, False, False]).view_as(scale) if per == SAMPLE else scale > own).all()
+    expected, advanced = define(a, held.clone(), grid, scale, torch.zeros(1) if zero is None else zero, numbers)
+    ours = last.view(3, -1).clone()
+    how = (numbers.highest, numbers.clip, numbers.symmetric, numbers.clips, True, 0, 1.125)
+    arguments = (None, None, ours, per, [1, 1, 2, 1], 64)
+    codes, found, probe = torch.ops.modiff.triton_quantize(a, held, *(grid or (None, None)), *arguments, *how)
+    assert torch.equal(found, scale.reshape(-1))
+    assert torch.equal(ours, kept.view(3, -1))
+    border = codes.clone()
+    border[:, 1:-1, 2:-1, :48] = 0
+    assert not border.any()
+    assert probe == 0
+    if grid is not None:  # whole numbers go back exactly
+        assert torch.equal(codes[:, 1:-1, 2:-1, :48].float(), expected)
+        assert torch.equal(held, advanced)
+        return
+    # Floats go back to their rounding: residuals right at the middle between codes may fall to the other side.
+    different = codes[:, 1:-1, 2:-1, :48].float() != expected
+    assert different.float().mean() < 0.001
+    assert not different[0].any()
+    torch.testing.assert_close(held[~different], advanced[~different], rtol=0, atol=1e-5)

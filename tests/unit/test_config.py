@@ -30,7 +30,7 @@ def exactly(text):
             "granularity is 'row'; allowed are tensor, sample, channel, sample_channel, token, group.",
         ),
         ({"symmetric": 1}, "symmetric is 1; allowed are true and false."),
-        ({"range": "static"}, "range is 'static'; allowed are dynamic, calibrated."),
+        ({"range": "static"}, "range is 'static'; allowed are dynamic, previous, calibrated."),
         (
             {"range": "calibrated", "granularity": "sample"},
             "range is 'calibrated' with granularity 'sample', whose scales belong to rows of a batch; allowed are "

@@ -10,7 +10,7 @@ from modiff.kernels.accumulate import accumulate
 from modiff.kernels.backend import OperatorShape, Quantizer, output_scale
 from modiff.kernels.cpp import build
 from modiff.kernels.cpp.backend import CppBackend
-from modiff.kernels.cpp.operators import After, Before
+from modiff.kernels.fused import After, Before
 from modiff.quantizers.affine import Limits
 from modiff.quantizers.granularity import activation_partition
 from modiff.quantizers.held import Held, Int16Grid

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from recorders import Again, look_outputs_up
 from small_models import config, denoiser, noise
 from torch import Tensor
 
@@ -15,50 +15,14 @@ from modiff.compiling.graphs import WARM_UPS, use_graphs
 from modiff.compiling.modes import uncompile
 from modiff.errors import ConfigError, TrajectoryError
 from modiff.student.swap import operators
-
-
-class Again:
-    """Runs the recorded function again on the tensors that it read, and writes where it wrote."""
-
-    made: list[Again] = []
-
-    def __init__(self) -> None:
-        self.replays = 0
-        self.made.append(self)
-
-    def record(self, function: Callable[[], Any]) -> Any:
-        # A CUDA graph does not compute while it is recorded: put back what the function changes.
-        self.function = function
-        self.output: Any = None
-        return _Later(self)
-
-    def replay(self) -> None:
-        from modiff.trajectory.graphs import capturing
-
-        self.replays += 1
-        with capturing():
-            self.output = self.function()
-
-
-class _Later:
-    """The output of the last replay."""
-
-    def __init__(self, recorder: Again) -> None:
-        self.recorder = recorder
+from modiff.trajectory.graphs import in_graph
+from modiff.trajectory.session import state_of
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     Again.made = []
-    # The real output is overwritten by each replay; here it is looked up.
-    import modiff.compiling.graphs as graphs
-
-    original = graphs.tree_map_only
-
-    def look_up(kind: type, function: Callable[[Tensor], Tensor], found: Any) -> Any:
-        return original(kind, function, found.recorder.output if isinstance(found, _Later) else found)
-
-    monkeypatch.setattr(graphs, "tree_map_only", look_up)
+    look_outputs_up(monkeypatch)
 
 
 def run(student: Any, seed: int = 0, evaluations: int = 7, batch: int = 2) -> tuple[list[Tensor], Any]:
@@ -152,3 +116,33 @@ def test_it_can_be_undone_and_needs_a_gpu() -> None:
         use_graphs(graphed)
     with modiff.trajectory(plain), pytest.raises(TrajectoryError, match="cannot be recorded inside a trajectory"):
         use_graphs(plain, recorder=Again)
+
+
+def test_a_measured_choice_is_timed_eagerly_and_then_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded evaluation passes no clock, and a CUDA graph may not wait for its device while it is recorded."""
+    from modiff.compiling import choose
+
+    seen: list[tuple[str, bool]] = []
+
+    def clock(run: Any) -> Any:
+        seen.append(("device", in_graph()))
+        found = run()
+        return found, 1.0 if len(Again.made) == 0 and not operator.in_float else 2.0
+
+    monkeypatch.setattr(choose, "device_clock", clock)
+    plain, graphed = pair()
+    operator = operators(graphed)["conv_in"]
+    state_of(graphed).listeners.append(choose.Measured(graphed, choose.chains_of(graphed, [])))
+    expected, _ = run(plain)
+    found, counts = run(graphed)
+    assert (counts.total, counts.quantized) == (7, 6)
+    assert len(seen) == 2 * (1 + choose.EVALUATIONS) * len(operators(graphed)) - len(operators(graphed)) * 2
+    assert not any(inside for _, inside in seen)
+    assert choose.in_float(graphed) == ()  # integers took half as long
+    assert [recorder.replays for recorder in Again.made] == [7 - 1 - WARM_UPS]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    choose.use_float(graphed, ["conv_in"])
+    others, _ = run(graphed)
+    assert len(Again.made) == 2  # what was recorded with another choice does not fit
+    assert not torch.equal(others[-1], found[-1])

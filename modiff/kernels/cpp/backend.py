@@ -19,7 +19,8 @@ from modiff.kernels.backend import (
     register,
 )
 from modiff.kernels.cpp import build
-from modiff.kernels.cpp.operators import After, Before, Weight, register_fakes
+from modiff.kernels.cpp.operators import Weight, after_arguments, before_arguments, register_fakes
+from modiff.kernels.fused import After, Before
 from modiff.quantizers.held import Held
 from modiff.quantizers.packing import PackedWeight
 
@@ -40,6 +41,8 @@ class CppBackend:
 
     name = "cpp"
     devices = ("cpu",)
+    fused_inputs = (torch.float32, torch.bfloat16)
+    fuses_after = True
 
     def zero(self, quantizer: Quantizer) -> int:
         """The code that stands for 0: the middle of 8 bits, or of 7 where only those are exact.
@@ -55,6 +58,8 @@ class CppBackend:
     ) -> str | None:
         """What would make the sums inexact, kinds of operators that are missing, and why there is no library."""
         found = _shape_obstacle(shape, dtype) or integer_obstacle(shape, quantizer, keeps_zero=True)
+        if found is None and quantizer.limits.margin is not None:
+            found = "the C++ operators take no range of the evaluation before"
         if found is not None:
             return found
         if build.problem() is not None:
@@ -92,7 +97,7 @@ class CppBackend:
         kept = None if held is None else held.a_hat
         numbers = _numbers(self.zero(quantizer), quantizer, x.ndim, held)
         args = (kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
-        codes, scale, zero, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before.arguments())
+        codes, scale, zero, probe = torch.ops.modiff.cpp_encode(x.contiguous(), *args, *before_arguments(before))
         return Encoded(codes, self._zero_of(zero, x, quantizer), _against(scale, x, quantizer), probe)
 
     def _zero_of(self, zero: Tensor, a: Tensor, quantizer: Quantizer) -> int | Tensor:
@@ -113,7 +118,7 @@ class CppBackend:
         total = None if o_hat is None else o_hat.float()
         args = (encoded.codes, encoded.scale.reshape(-1), *_zeros(encoded.zero, granularity), total, bias)
         after = _laid_out(after, prepared.shape)
-        out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after.arguments())
+        out = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args, *after_arguments(after))
         if total is not None and o_hat is not None:
             _put_back(total, o_hat)
         return out
@@ -124,7 +129,7 @@ class CppBackend:
         x, kept = _flat(a, like), None if held is None else _flat(held.a_hat, like)
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, held)
         args = (x, kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio, True)
-        codes, scale, zero, probe = torch.ops.modiff.cpp_encode(*args, *NOTHING_BEFORE.arguments())
+        codes, scale, zero, probe = torch.ops.modiff.cpp_encode(*args, *before_arguments(NOTHING_BEFORE))
         if kept is not None and held is not None:
             _put_back(_restore(kept, like), held.a_hat)
         zeros = self._zero_of(zero, a, quantizer)
@@ -138,7 +143,7 @@ class CppBackend:
             sets = encoded.zero.numel()
             granularity = TENSOR if sets == 1 else SAMPLE if sets == x.shape[0] else TOKEN
             scale = torch.ones(sets)
-        args = (x, scale, *_zeros(encoded.zero, granularity), None, None, *NOTHING_AFTER.arguments())
+        args = (x, scale, *_zeros(encoded.zero, granularity), None, None, *after_arguments(NOTHING_AFTER))
         product = torch.ops.modiff.cpp_multiply(prepared.weight.number, *args)
         return _unimage(product, encoded.codes, prepared.shape)
 
@@ -184,7 +189,7 @@ class CppBackend:
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, held)
         out, _, probe = torch.ops.modiff.cpp_advance(
             prepared.weight.number, x, kept, *_grid(held), *_fixed(quantizer), numbers, quantizer.limits.ratio,
-            *before.arguments(), total, None, *after.arguments(),
+            *before_arguments(before), total, None, *after_arguments(after),
         )  # fmt: skip
         _put_back(_unimage(kept, held.a_hat, shape), held.a_hat)
         _put_back(_unimage(total, o_hat, shape), o_hat)
@@ -209,7 +214,7 @@ class CppBackend:
         numbers = _numbers(self.zero(quantizer), quantizer, a.ndim, None)
         out, _, probe = torch.ops.modiff.cpp_advance(
             prepared.weight.number, x, None, None, None, *_fixed(quantizer), numbers, quantizer.limits.ratio,
-            *before.arguments(), None, bias, *after.arguments(),
+            *before_arguments(before), None, bias, *after_arguments(after),
         )  # fmt: skip
         return _unimage(out, a, shape), probe
 

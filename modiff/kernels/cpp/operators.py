@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from modiff.kernels.fused import After, Before
 
 NO_PROLOGUE = (0, 0, 0)
 NORMS = {None: 0, "group": 1, "layer": 2}
@@ -55,59 +56,16 @@ def _release(number: int) -> None:
     torch.ops.modiff.cpp_release(number)
 
 
-@dataclass(frozen=True)
-class Before:
-    """What stands between the tensor that is read and the operator's input, done in the same pass.
-
-    Args:
-        norm: ``group``, ``layer`` or None.
-        activation: ``silu``, ``gelu_tanh``, ``gelu`` or None; after the norm. ``geglu``: the tensor has twice the
-            operator's channels, and its first half times GELU of its second half is the input; without a norm.
-        groups: Of a group norm.
-        mul: Factor after the norm, float32 ``[C]``, or of a layer norm ``[B, C]``; None: 1.
-        add: Summand after it, likewise; None: 0.
-        shift: Added to the input of a group norm, float32 ``[B, C]``.
-        eps: Of the norm.
-    """
-
-    norm: str | None = None
-    activation: str | None = None
-    groups: int = 1
-    mul: Tensor | None = None
-    add: Tensor | None = None
-    shift: Tensor | None = None
-    eps: float = 0.0
-
-    def input(self, x: Tensor) -> Tensor:
-        """Something in the shape of the operator's input, where ``x`` is what is read."""
-        return x[..., : x.shape[-1] // 2] if self.activation == "geglu" else x
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As the operators take them."""
-        kinds = (NORMS[self.norm], ACTIVATIONS[self.activation], self.groups)
-        return kinds, self.mul, self.add, self.shift, self.eps
+def before_arguments(before: Before) -> tuple[Any, ...]:
+    """As the operators take what stands before."""
+    kinds = (NORMS[before.norm], ACTIVATIONS[before.activation], before.groups)
+    return kinds, before.mul, before.add, before.shift, before.eps
 
 
-@dataclass(frozen=True)
-class After:
-    """What follows the accumulation: ``(gate * o + residual) * factor``, in one pass with it.
-
-    Args:
-        residual: In the shape of the output, float32 or bfloat16.
-        gate: float32 ``[B, C]``.
-        factor: See above.
-        dtype: Of the result; None: there is none, ô is read in its place.
-    """
-
-    residual: Tensor | None = None
-    gate: Tensor | None = None
-    factor: float = 1.0
-    dtype: torch.dtype | None = torch.float32
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As the operators take them."""
-        kind = -1 if self.dtype is None else int(self.dtype == torch.bfloat16)
-        return self.residual, self.gate, self.factor, kind
+def after_arguments(after: After) -> tuple[Any, ...]:
+    """As the operators take what follows, in one pass with the accumulation."""
+    kind = -1 if after.dtype is None else int(after.dtype == torch.bfloat16)
+    return after.residual, after.gate, after.factor, kind
 
 
 def output_size(number: int, x: Tensor) -> list[int]:

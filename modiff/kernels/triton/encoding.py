@@ -39,22 +39,30 @@ def whole_quotient(value, divisor, inverse):
 
 
 @triton.jit
-def residual_of(value, held, step, center, place, inside):
-    """``a - â`` and the number that stands for â; ``a`` itself where nothing is held."""
-    if held is None:
-        number = value
-        residual = value
+def held_number(held, codes, before, which, step, place, target, inside, AGAIN: tl.constexpr):
+    """The number that stands for â; ``AGAIN``: before the codes in memory, of scale ``before[which]``, moved it."""
+    number = tl.load(held + place, inside, 0).to(tl.float32)
+    if AGAIN:
+        code = tl.load(codes + target, inside, 0).to(tl.float32)
+        width = tl.load(before + which)
+        if step is not None:
+            width = nearest(tl.div_rn(width, tl.load(step)))
+        number = number - code * width
+    return number
+
+
+@triton.jit
+def residual_of(value, number, step, center):
+    """``a - â`` of the number that stands for â."""
+    if step is None:
+        residual = value - number
     else:
-        number = tl.load(held + place, inside, 0).to(tl.float32)
-        if step is None:
-            residual = value - number
-        else:
-            unit = tl.load(step)
-            middle = tl.load(center)
-            low = (middle - INT16_TOP) * unit
-            high = (middle + INT16_TOP) * unit
-            residual = tl.maximum(tl.minimum(value, high), low) - (number + middle) * unit
-    return residual, number
+        unit = tl.load(step)
+        middle = tl.load(center)
+        low = (middle - INT16_TOP) * unit
+        high = (middle + INT16_TOP) * unit
+        residual = tl.maximum(tl.minimum(value, high), low) - (number + middle) * unit
+    return residual
 
 
 @triton.jit
@@ -83,6 +91,15 @@ def scale_of(low, high, step, top, clip, factor, SYMMETRIC: tl.constexpr):
         zero = nearest(tl.minimum(tl.div_rn(-low, scale), FAR))
         zero = tl.minimum(tl.maximum(zero, 0.0), top)
     return scale, zero
+
+
+@triton.jit
+def token_scale(residual, inside, step, highest, clip, factor, SYMMETRIC: tl.constexpr):
+    """Scale of each row from its own range; and scale and zero point in the shape of the block."""
+    low = tl.min(tl.where(inside, residual, HUGE), 1)
+    high = tl.max(tl.where(inside, residual, -HUGE), 1)
+    found, point = scale_of(low, high, step, highest, clip, factor, SYMMETRIC)
+    return found, found[:, None] + residual * 0.0, point[:, None] + residual * 0.0
 
 
 @triton.jit
@@ -139,22 +156,26 @@ def advanced_of(code, value, number, width, step, center, COMPENSATES: tl.conste
 
 @triton.jit
 def quantize_kernel(
-    a, held, codes, lows, highs, probes, scale, zero, units, step, center, mean, rstd, gamma, beta, gain, shift,
-    height, width, top_pad, left_pad, padded_height, padded_width, channels, padded_channels,
-    a_row, a_channel, held_row, held_channel, group_size, epsilon, highest, clip, factor,
+    a, held, codes, lows, highs, probes, scale, zero, units, known, again, before, step, center, mean,
+    rstd, mul, add, offset, height, width, top_pad, left_pad, padded_height, padded_width, channels, padded_channels,
+    a_row, a_channel, held_row, held_channel, affine_sample, group_size, epsilon, highest, clip, factor,
     PER: tl.constexpr, SYMMETRIC: tl.constexpr, CLIPS: tl.constexpr, COMPENSATES: tl.constexpr,
-    MEASURES: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    MEASURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, AGAIN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Equations (4), (5) and (13) in one pass; see :func:`modiff.kernels.triton.launch.quantize` for the arguments.
 
     Each program makes some rows and channels of the padded codes, borders and channels beyond among them. PER: 0: one
     scale for all, 1: per sample, 2: per token, found here, 3: per sample and channel. NORM: 1: GroupNorm, 2: LayerNorm.
+    AGAIN: undo the codes in memory, and make others, of the samples that ``again`` marks; all else is left alone.
     """
     sample = tl.program_id(2)
     position = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     y = position // padded_width - top_pad
     x = position % padded_width - left_pad
     written = position < padded_height * padded_width
+    if AGAIN:  # masks that are false everywhere cost no traffic
+        written = written & (tl.load(again + sample * (PER == 1)) + position * 0.0 > 0.0)
     rows_inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & written
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = rows_inside[:, None] & (channel < channels)[None, :]
@@ -162,32 +183,35 @@ def quantize_kernel(
     start = (sample * height).to(tl.int64) * width
     source = start * channels + (row * a_row)[:, None] + (channel * a_channel)[None, :]
     place = start * channels + (row * held_row)[:, None] + (channel * held_channel)[None, :]
+    target = (sample * padded_height).to(tl.int64) * padded_width * padded_channels
+    target = target + position[:, None] * padded_channels + channel[None, :]
     value = tl.load(a + source, inside, 0.0).to(tl.float32)
-    value = normalized(value, inside, channel, sample, mean, rstd, gamma, beta, gain, shift, channels, group_size,
-                       epsilon, NORM, SILU)
-    residual, number = residual_of(value, held, step, center, place, inside)
+    value = normalized(value, inside, channel, sample, mean, rstd, mul, add, offset, affine_sample, channels,
+                       group_size, epsilon, NORM, ACTIVATION)
+    number = value
+    residual = value
+    if held is not None:
+        number = held_number(held, codes, before, sample * (PER == 1), step, place, target, inside, AGAIN)
+        residual = residual_of(value, number, step, center)
     residual = tl.where(inside, residual, 0.0)
     if PER == 2:
-        low = tl.min(tl.where(inside, residual, HUGE), 1)
-        high = tl.max(tl.where(inside, residual, -HUGE), 1)
-        found, point = scale_of(low, high, step, highest, clip, factor, SYMMETRIC)
+        found, wide, middle = token_scale(residual, inside, step, highest, clip, factor, SYMMETRIC)
         tl.store(scale + start + row, found, rows_inside)
-        wide = found[:, None] + residual * 0.0
-        middle = point[:, None] + residual * 0.0
     else:
         wide, middle = known_scale(scale, zero, sample, channel, channels, residual, PER)
     code = code_of(residual, wide, middle, highest, SYMMETRIC, CLIPS)
+    if known is not None:  # a scale from before there was one moves nothing
+        code = code * tl.load(known + sample * (PER == 1))
     if held is not None:
         code, advanced = advanced_of(code, value, number, wide, step, center, COMPENSATES)
         tl.store(held + place, advanced.to(held.dtype.element_ty), inside)
     if units is not None:  # what one code is worth in the container
         code = code * tl.load(units + sample * channels + channel, channel < channels, 0.0)[None, :]
-    target = (sample * padded_height).to(tl.int64) * padded_width * padded_channels
-    target = target + position[:, None] * padded_channels + channel[None, :]
     code = tl.where(inside, code, 0.0).to(tl.int8)
     tl.store(codes + target, code, written[:, None] & (channel < padded_channels)[None, :])
     slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(probes + slot, tl.sum(tl.sum(value * 0.0, 1), 0))
+    if not AGAIN:
+        tl.store(probes + slot, tl.sum(tl.sum(tl.where(inside, value * 0.0, 0.0), 1), 0))
     if MEASURES:
         tl.store(lows + slot, tl.min(tl.min(tl.where(inside, residual, HUGE), 1), 0))
         tl.store(highs + slot, tl.max(tl.max(tl.where(inside, residual, -HUGE), 1), 0))
@@ -195,12 +219,15 @@ def quantize_kernel(
 
 @triton.jit
 def range_kernel(
-    a, held, lows, highs, step, center, rows, channels, a_row, a_channel, held_row, held_channel,
-    PER_CHANNEL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, REPEATS: tl.constexpr,
+    a, held, lows, highs, step, center, mean, rstd, mul, add, offset, rows, channels, a_row, a_channel,
+    held_row, held_channel, affine_sample, group_size, epsilon,
+    PER_CHANNEL: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, REPEATS: tl.constexpr,
 ):
     """The range of ``a - â`` of parts of each sample, NaN where ``a`` is not finite; a program reads several blocks.
 
-    ``lows`` and ``highs`` are float32 ``[samples, parts]``, or ``[samples, parts, channels]``.
+    ``lows`` and ``highs`` are float32 ``[samples, parts]``, or ``[samples, parts, channels]``; ``a`` is what a norm
+    makes of it, as in :func:`quantize_kernel`.
     """
     block = tl.program_id(0)
     sample = tl.program_id(2)
@@ -215,7 +242,12 @@ def range_kernel(
         source = start + (row * a_row)[:, None] + (channel * a_channel)[None, :]
         place = start + (row * held_row)[:, None] + (channel * held_channel)[None, :]
         value = tl.load(a + source, inside, 0.0).to(tl.float32)
-        residual, _ = residual_of(value, held, step, center, place, inside)
+        value = normalized(value, inside, channel, sample, mean, rstd, mul, add, offset, affine_sample, channels,
+                           group_size, epsilon, NORM, ACTIVATION)
+        residual = value
+        if held is not None:
+            number = tl.load(held + place, inside, 0).to(tl.float32)
+            residual = residual_of(value, number, step, center)
         low = tl.minimum(low, tl.where(inside, residual, HUGE))
         high = tl.maximum(high, tl.where(inside, residual, -HUGE))
         bad += tl.where(inside, value * 0.0, 0.0)
@@ -229,33 +261,3 @@ def range_kernel(
         spoiled = tl.sum(tl.sum(bad, 1), 0)
         tl.store(lows + slot, tl.min(tl.min(low, 1), 0) + spoiled)
         tl.store(highs + slot, tl.max(tl.max(high, 1), 0) + spoiled)
-
-
-@triton.jit
-def scale_kernel(
-    lows, highs, scale, zero, probes, step, parts, highest, clip, factor, margin,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Scale, zero point and probe (0, or NaN) of each set, from the ranges of its parts, float32 ``[sets, parts]``.
-
-    A margin widens ranges of the evaluation before.
-    """
-    which = tl.program_id(0)
-    index = tl.arange(0, BLOCK)
-    low = tl.full((BLOCK,), HUGE, tl.float32)
-    high = tl.full((BLOCK,), -HUGE, tl.float32)
-    bad = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, parts, BLOCK):
-        inside = first + index < parts
-        one = tl.load(lows + which * parts + first + index, inside, HUGE)
-        other = tl.load(highs + which * parts + first + index, inside, -HUGE)
-        bad += one * 0.0 + other * 0.0
-        low = tl.minimum(low, one)
-        high = tl.maximum(high, other)
-    least = tl.min(low, 0) * margin
-    most = tl.max(high, 0) * margin
-    found, middle = scale_of(least, most, step, highest, clip, factor, SYMMETRIC)
-    tl.store(scale + which, found)
-    if zero is not None:
-        tl.store(zero + which, middle)
-    tl.store(probes + which, tl.sum(bad, 0))

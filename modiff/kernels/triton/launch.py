@@ -10,14 +10,16 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from modiff.kernels.triton import encoding, norms, products
+from modiff.kernels.triton import encoding, norms, products, scaling
+from modiff.kernels.triton.layout import SAMPLE, SAMPLE_CHANNEL, TENSOR, TOKEN
 from modiff.kernels.triton.tables import Blocks, Product, Table, architecture_of, table
 
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of the CPU: ``TRITON_INTERPRET=1`` when it was imported."""
 INTERPRETER_BLOCKS = Blocks(rows=64, columns=64, depth=32, warps=4, stages=1)
-TENSOR, SAMPLE, TOKEN, SAMPLE_CHANNEL = 0, 1, 2, 3
+__all__ = ["SAMPLE", "SAMPLE_CHANNEL", "TENSOR", "TOKEN"]
 NORMS = {"none": 0, "group": 1, "layer": 2}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 FACTS: dict[str, Any] = {"enable_fp_fusion": False}
 """Of every launch: numbers equal those of PyTorch's eager operations."""
 
@@ -113,25 +115,42 @@ class Norm:
 
     Args:
         kind: ``none``, ``group`` or ``layer``.
-        silu: Whether SiLU follows.
+        activation: What follows the norm: ``silu``, ``gelu_tanh``, ``gelu`` or None.
         mean: Of groups, float32 ``[samples, groups]``.
         rstd: Likewise.
-        gamma: Weight of the norm, ``[channels]``.
-        beta: Its bias.
-        gain: Of an adaptive norm, ``[samples, channels]``: the normalized value times ``1 + gain``, plus ``shift``.
-        shift: Likewise.
+        mul: Factor after the norm, float32 ``[channels]`` or ``[samples, channels]``.
+        add: Summand after it, likewise.
+        offset: Added before the norm, float32 ``[samples, channels]``.
         epsilon: Of a LayerNorm.
     """
 
     kind: str = "none"
-    silu: bool = False
+    activation: str | None = None
     mean: Tensor | None = None
     rstd: Tensor | None = None
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
-    gain: Tensor | None = None
-    shift: Tensor | None = None
+    mul: Tensor | None = None
+    add: Tensor | None = None
+    offset: Tensor | None = None
     epsilon: float = 1e-5
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As the kernels take them."""
+        return self.mean, self.rstd, self.mul, self.add, self.offset
+
+    def numbers(self, channels: int) -> tuple[int, int, float]:
+        """From one sample's factors to the next one's, the channels of a group, and epsilon."""
+        wide = any(t is not None and t.ndim == 2 for t in (self.mul, self.add))
+        return channels * wide, channels if self.mean is None else channels // self.mean.shape[1], self.epsilon
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What is compiled in."""
+        return {"NORM": NORMS[self.kind], "ACTIVATION": ACTIVATIONS[self.activation]}
+
+
+PLAIN = Norm()
+"""Nothing stands before the quantizer."""
 
 
 def block_of(channels: int, elements: int, whole_rows: bool) -> tuple[int, int]:
@@ -165,23 +184,12 @@ def strides(a: Tensor) -> tuple[int, int]:
     return (a.shape[3], 1) if channels_last else (1, a.shape[1] * a.shape[2])
 
 
-def parts_of(shape: list[int], device: torch.device, whole_rows: bool) -> int:
-    """Parts of each sample of which :func:`quantize` returns probes and ranges.
-
-    Args:
-        shape: Of the codes.
-        device: Whose table decides.
-        whole_rows: See :func:`block_of`.
-    """
-    rows, columns = block_of(shape[3], table_for(device).elements, whole_rows)
-    return int(triton.cdiv(shape[1] * shape[2], rows) * triton.cdiv(shape[3], columns))
-
-
 # fmt: off
 def quantize(
     codes: Tensor, a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None,
     scale: Tensor, zero: Tensor | None, units: Tensor | None, per: int, numbers: Codes, pads: tuple[int, int],
-    compensates: bool = True, measures: bool = False, norm: Norm | None = None,
+    compensates: bool = True, measures: bool = False, norm: Norm = PLAIN, known: Tensor | None = None,
+    again: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write codes, advance â, and return probes and (where asked for) the ranges of the residual.
 
@@ -199,30 +207,28 @@ def quantize(
         compensates: See :class:`modiff.quantizers.held.Held`.
         measures: Also find the range of the residual.
         norm: Before the quantizer.
+        known: float32, 0 for the sets that have no scale yet: their codes are 0, and their â stays.
+        again: Which sets are done anew (float32, not 0), and the scale of the codes that were made of them before:
+            their â goes back first. Per tensor or sample, compensated, and without probes.
 
     Returns:
         Probes, lows and highs, float32 ``[samples, parts]``; lows and highs are empty where nothing is measured.
     """
-    norm = norm or Norm()
     samples, height, width, channels = a.shape
     tuned = table_for(a.device)
-    whole = per == TOKEN or norm.kind == "layer"
-    rows, columns = block_of(codes.shape[3], tuned.elements, whole)
+    rows, columns = block_of(codes.shape[3], tuned.elements, per == TOKEN or norm.kind == "layer")
     blocks = triton.cdiv(codes.shape[1] * codes.shape[2], rows), triton.cdiv(codes.shape[3], columns), samples
     parts = blocks[0] * blocks[1]
     probes = torch.empty(samples, parts, dtype=torch.float32, device=a.device)
     lows = torch.empty(samples, parts if measures else 0, dtype=torch.float32, device=a.device)
     highs = torch.empty_like(lows)
-    step, center = grid or (None, None)
-    group_size = channels if norm.mean is None else channels // norm.mean.shape[1]
     encoding.quantize_kernel[blocks](
-        *(a, held, codes, lows, highs, probes, scale, zero, units, step, center),
-        *(norm.mean, norm.rstd, norm.gamma, norm.beta, norm.gain, norm.shift),
+        *(a, held, codes, lows, highs, probes, scale, zero, units, known, *(again or (None, None))),
+        *(*(grid or (None, None)), *norm.tensors),
         *(height, width, *pads, codes.shape[1], codes.shape[2], channels, codes.shape[3]),
-        *(*strides(a), *strides(a if held is None else held), group_size),
-        *(norm.epsilon, *numbers.arguments),
+        *(*strides(a), *strides(a if held is None else held), *norm.numbers(channels), *numbers.arguments),
         PER=per, SYMMETRIC=numbers.symmetric, CLIPS=numbers.clips or held is not None, COMPENSATES=compensates,
-        MEASURES=measures, NORM=NORMS[norm.kind], SILU=norm.silu, BLOCK_R=rows, BLOCK_C=columns,
+        MEASURES=measures, AGAIN=again is not None, **norm.constants, BLOCK_R=rows, BLOCK_C=columns,
         num_warps=tuned.warps, **FACTS,
     )
     return probes, lows, highs
@@ -230,7 +236,7 @@ def quantize(
 
 
 def ranges(
-    a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None, per_channel: bool
+    a: Tensor, held: Tensor | None, grid: tuple[Tensor, Tensor] | None, per_channel: bool, norm: Norm = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """Smallest and largest ``a - â`` of parts of each sample; NaN where ``a`` is not finite.
 
@@ -239,20 +245,21 @@ def ranges(
         held: â, likewise.
         grid: Step and center of an int16 â.
         per_channel: Of each channel, ``[samples, parts, channels]``; else ``[samples, parts]``.
+        norm: Before the quantizer.
     """
     samples, height, width, channels = a.shape
     tuned = table_for(a.device)
-    rows, columns = block_of(channels, tuned.elements, whole_rows=False)
+    rows, columns = block_of(channels, tuned.elements, whole_rows=norm.kind == "layer")
     repeats = 4
     grid_size = (triton.cdiv(height * width, rows * repeats), triton.cdiv(channels, columns), samples)
     shape = (samples, grid_size[0], channels) if per_channel else (samples, grid_size[0] * grid_size[1])
     lows = torch.empty(shape, dtype=torch.float32, device=a.device)
     highs = torch.empty_like(lows)
-    step, center = grid or (None, None)
     encoding.range_kernel[grid_size](
-        *(a, held, lows, highs, step, center, height * width, channels),
-        *(*strides(a), *strides(a if held is None else held)),
+        *(a, held, lows, highs, *(grid or (None, None)), *norm.tensors, height * width, channels),
+        *(*strides(a), *strides(a if held is None else held), *norm.numbers(channels)),
         PER_CHANNEL=per_channel,
+        **norm.constants,
         BLOCK_R=rows,
         BLOCK_C=columns,
         REPEATS=repeats,
@@ -270,18 +277,97 @@ def scales(
     scale = torch.empty(sets, dtype=torch.float32, device=lows.device)
     zero = None if numbers.symmetric else torch.empty_like(scale)
     probes = torch.empty_like(scale)
-    encoding.scale_kernel[(sets,)](
+    scaling.scale_kernel[(sets,)](
         *(lows, highs, scale, zero, probes, step, parts, *numbers.arguments, margin),
         SYMMETRIC=numbers.symmetric,
-        BLOCK=min(max(triton.next_power_of_2(parts), 32), 1024),
+        BLOCK=_block(parts),
         num_warps=4,
         **FACTS,
     )
     return scale, zero, probes
 
 
-def moments(a: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation of the groups of channels of ``[samples, height, width, channels]``."""
+def settle(
+    ranges: tuple[Tensor, Tensor],
+    before: tuple[Tensor, Tensor | None],
+    last: Tensor,
+    step: Tensor | None,
+    numbers: Codes,
+    margin: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The scale of the evaluation before where the range of this one fits it, else this one's own.
+
+    Args:
+        ranges: Of this evaluation, each ``[sets, parts]``.
+        before: Scale and zero point from the range of the evaluation before, with the margin.
+        last: That range, float32 ``[3, sets]``; replaced by this one's.
+        step: Of the int16 grid.
+        numbers: Of the quantizer.
+        margin: As in ``before``.
+
+    Returns:
+        Scale, zero point, and which sets did not fit, float32.
+    """
+    sets, parts = ranges[0].shape
+    scale, again = torch.empty_like(before[0]), torch.empty_like(before[0])
+    zero = None if numbers.symmetric else torch.empty_like(scale)
+    scaling.settle_kernel[(sets,)](
+        *(*ranges, *before, last, scale, zero, again, step, sets, parts, *numbers.arguments, margin),
+        SYMMETRIC=numbers.symmetric,
+        BLOCK=_block(parts),
+        num_warps=4,
+        **FACTS,
+    )
+    return scale, zero, again
+
+
+def shared_scales(
+    lows: Tensor, highs: Tensor, step: Tensor | None, numbers: Codes, exponent: int
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Scales that are powers of two times one per sample, from the ranges of parts ``[samples, parts, channels]``.
+
+    Args:
+        lows: Smallest values.
+        highs: Largest values.
+        step: Of the int16 grid.
+        numbers: Of the quantizer.
+        exponent: The largest.
+
+    Returns:
+        Scale, zero point and power, float32 ``[samples, channels]``; the unit of the container and the probe of each
+        sample.
+    """
+    samples, parts, channels = lows.shape
+    scale = torch.empty(samples, channels, dtype=torch.float32, device=lows.device)
+    zero = None if numbers.symmetric else torch.empty_like(scale)
+    power, unit = torch.empty_like(scale), torch.empty(samples, dtype=torch.float32, device=lows.device)
+    probes = torch.empty_like(unit)
+    columns = triton.next_power_of_2(channels)
+    scaling.shared_kernel[(samples,)](
+        *(lows, highs, scale, zero, power, unit, probes, step, parts, channels, exponent, *numbers.arguments),
+        float(2**exponent),
+        SYMMETRIC=numbers.symmetric,
+        BLOCK_P=max(min(2048 // columns, triton.next_power_of_2(parts)), 1),
+        BLOCK_C=columns,
+        num_warps=4 if columns <= 2048 else 16,
+        **FACTS,
+    )
+    return scale, zero, power, unit, probes
+
+
+def _block(parts: int) -> int:
+    return min(max(int(triton.next_power_of_2(parts)), 32), 1024)
+
+
+def moments(a: Tensor, groups: int, epsilon: float, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of the groups of channels of ``[samples, height, width, channels]``.
+
+    Args:
+        a: Any float.
+        groups: Of channels.
+        epsilon: Of the norm.
+        offset: Added to ``a``, float32 ``[samples, channels]``.
+    """
     samples, height, width, channels = a.shape
     tuned = table_for(a.device)
     rows, columns = block_of(channels, 2 * tuned.elements, whole_rows=False)
@@ -289,7 +375,7 @@ def moments(a: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
     means = torch.empty(samples, blocks, channels, dtype=torch.float32, device=a.device)
     squares = torch.empty_like(means)
     norms.moments_kernel[(blocks, triton.cdiv(channels, columns), samples)](
-        *(a, means, squares, height * width, channels, *strides(a)),
+        *(a, offset, means, squares, height * width, channels, *strides(a)),
         BLOCK_R=rows,
         BLOCK_C=columns,
         num_warps=tuned.warps,

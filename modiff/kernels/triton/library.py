@@ -15,159 +15,101 @@ from torch import Tensor
 from modiff.kernels.triton import launch
 from modiff.kernels.triton.launch import Codes, Norm
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-_GRID = "Tensor? step, Tensor? center"
-_NUMBERS = "int highest, float clip, bool symmetric, bool clips"
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 # fmt: off
-def _quantize(
+def _quantize(  # noqa: D417 (the launchers describe what they take)
     a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
-    scale: Tensor | None, zero: Tensor | None, units: Tensor | None, per: int, pads: list[int], padded_channels: int,
-    highest: int, clip: float, symmetric: bool, clips: bool, compensates: bool, measures: bool,
-) -> Five:
-    """Equations (4), (5) and (13) in one pass, or in two where the scale is not known.
+    scale: Tensor | None, zero: Tensor | None, last: Tensor | None, per: int, pads: list[int], padded_channels: int,
+    highest: int, clip: float, symmetric: bool, clips: bool, compensates: bool, exponent: int = 0,
+    margin: float = 1.0, groups: int = -1, epsilon: float = 0.0, mul: Tensor | None = None, add: Tensor | None = None,
+    offset: Tensor | None = None, activation: str | None = None,
+) -> Three:
+    """Equations (4), (5) and (13), in as few passes as the scale allows, of ``a`` or of what a norm makes of it.
+
+    The scale may be known, per token (one pass), from the range of this evaluation (two), or from that of the
+    evaluation before (one; another where the residual does not fit).
 
     Args:
         a: Any float ``[samples, height, width, channels]``; see :func:`modiff.kernels.triton.launch.strides`.
         held: â, likewise, float or int16; advanced in place.
-        step: Of the int16 grid.
-        center: Of the int16 grid.
-        scale: See :func:`modiff.kernels.triton.launch.quantize`, like zero, units and per; None: found from the range
-            of ``a - â``, by a pass of its own unless each token has one.
+        step: Of the int16 grid, like ``center``.
+        scale: See :func:`modiff.kernels.triton.launch.quantize`, like zero and per; None: to be found.
         zero: Zero points.
-        units: What one code is worth in the container.
+        last: The range of the evaluation before, float32 ``[3, sets]``; replaced by this one's. None: not used.
         per: Which elements share a scale.
         pads: Zeros above, below, left and right of the image.
         padded_channels: Channels of the codes.
-        highest: Code.
-        clip: Share of the range that is kept.
-        symmetric: Codes -highest..highest; else 0..highest.
-        clips: Codes can fall outside.
+        highest: See :class:`modiff.kernels.triton.launch.Codes`, like clip, symmetric and clips.
         compensates: See :class:`modiff.quantizers.held.Held`.
-        measures: Also return the range of the residual.
+        exponent: The largest, where scales are powers of two times one per sample.
+        margin: By which the range of the evaluation before is widened.
+        groups: Of a GroupNorm before the quantizer; 0: a LayerNorm; -1: no norm.
+        epsilon: See :class:`modiff.kernels.triton.launch.Norm`, like the rest.
 
     Returns:
         Codes less their zero point, int8 ``[samples, padded height, padded width, padded channels]``; the scale that
-        was found, float32, empty where it was known; a scalar that is NaN where ``a`` is not finite; lows and highs
-        ``[samples, parts]``, empty where nothing is measured.
+        was found, float32, of what one code is worth in the container, empty where it was known; a scalar that is NaN
+        where ``a`` is not finite.
     """
-    numbers, found, given = Codes(highest, clip, symmetric, clips), None, scale
+    numbers = Codes(highest, clip, symmetric, clips)
     grid = None if step is None or center is None else (step, center)
-    if scale is None and per != launch.TOKEN:
-        lows, highs = launch.ranges(a, held, grid, per_channel=False)
-        sets = 1 if per == launch.TENSOR else a.shape[0]
-        scale, zero, found = launch.scales(lows.view(sets, -1), highs.view(sets, -1), step, numbers)
-    scale = _room(a) if scale is None else scale
+    norm = _norm(a, groups, epsilon, mul, add, offset, activation)
     codes = torch.empty(_padded(a, pads, padded_channels), dtype=torch.int8, device=a.device)
-    probes, lows, highs = launch.quantize(
-        codes, a, held, grid, scale, zero, units, per, numbers, (pads[0], pads[2]), compensates, measures
+    write = functools.partial(
+        launch.quantize, codes, a, held, grid, per=per, numbers=numbers, pads=(pads[0], pads[2]),
+        compensates=compensates, norm=norm,
     )
-    probe = (probes if found is None else found).sum()
-    return codes, scale if given is None else scale.new_empty(0), probe, lows, highs
+    if scale is not None:
+        return codes, scale.new_empty(0), write(scale, zero, None)[0].sum()
+    if per == launch.TOKEN:
+        scale = torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
+        return codes, scale, write(scale, None, None)[0].sum()
+    if last is not None:
+        return codes, *_after(write, last, step, numbers, margin)
+    lows, highs = launch.ranges(a, held, grid, per == launch.SAMPLE_CHANNEL, norm)
+    if per == launch.SAMPLE_CHANNEL:
+        scale, zero, power, unit, probes = launch.shared_scales(lows, highs, step, numbers, exponent)
+        write(scale, zero, power)
+        return codes, unit, probes.sum()
+    sets = 1 if per == launch.TENSOR else a.shape[0]
+    scale, zero, probes = launch.scales(lows.view(sets, -1), highs.view(sets, -1), step, numbers)
+    write(scale, zero, None)
+    return codes, scale, probes.sum()
+
+
+def _norm(
+    a: Tensor, groups: int, epsilon: float, mul: Tensor | None, add: Tensor | None, offset: Tensor | None,
+    activation: str | None,
+) -> Norm:
+    """What stands before, with the moments of a GroupNorm."""
+    mean, rstd = launch.moments(a, groups, epsilon, offset) if groups > 0 else (None, None)
+    kind = "none" if groups < 0 else "group" if groups else "layer"
+    return Norm(kind, activation, mean, rstd, mul, add, offset, epsilon)
+
+
+def _after(
+    write: Callable[..., Three], last: Tensor, step: Tensor | None, numbers: Codes, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Codes with the scale of the evaluation before, made anew where they do not hold the residual; scale and probe."""
+    before = launch.scales(last[0][:, None], last[1][:, None], step, numbers, margin)[:2]
+    probes, *found = write(*before, None, measures=True, known=last[2])
+    lows, highs = (t.view(last.shape[1], -1) for t in found)
+    scale, zero, again = launch.settle((lows, highs), before, last, step, numbers, margin)
+    write(scale, zero, None, again=(again, before[0]))
+    return scale, probes.sum()
 
 
 def _fake_quantize(
     a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
-    scale: Tensor | None, zero: Tensor | None, units: Tensor | None, per: int, pads: list[int], padded_channels: int,
+    scale: Tensor | None, zero: Tensor | None, last: Tensor | None, per: int, pads: list[int], padded_channels: int,
     *rest: Any,
-) -> Five:
-    sets = {launch.TENSOR: 1, launch.SAMPLE: a.shape[0], launch.TOKEN: a.shape[:-1].numel()}
-    found = sets[per] if scale is None else 0
-    return _fakes(a, pads, padded_channels, found, whole=per == launch.TOKEN, measures=rest[-1])
-
-
-def _norm_quantize(
-    a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
-    scale: Tensor | None, zero: Tensor | None, per: int, pads: list[int], padded_channels: int,
-    highest: int, clip: float, symmetric: bool, clips: bool, measures: bool, groups: int, epsilon: float,
-    gamma: Tensor | None, beta: Tensor | None, gain: Tensor | None, shift: Tensor | None, silu: bool,
-) -> Five:
-    """:func:`_quantize` of a normalized input, which itself is never written.
-
-    Args:
-        a: What the norm reads.
-        held: â of what the norm gives; see :func:`_quantize`, like all that is not named here.
-        step: Of the int16 grid.
-        center: Of the int16 grid.
-        scale: It must be known, unless each token has one.
-        zero: Zero points.
-        per: Which elements share a scale; not sample and channel.
-        pads: Zeros around the image.
-        padded_channels: Channels of the codes.
-        highest: Code.
-        clip: Share of the range.
-        symmetric: Codes -highest..highest.
-        clips: Codes can fall outside.
-        measures: Also return the range of the residual.
-        groups: Of a GroupNorm; 0: LayerNorm.
-        epsilon: Of the norm.
-        gamma: Weight of the norm, ``[channels]``.
-        beta: Its bias.
-        gain: Of an adaptive norm, ``[samples, channels]``.
-        shift: Of an adaptive norm.
-        silu: Whether SiLU follows.
-
-    Raises:
-        ValueError: The scale is neither known nor per token: its range needs what this operator does not write.
-    """
-    if scale is None and per != launch.TOKEN:
-        raise ValueError("A scale per tensor or sample must be known where the norm is fused; quantize in two passes.")
-    grid = None if step is None or center is None else (step, center)
-    mean, rstd = launch.moments(a, groups, epsilon) if groups else (None, None)
-    norm = Norm("group" if groups else "layer", silu, mean, rstd, gamma, beta, gain, shift, epsilon)
-    found = _room(a) if scale is None else scale
-    codes = torch.empty(_padded(a, pads, padded_channels), dtype=torch.int8, device=a.device)
-    numbers = Codes(highest, clip, symmetric, clips)
-    probes, lows, highs = launch.quantize(
-        codes, a, held, grid, found, zero, None, per, numbers, (pads[0], pads[2]), True, measures, norm
-    )
-    return codes, found if scale is None else found.new_empty(0), probes.sum(), lows, highs
-
-
-def _fake_norm_quantize(
-    a: Tensor, held: Tensor | None, step: Tensor | None, center: Tensor | None,
-    scale: Tensor | None, zero: Tensor | None, per: int, pads: list[int], padded_channels: int,
-    highest: int, clip: float, symmetric: bool, clips: bool, measures: bool, groups: int, *rest: Any,
-) -> Five:
-    found = a.shape[:-1].numel() if scale is None else 0
-    return _fakes(a, pads, padded_channels, found, whole=per == launch.TOKEN or not groups, measures=measures)
-
-
-def _fakes(a: Tensor, pads: list[int], padded_channels: int, found: int, whole: bool, measures: bool) -> Five:
-    shape = _padded(a, pads, padded_channels)
-    parts = launch.parts_of(shape, a.device, whole) if measures else 0
-    numbers = [a.new_empty(size, dtype=torch.float32) for size in ((found,), (), (a.shape[0], parts))]
-    return a.new_empty(shape, dtype=torch.int8), numbers[0], numbers[1], numbers[2], torch.empty_like(numbers[2])
-
-
-def _room(a: Tensor) -> Tensor:
-    """For the scales of tokens."""
-    return torch.empty(a.shape[:-1].numel(), dtype=torch.float32, device=a.device)
-
-
-def _scales(
-    lows: Tensor, highs: Tensor, step: Tensor | None, highest: int, clip: float, symmetric: bool, margin: float
-) -> tuple[Tensor, Tensor]:
-    """Scales and zero points from ranges of the previous evaluation, widened by a margin.
-
-    Args:
-        lows: float32 ``[sets, parts]``.
-        highs: float32 ``[sets, parts]``.
-        step: Of an int16 grid.
-        highest: Code.
-        clip: Share of the range.
-        symmetric: The zero points are then empty.
-        margin: By which the ranges are widened.
-    """
-    scale, zero, _ = launch.scales(lows, highs, step, Codes(highest, clip, symmetric, True), margin)
-    return scale, scale.new_empty(0) if zero is None else zero
-
-
-def _fake_scales(
-    lows: Tensor, highs: Tensor, step: Tensor | None, highest: int, clip: float, symmetric: bool, margin: float
-) -> tuple[Tensor, Tensor]:
-    return lows.new_empty(lows.shape[0]), lows.new_empty(0 if symmetric else lows.shape[0])
+) -> Three:
+    sets = {launch.TENSOR: 1, launch.TOKEN: a.shape[:-1].numel()}.get(per, a.shape[0])
+    found = sets if scale is None else 0
+    codes = a.new_empty(_padded(a, pads, padded_channels), dtype=torch.int8)
+    return codes, a.new_empty(found, dtype=torch.float32), a.new_empty((), dtype=torch.float32)
 # fmt: on
 
 
@@ -262,27 +204,14 @@ def _output(codes: Tensor, weight: Tensor, stride: int, columns: int) -> list[in
     return [codes.shape[0], *size, columns]
 
 
-_SCALE = "Tensor? scale, Tensor? zero"
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "triton_quantize": (
-        f"(Tensor a, Tensor(a!)? held, {_GRID}, {_SCALE}, Tensor? units, int per, int[] pads, int padded_channels, "
-        f"{_NUMBERS}, bool compensates, bool measures) -> {_FIVE}",
+        "(Tensor a, Tensor(a!)? held, Tensor? step, Tensor? center, Tensor? scale, Tensor? zero, Tensor(b!)? last, "
+        "int per, int[] pads, int padded_channels, int highest, float clip, bool symmetric, bool clips, "
+        "bool compensates, int exponent=0, float margin=1.0, int groups=-1, float epsilon=0.0, Tensor? mul=None, "
+        "Tensor? add=None, Tensor? offset=None, str? activation=None) -> (Tensor, Tensor, Tensor)",
         _quantize,
         _fake_quantize,
-    ),
-    "triton_norm_quantize": (
-        f"(Tensor a, Tensor(a!)? held, {_GRID}, {_SCALE}, int per, int[] pads, int padded_channels, {_NUMBERS}, "
-        "bool measures, int groups, float epsilon, Tensor? gamma, Tensor? beta, Tensor? gain, Tensor? shift, "
-        f"bool silu) -> {_FIVE}",
-        _norm_quantize,
-        _fake_norm_quantize,
-    ),
-    "triton_scales": (
-        "(Tensor lows, Tensor highs, Tensor? step, int highest, float clip, bool symmetric, float margin) "
-        "-> (Tensor, Tensor)",
-        _scales,
-        _fake_scales,
     ),
     "triton_product": (
         "(Tensor codes, Tensor weight, Tensor weight_scale, Tensor? code_scale, Tensor? bias, int stride, int columns) "
@@ -305,7 +234,5 @@ for _name, (_schema, _run, _fake) in _OPERATORS.items():
         _LIBRARY.impl(_name, _run, "CPU")
     torch.library.register_fake(f"modiff::{_name}", _fake, lib=_LIBRARY)
 quantize = torch.ops.modiff.triton_quantize.default
-norm_quantize = torch.ops.modiff.triton_norm_quantize.default
-scales = torch.ops.modiff.triton_scales.default
 product = torch.ops.modiff.triton_product.default
 product_ = torch.ops.modiff.triton_product_.default

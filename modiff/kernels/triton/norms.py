@@ -1,4 +1,4 @@
-"""What stands before a quantizer: GroupNorm and LayerNorm, SiLU, and the moments that a GroupNorm needs beforehand."""
+"""What stands before a quantizer: norms, activations, and the moments that a GroupNorm needs beforehand."""
 
 from __future__ import annotations
 
@@ -9,40 +9,55 @@ import triton.language as tl
 
 
 @triton.jit
-def normalized(value, inside, channel, sample, mean, rstd, gamma, beta, gain, shift, channels, group_size, epsilon,
-               NORM: tl.constexpr, SILU: tl.constexpr):
-    """GroupNorm (1) with given moments, or LayerNorm (2) with those of the row, then what follows it; 0 outside."""
+def activated(value, ACTIVATION: tl.constexpr):
+    """SiLU (1), GELU by its tanh form (2), GELU (3), or nothing (0)."""
+    if ACTIVATION == 1:
+        value = value / (1.0 + tl.exp(-value))
+    elif ACTIVATION == 2:  # x (1 + tanh u) / 2 is x / (1 + exp(-2 u))
+        twice = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+        value = value / (1.0 + tl.exp(-twice))
+    elif ACTIVATION == 3:
+        value = value * 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+    return value
+
+
+@triton.jit
+def normalized(value, inside, channel, sample, mean, rstd, mul, add, offset, affine_sample, channels, group_size,
+               epsilon, NORM: tl.constexpr, ACTIVATION: tl.constexpr):
+    """GroupNorm (1) with given moments, or LayerNorm (2) with those of the row, and what follows it; 0 outside.
+
+    ``offset`` is added before a GroupNorm, whose moments are those of the sum.
+    """
+    known = channel < channels
+    if offset is not None:
+        value = value + tl.load(offset + sample * channels + channel, known, 0.0)[None, :]
+    if NORM == 1:
+        group = sample * (channels // group_size) + channel // group_size
+        value = (value - tl.load(mean + group, known, 0.0)[None, :]) * tl.load(rstd + group, known, 0.0)[None, :]
+    if NORM == 2:
+        count = channels.to(tl.float32)
+        middle = tl.sum(value, 1)[:, None] / count
+        centered = tl.where(inside, value - middle, 0.0)
+        variance = tl.sum(centered * centered, 1)[:, None] / count
+        value = centered * tl.rsqrt(variance + epsilon)
+    if mul is not None:  # one number for each channel, or for each sample and channel
+        value = value * tl.load(mul + sample * affine_sample + channel, known, 0.0)[None, :]
+    if add is not None:
+        value = value + tl.load(add + sample * affine_sample + channel, known, 0.0)[None, :]
+    value = activated(value, ACTIVATION)
     if NORM > 0:
-        known = channel < channels
-        if NORM == 1:
-            group = sample * (channels // group_size) + channel // group_size
-            value = (value - tl.load(mean + group, known, 0.0)[None, :]) * tl.load(rstd + group, known, 0.0)[None, :]
-        else:
-            count = channels.to(tl.float32)
-            middle = tl.sum(value, 1)[:, None] / count
-            centered = tl.where(inside, value - middle, 0.0)
-            variance = tl.sum(centered * centered, 1)[:, None] / count
-            value = centered * tl.rsqrt(variance + epsilon)
-        if gamma is not None:
-            value = value * tl.load(gamma + channel, known, 0.0).to(tl.float32)[None, :]
-        if beta is not None:
-            value = value + tl.load(beta + channel, known, 0.0).to(tl.float32)[None, :]
-        if gain is not None:  # of an adaptive norm, one vector for each sample
-            value = value * (1.0 + tl.load(gain + sample * channels + channel, known, 0.0).to(tl.float32)[None, :])
-            value = value + tl.load(shift + sample * channels + channel, known, 0.0).to(tl.float32)[None, :]
-        if SILU:
-            value = value / (1.0 + tl.exp(-value))
         value = tl.where(inside, value, 0.0)
     return value
 
 
 @triton.jit
 def moments_kernel(
-    a, means, squares, rows, channels, a_row, a_channel, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    a, offset, means, squares, rows, channels, a_row, a_channel, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Of blocks of rows, for each channel: the mean and the sum of squared distances to it.
 
-    ``a`` is any float ``[samples, rows, channels]``, the others are float32 ``[samples, blocks, channels]``.
+    ``a`` is any float ``[samples, rows, channels]``, ``offset`` float32 ``[samples, channels]``, and the others are
+    float32 ``[samples, blocks, channels]``.
     """
     block = tl.program_id(0)
     sample = tl.program_id(2)
@@ -52,6 +67,8 @@ def moments_kernel(
     start = (sample * rows).to(tl.int64) * channels
     source = start + (row * a_row)[:, None] + (channel * a_channel)[None, :]
     value = tl.load(a + source, inside, 0.0).to(tl.float32)
+    if offset is not None:
+        value += tl.where(inside, tl.load(offset + sample * channels + channel, channel < channels, 0.0)[None, :], 0.0)
     count = tl.minimum(rows - block * BLOCK_R, BLOCK_R).to(tl.float32)
     mean = tl.sum(value, 0) / count
     distance = tl.where(inside, value - mean[None, :], 0.0)

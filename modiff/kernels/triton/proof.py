@@ -145,19 +145,21 @@ def compile_quantize(
     """
     rows, columns = block_of(channels, table.elements, per == TOKEN or norm == "layer")
     grid = "*fp32" if held == "i16" else None
-    of_group, of_norm = ("*fp32" if norm == "group" else None), ("*fp16" if norm != "none" else None)
+    of_group, of_norm = ("*fp32" if norm == "group" else None), ("*fp32" if norm != "none" else None)
     arguments: dict[str, Any] = {"a": "*fp16", "held": f"*{held}", "codes": "*i8"}
-    arguments |= {"lows": "*fp32", "highs": "*fp32", "probes": "*fp32", "scale": "*fp32", "zero": None, "units": None}
-    arguments |= {"step": grid, "center": grid, "mean": of_group, "rstd": of_group, "gamma": of_norm, "beta": of_norm}
-    arguments |= {"gain": None, "shift": None}
+    arguments |= {"lows": "*fp32", "highs": "*fp32", "probes": "*fp32", "scale": "*fp32"}
+    arguments |= dict.fromkeys(("zero", "units", "known", "again", "before"))
+    arguments |= {"step": grid, "center": grid, "mean": of_group, "rstd": of_group, "mul": of_norm, "add": of_norm}
+    arguments |= {"offset": of_group}
     arguments |= dict.fromkeys(("height", "width", "top_pad", "left_pad", "padded_height", "padded_width"), "i32:1")
     if per == TOKEN:  # of a Linear: one row of pixels, and constants for all that is 1
         arguments |= {"height": 1, "padded_height": 1}
     arguments |= {"channels": "i32", "padded_channels": "i32", "a_row": "i32", "a_channel": 1}
-    arguments |= {"held_row": "i32", "held_channel": 1, "group_size": "i32:1", "epsilon": "fp32"}
+    arguments |= {"held_row": "i32", "held_channel": 1, "affine_sample": "i32"}
+    arguments |= {"group_size": "i32:1", "epsilon": "fp32"}
     arguments |= {"highest": "fp32", "clip": "fp32", "factor": "fp32", "PER": per, "SYMMETRIC": True, "CLIPS": True}
     arguments |= {"COMPENSATES": True, "MEASURES": False, "NORM": ("none", "group", "layer").index(norm)}
-    arguments |= {"SILU": norm == "group", "BLOCK_R": rows, "BLOCK_C": columns}
+    arguments |= {"ACTIVATION": int(norm == "group"), "AGAIN": False, "BLOCK_R": rows, "BLOCK_C": columns}
     name = f"quantize{'' if norm == 'none' else ' after ' + norm + ' norm'}{', per token' if per == TOKEN else ''}"
     shape = f"{rows}x{columns}, {table.warps} warps"
     return compile_kernel(
@@ -165,22 +167,20 @@ def compile_quantize(
     )
 
 
-def compile_range(table: Table, channels: int = 256) -> Compiled:
-    """The pass that finds ranges of the residual of fp16 inputs, with an int16 â."""
-    rows, columns = block_of(channels, table.elements, whole_rows=False)
+def compile_range(table: Table, norm: str = "none", per_channel: bool = False, channels: int = 256) -> Compiled:
+    """The pass that finds ranges of the residual of fp16 inputs, with an int16 â; see :func:`compile_quantize`."""
+    rows, columns = block_of(channels, table.elements, whole_rows=norm == "layer")
+    of_group, of_norm = ("*fp32" if norm == "group" else None), ("*fp32" if norm != "none" else None)
     arguments: dict[str, Any] = {"a": "*fp16", "held": "*i16", "lows": "*fp32", "highs": "*fp32"}
-    arguments |= {
-        "step": "*fp32",
-        "center": "*fp32",
-        "rows": "i32:1",
-        "channels": "i32",
-        "a_row": "i32",
-        "a_channel": 1,
-    }
-    arguments |= {"held_row": "i32", "held_channel": 1, "PER_CHANNEL": False}
+    arguments |= {"step": "*fp32", "center": "*fp32", "mean": of_group, "rstd": of_group, "mul": of_norm}
+    arguments |= {"add": of_norm, "offset": of_group, "rows": "i32:1", "channels": "i32", "a_row": "i32"}
+    arguments |= {"a_channel": 1, "held_row": "i32", "held_channel": 1, "affine_sample": "i32"}
+    arguments |= {"group_size": "i32:1", "epsilon": "fp32", "PER_CHANNEL": per_channel}
+    arguments |= {"NORM": ("none", "group", "layer").index(norm), "ACTIVATION": int(norm == "group")}
     arguments |= {"BLOCK_R": rows, "BLOCK_C": columns, "REPEATS": 4}
     shape = f"{rows}x{columns}, {table.warps} warps"
-    return compile_kernel(table.architecture, encoding.range_kernel, "range, â i16", shape, arguments, table.warps, 3)
+    name = f"range{' per channel' if per_channel else ''}{'' if norm == 'none' else ' after ' + norm + ' norm'}, â i16"
+    return compile_kernel(table.architecture, encoding.range_kernel, name, shape, arguments, table.warps, 3)
 
 
 def compile_table(table: Table, thorough: bool = False) -> Iterator[Compiled]:
@@ -204,6 +204,8 @@ def compile_table(table: Table, thorough: bool = False) -> Iterator[Compiled]:
         yield compile_quantize(table, "none", TOKEN, held)
         yield compile_quantize(table, "layer", TOKEN, held, channels=1152)
     yield compile_range(table)
+    yield compile_range(table, "group", per_channel=True)
+    yield compile_range(table, "layer", channels=1152)
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:

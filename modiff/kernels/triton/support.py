@@ -91,4 +91,6 @@ def shape_obstacle(shape: OperatorShape, quantizer: Quantizer) -> str | None:
         return f"its sums have {depth} terms; int32 holds fewer than {DEPTH}"
     if quantizer.spec.granularity == "token" and shape.in_channels > ROW:
         return f"its tokens have {shape.in_channels} channels; the range of at most {ROW} is found at once"
+    if quantizer.spec.scales == "power_of_two" and shape.in_channels > ROW:
+        return f"its samples have scales of {shape.in_channels} channels; those of at most {ROW} are found at once"
     return None
