@@ -25,8 +25,8 @@ class ShardFeatures:
 
     A file ``shard-000000.<network>.safetensors`` for each shard holds the outputs for every image of teacher and
     student, from which the figures' statistics are added up; it is written as soon as its shard is measured, so that a
-    run that was stopped goes on with the next one. It names the content of the shard, the network and the batch size: where one
-    of them is another one, the shard is measured again.
+    run that was stopped goes on with the next one. It names the content of the shard, the network and the batch size:
+    where one of them is another one, the shard is measured again.
 
     Args:
         store: The shards.
