@@ -232,9 +232,9 @@ def say_disk_need(folder: Path, need: int) -> None:
     where = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(where).free
-    text = (
-        f"up to {need / 2**30:.2f} GiB on the disk, of which {there / 2**30:.2f} are there; {free / 2**30:.2f} are free"
-    )
+    unit, size = ("GiB", 2**30) if need >= 2**30 else ("MiB", 2**20)
+    need_, there_, free_ = (f"{value / size:.2f}" for value in (need, there, free))
+    text = f"up to {need_} {unit} on the disk, of which {there_} are there; {free_} are free"
     if need - there > free:
         raise ConfigError(f"The run needs {text}. Free some, draw fewer images, or give another --output.")
     if need > 2**28:
