@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from modiff.metrics.feature_outputs import FeatureOutputs
 from modiff.metrics.features import count_features, load_feature_network
 from modiff.metrics.fidelity import ImageFidelity
 from modiff.metrics.registry import Figure, Findings, ImagePairs, Measure, Setting, measure
@@ -53,10 +56,15 @@ class FeatureFigures(Measure):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.images: ImageFidelity | None = None
+        self.known: Callable[[str, list[int]], FeatureOutputs] | None = None
         if setting.features is not None:
             network = load_feature_network(setting.features)
             num_features = count_features(network, torch.zeros(2, *setting.image_shape))
             self.images = ImageFidelity(network, setting.statistics, num_features)
+
+    def use_outputs(self, known: Callable[[str, list[int]], FeatureOutputs]) -> None:
+        """Take the network's outputs for images of ``teacher`` or ``student`` from where they are known."""
+        self.known = known
 
     def use_statistics(self, statistics: FeatureStatistics) -> None:
         """Compare with these real images, which were measured after the network had been built.
@@ -72,8 +80,9 @@ class FeatureFigures(Measure):
         """Pass both sides' images through the network."""
         if self.images is None or not len(images):
             return
-        self.images.update(images.teacher, "teacher", images.index)
-        self.images.update(images.student, "student", images.index)
+        for who, pictures in (("teacher", images.teacher), ("student", images.student)):
+            outputs = None if self.known is None else self.known(who, images.index.tolist())
+            self.images.update(pictures, who, images.index, outputs)
 
     def compute(self) -> Findings:
         """All figures of the network, or the three Fréchet distances as None where there is no network."""

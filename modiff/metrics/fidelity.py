@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from modiff.errors import ConfigError
+from modiff.metrics.feature_outputs import FeatureOutputs
 from modiff.metrics.features import count_features, extract, network_name
 from modiff.metrics.precision_recall import keep_smallest, precision_recall, priorities
 from modiff.metrics.statistics import FeatureStatistics, frechet_distance
@@ -89,7 +90,9 @@ class ImageFidelity(Metric):
         """Stay in evaluation mode: batch statistics of the network must not move."""
         return super().train(False)
 
-    def update(self, images: Tensor, source: str, indices: Tensor | None = None) -> None:
+    def update(
+        self, images: Tensor, source: str, indices: Tensor | None = None, outputs: FeatureOutputs | None = None
+    ) -> None:
         """Take a batch of images.
 
         Args:
@@ -97,12 +100,13 @@ class ImageFidelity(Metric):
             source: ``"teacher"``, ``"student"`` or ``"reference"`` (real images, instead of statistics).
             indices: Sample indices ``[N]``; they only decide which features are kept when there are more than
                 ``max_kept``.
+            outputs: What the network gives for them, where that is known; None: the images pass the network here.
 
         Raises:
             ConfigError: Unknown source, images of another kind, or a network that returns another dimension.
         """
         self._check(images, source)
-        outputs = extract(self.network, images)
+        outputs = extract(self.network, images) if outputs is None else outputs
         self._add(f"{source}_", self._of_width("features", outputs.features, self.num_features))
         setattr(self, f"{source}_count", getattr(self, f"{source}_count") + len(images))
         if self.num_spatial is not None:

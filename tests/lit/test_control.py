@@ -150,9 +150,11 @@ def test_full_disk_does_not_hide_how_a_run_ended(tmp_path, monkeypatch) -> None:
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    run.report(where="images 0 to 3")
     monkeypatch.setattr(directory, "write_json", full)
     run.mark("failed")
     assert status(tmp_path / "out") == "failed"
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "failed"
 
 
 @pytest.fixture

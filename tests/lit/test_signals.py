@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 
 from modiff.lit.cli.main import main
-from modiff.lit.runs.control import Control, Interrupted, Stop, controlling
+from modiff.lit.runs.control import LAUNCHER_PID, Control, Interrupted, Stop, controlling, parent_process
 from modiff.lit.runs.directory import RunDirectory
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -158,3 +159,17 @@ def test_rank_that_was_stopped_while_it_imported_stops_the_others(code, stop) ->
     control._look_at_children()
     assert control.stop is None
     assert control.lost == "Rank 1 was killed by SIGKILL; its last step: starting."
+
+
+def test_rank_whose_launcher_ended_while_it_imported_stops(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    monkeypatch.setenv(LAUNCHER_PID, str(os.getppid()))
+    assert parent_process() == os.getppid()
+    monkeypatch.setenv(LAUNCHER_PID, "999999999")  # it is the parent no more
+    with controlling() as control:
+        for _ in range(600):
+            if control.stop is not None:
+                break
+            time.sleep(0.1)
+    assert control.stop == Stop("the end of its launcher")

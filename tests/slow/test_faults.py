@@ -16,6 +16,7 @@ import pytest
 from fault_cases import Bench, Case, difference, results
 from fault_recipes import make_recipes, save_images
 
+pytestmark = pytest.mark.timeout(1800)  # the processes have limits of their own; a slow machine may take long
 ROUNDS = int(os.environ.get("MODIFF_FAULT_ROUNDS", "3"))
 TERM, USR1, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL
 

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch import distributed
 
 from modiff.errors import ConfigError
-from modiff.lit.runs.control import current
+from modiff.lit.runs.control import LAUNCHER_PID, current
 
 TOKEN_WAIT_S = 20.0
 
@@ -38,6 +38,8 @@ def own_signals(trainer: Trainer) -> Trainer:
     launcher, control = trainer.strategy.launcher, current()
     if isinstance(launcher, _SubprocessScriptLauncher) and not getattr(control.launcher, "procs", None):
         control.launcher = launcher
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.environ[LAUNCHER_PID] = str(os.getpid())
     return trainer
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from modiff.errors import ConfigError
 from modiff.lit.data.real_images import ReferenceImages, is_statistics, network_identity
 from modiff.lit.modules.student import LitStudent, to_unit_range
+from modiff.lit.runs.control import current
+from modiff.lit.runs.shard_features import ShardFeatures
+from modiff.lit.runs.shards import ShardStore
 from modiff.metrics.feature_figures import FeatureFigures
 from modiff.metrics.figures import MEASURES, Findings, ImagePairs, Measure, Setting
 from modiff.metrics.statistics import FeatureStatistics
@@ -67,12 +70,29 @@ class Fidelity(Callback):
         """Move to the device; measure real images there, on rank 0 first, which fills the cache for the others."""
         for measure in self.measures:
             measure.to(pl_module.device)
+        if isinstance(pl_module.store, ShardStore):
+            self._measure_shards(trainer, pl_module, pl_module.store)
         if self.real is None:
             return
         for turn in (trainer.is_global_zero, not trainer.is_global_zero):
             if turn:
                 self._measure_real_images(pl_module)
             trainer.strategy.barrier("reference")
+
+    def _measure_shards(self, trainer: Trainer, module: LitStudent, store: ShardStore) -> None:
+        """Let every rank measure the features of its shards; afterwards all read them."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for measure in self.measures:
+            if not isinstance(measure, FeatureFigures) or measure.images is None:
+                continue
+            assert self.features is not None
+            network, identity = measure.images.network, network_identity(self.features)
+            otherwise = Path(trainer.default_root_dir) / "features"
+            features = ShardFeatures(store, network, identity, module.device, otherwise)
+            features.measure(data.num_images, trainer.global_rank, trainer.world_size)
+            current().wait("waiting for the features of the other ranks' shards")
+            trainer.strategy.barrier("features")
+            measure.use_outputs(features.of)
 
     def _measure_real_images(self, module: LitStudent) -> None:
         assert self.real is not None

@@ -23,6 +23,8 @@ from modiff.errors import ModiffError
 from modiff.lit.runs.signals import INTERRUPTED, REQUEUE, SIGNALS, asks_for_requeue, ignore_signals
 
 LOOK_S = 1.0
+LAUNCHER_PID = "MODIFF_LAUNCHER_PID"
+"""Variable by which ranks that Lightning starts know the process that started them."""
 
 
 class Run(Protocol):
@@ -242,7 +244,7 @@ class Control:
 
     def _watch(self) -> None:
         looks_left, steps = self.limit, -1
-        parent = os.getppid() if is_child() else None
+        parent = parent_process()
         while not self.finished:
             self._wait()
             if self.finished:
@@ -339,6 +341,14 @@ def is_child() -> bool:
     """Whether a launcher on this machine is this process's parent, so that nobody waits for it after its end."""
     by_lightning = "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0" and "SLURM_PROCID" not in os.environ
     return by_lightning or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def parent_process() -> int | None:
+    """The launcher to watch, or None; it may have ended already, while this process was still importing."""
+    if not is_child():
+        return None
+    known = os.environ.get(LAUNCHER_PID) if "TORCHELASTIC_RUN_ID" not in os.environ else None
+    return int(known) if known else os.getppid()
 
 
 _current = Control()

@@ -135,14 +135,7 @@ class RunDirectory:
         value = {"name": name, "status": status, "hash": self.hash, "identity": self.identity}
         if job() is not None:
             value |= {"job": job(), "attempt": attempt()}
-        try:
-            write_json(self.marker, value)
-        except OSError:  # a full disk: there is room where the marker lies already
-            text = json.dumps(value, indent=2) + "\n"
-            old = self.marker.stat().st_size if self.marker.exists() else 0
-            with open(self.marker, "r+" if old else "w") as file:
-                file.write(text.ljust(old))
-                file.truncate()
+        write_anyway(self.marker, value)
         if status != "running":
             self.report(status=status)
             self.lock.release()
@@ -157,10 +150,22 @@ class RunDirectory:
             "host": os.uname().nodename,
         }
         with contextlib.suppress(OSError):
-            write_json(self.path / STATUS, {**now, **self._facts})
+            write_anyway(self.path / STATUS, {**now, **self._facts})
 
     def _read_marker(self) -> dict[str, Any] | None:
         return read_marker(self.marker) or None
+
+
+def write_anyway(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON atomically, or on a full disk where the file lies already: there is room for it."""
+    try:
+        write_json(path, value)
+    except OSError:
+        text = json.dumps(value, indent=2) + "\n"
+        old = path.stat().st_size if path.exists() else 0
+        with open(path, "r+" if old else "w") as file:
+            file.write(text.ljust(old))
+            file.truncate()
 
 
 def read_marker(path: Path) -> dict[str, Any]:

@@ -155,22 +155,32 @@ class ShardStore(BatchStore):
 
     def load(self, first_index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """The images from ``first_index`` on, in [-1, 1]; behind the last one they are black."""
-        found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-        place, stop = first_index, first_index + self.batch_size
-        while place < min(stop, self.num_images):
+        stop = first_index + self.batch_size
+        found = self.images(first_index, min(stop, self.num_images))
+        empty = torch.full((max(stop - max(self.num_images, first_index), 0), *self.manifest["shape"]), -1.0)
+        facts = {key: self.manifest[key] for key in ("evaluations", "quantized") if self.manifest.get(key) is not None}
+        return {kind: torch.cat([images, empty]) for kind, images in found.items()}, facts
+
+    def images(self, first: int, stop: int) -> dict[str, Tensor]:
+        """Images ``first`` to ``stop - 1`` of teacher and student, in [-1, 1]."""
+        found: dict[str, list[Tensor]] = {kind: [torch.empty(0, *self.manifest["shape"])] for kind in KINDS}
+        place = first
+        while place < stop:
             shard = self._shard(place // self.size)
             begin = place % self.size
-            taken = min(self.size - begin, stop - place, self.num_images - place)
+            taken = min(self.size - begin, stop - place)
             for kind in KINDS:
                 found[kind].append(shard[kind][begin : begin + taken])
             place += taken
-        empty = torch.full((stop - place, *self.manifest["shape"]), -1.0)
-        facts = {key: self.manifest[key] for key in ("evaluations", "quantized") if self.manifest.get(key) is not None}
-        return {kind: torch.cat([*parts, empty]) for kind, parts in found.items()}, facts
+        return {kind: torch.cat(parts) for kind, parts in found.items()}
+
+    def shard_path(self, number: int) -> Path:
+        """File of a shard."""
+        return self.folder / f"shard-{number:06d}.{self.manifest['kind']}"
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if self._last is None or self._last[0] != number:
-            path = self.folder / f"shard-{number:06d}.{self.manifest['kind']}"
+            path = self.shard_path(number)
             try:
                 read = _read_tar if path.suffix == ".tar" else _read_npz
                 self._last = number, {kind: _floats(pixels) for kind, pixels in read(path).items()}
@@ -222,9 +232,9 @@ def say_disk_need(folder: Path, need: int) -> None:
     where = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     free = shutil.disk_usage(where).free
-    text = (
-        f"up to {need / 2**30:.2f} GiB on the disk, of which {there / 2**30:.2f} are there; {free / 2**30:.2f} are free"
-    )
+    unit, size = ("GiB", 2**30) if need >= 2**30 else ("MiB", 2**20)
+    need_, there_, free_ = (f"{value / size:.2f}" for value in (need, there, free))
+    text = f"up to {need_} {unit} on the disk, of which {there_} are there; {free_} are free"
     if need - there > free:
         raise ConfigError(f"The run needs {text}. Free some, draw fewer images, or give another --output.")
     if need > 2**28:
