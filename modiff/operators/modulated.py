@@ -10,7 +10,7 @@ from torch import Tensor
 from modiff.config.specs import Modulation
 from modiff.errors import TrajectoryError
 from modiff.kernels.backend import Backend, Encoded
-from modiff.kernels.elementwise import rescale
+from modiff.kernels.elementwise import laid_out_like, rescale
 from modiff.operators.dtypes import compute_input, output_dtype
 from modiff.operators.execution import Execution
 from modiff.operators.quantized import QuantizedOperator
@@ -214,7 +214,8 @@ class ModulatedOperator(QuantizedOperator):
         if cache.leader is None:
             cache.held.hold(a)
         self.note(a.sum(), quantized=False)
-        held = a if cache.grid is None else cache.reconstruction()  # ô is made of what is kept (trap 9)
+        # ô is made of what is kept (trap 9), which may lie otherwise in memory that graphs hold: sums are in one order.
+        held = a if cache.grid is None else laid_out_like(cache.reconstruction(), a)
         output = self.product(held, with_bias=True)
         if prepared is not None and prepared.layout is not None and output.ndim == 4:
             output = output.contiguous(memory_format=prepared.layout)  # as products are
