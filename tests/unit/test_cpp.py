@@ -20,6 +20,23 @@ from modiff.quantizers.rounding import round_nearest
 pytestmark = pytest.mark.skipif(build.problem() is not None, reason="no C++ operators here")
 BACKEND = CppBackend()
 
+
+@pytest.fixture(params=[1, 3], ids=["one-thread", "threads"])
+def threads(request):
+    """Everything holds on several threads too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+pytestmark = [pytestmark, pytest.mark.usefixtures("threads")]
+
+
+def test_operators_run_on_as_many_threads_as_pytorch(threads):
+    assert torch.ops.modiff.cpp_threads() == threads
+
+
 OPERATORS = {
     "linear": (lambda: nn.Linear(7, 5), (3, 7)),
     "linear-tokens": (lambda: nn.Linear(64, 133), (2, 5, 64)),

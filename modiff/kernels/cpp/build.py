@@ -26,8 +26,10 @@ log = logging.getLogger("modiff")
 
 SOURCE = Path(__file__).parent / "source"
 FILES = ("operators.cpp", "avx512.cpp", "avx2.cpp")
-FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-"""Products and sums are rounded one by one, as the float definition's are: no contraction."""
+FLAGS = ("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+"""Products and sums are rounded one by one, as the float definition's are: no contraction. Without OpenMP, which PyTorch
+itself is built with, at::parallel_for would run on one thread."""
+LINKED = ("-fopenmp",)
 LIBRARY = "modiff_cpp.so"
 PATIENCE = 300
 """Seconds to wait for another process that builds."""
@@ -148,6 +150,7 @@ def _compile(place: Path, compiler: tuple[str, str]) -> Path:
                 "modiff_cpp",
                 [str(SOURCE / name) for name in FILES],
                 extra_cflags=list(FLAGS),
+                extra_ldflags=list(LINKED),
                 build_directory=str(place),
                 is_python_module=False,
             )

@@ -562,10 +562,18 @@ Tensor multiply(int64_t handle, const Tensor& codes, const Tensor& scale, const 
 
 std::string isa() { return table() ? table()->name : "none"; }
 
+// How many threads the loops above are shared by.
+int64_t threads_used() {
+  std::atomic<int64_t> used{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { used++; });
+  return used;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(modiff, m) {
   m.def("cpp_isa() -> str", isa);
+  m.def("cpp_threads() -> int", threads_used);
   m.def("cpp_clocks() -> (float, float)", read_clocks);
   m.def("cpp_release(int handle) -> ()", release);
   m.def("cpp_prepare(Tensor codes, Tensor scale, Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups) -> int",
