@@ -52,7 +52,7 @@ def conv(**changes: object) -> OperatorShape:
         (
             OperatorShape("linear", 32768, 64, WEIGHT),
             QuantSpec(8, granularity="token"),
-            "its tokens have 32768 channels; the range of at most 4096 is found at once",
+            "its tokens have 32768 channels; the range of at most 8192 is found at once",
         ),
     ],
 )

@@ -15,7 +15,7 @@ if support.missing() is not None:
     pytest.skip(f"{support.missing()}", allow_module_level=True)
 
 from modiff.kernels.triton import encoding, norms, proof, scaling
-from modiff.kernels.triton.support import CHANNELS
+from modiff.kernels.triton.support import ROW
 from modiff.kernels.triton.tables import ARCHITECTURES
 
 SIZES = ("height", "width", "top_pad", "left_pad", "padded_height", "padded_width")
@@ -80,7 +80,7 @@ MOMENTS |= {"a_row": "i32", "a_channel": 1, "BLOCK_R": 32, "BLOCK_C": 128}
 GROUP: dict[str, Any] = {"means": "*fp32", "squares": "*fp32", "mean": "*fp32", "rstd": "*fp32", "rows": "i32:1"}
 GROUP |= {"channels": "i32", "group_size": "i32:1", "blocks": "i32:1", "epsilon": "fp32"}
 GROUP |= {"BLOCK_R": 32, "BLOCK_P": 16, "BLOCK_C": 8}
-WIDEST = {"BLOCK_P": 1, "BLOCK_C": CHANNELS}
+WIDEST = {"BLOCK_P": 1, "BLOCK_C": ROW}
 VARIANTS = {
     "asymmetric": quantize(SYMMETRIC=False, zero="*fp32"),
     "plain": quantize(held=None),
@@ -117,5 +117,5 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_compiles_without_spills(name: str, architecture: str) -> None:
     kernel, arguments = VARIANTS[name]
-    warps = 16 if arguments.get("BLOCK_C") == CHANNELS else 4
+    warps = 16 if arguments.get("BLOCK_C") == ROW else 4
     assert proof.compile_kernel(architecture, kernel, name, "", arguments, warps, stages=3).stack == 0

@@ -18,10 +18,8 @@ CHANNEL_MULTIPLE = 16
 """Of channels: int8 tensor cores read 16 codes at a time."""
 DEPTH = 2**31 // 127**2
 """Products of the largest codes that an int32 sum holds: 133144 of 127 * 127."""
-ROW = 4096
-"""Most channels of which one program finds the range of a token: twice as many spill registers on sm_90."""
-CHANNELS = 8192
-"""Most channels whose scales in powers of two one program finds without spilling registers."""
+ROW = 8192
+"""Most channels that one program holds, of a token or in powers of two, without spilling registers."""
 
 
 def interpreted() -> bool:
@@ -93,6 +91,6 @@ def shape_obstacle(shape: OperatorShape, quantizer: Quantizer) -> str | None:
         return f"its sums have {depth} terms; int32 holds fewer than {DEPTH}"
     if quantizer.spec.granularity == "token" and shape.in_channels > ROW:
         return f"its tokens have {shape.in_channels} channels; the range of at most {ROW} is found at once"
-    if quantizer.spec.scales == "power_of_two" and shape.in_channels > CHANNELS:
-        return f"its samples have scales of {shape.in_channels} channels; those of at most {CHANNELS} are found at once"
+    if quantizer.spec.scales == "power_of_two" and shape.in_channels > ROW:
+        return f"its samples have scales of {shape.in_channels} channels; those of at most {ROW} are found at once"
     return None

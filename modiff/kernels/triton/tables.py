@@ -103,9 +103,9 @@ class Table:
         """Warps of an element-wise program: more than usual where a row that must stay whole has more elements.
 
         >>> [table("sm_90").warps_for(elements) for elements in (2048, 4096, 8192, 16384)]
-        [4, 8, 16, 16]
+        [4, 8, 8, 8]
         """
-        return min(max(self.warps * elements // self.elements, self.warps), 16)
+        return min(max(self.warps * elements // self.elements, self.warps), 8)
 
     def every(self) -> tuple[Blocks, ...]:
         """All blocks that may run, each once."""
