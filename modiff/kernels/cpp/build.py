@@ -27,8 +27,8 @@ log = logging.getLogger("modiff")
 SOURCE = Path(__file__).parent / "source"
 FILES = ("operators.cpp", "avx512.cpp", "avx2.cpp")
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-"""Products and sums are rounded one by one, as the float definition's are: no contraction. Without OpenMP (PyTorch has it)
-at::parallel_for would run on one thread."""
+"""Products and sums are rounded one by one, as the float definition's are: no contraction. PyTorch has OpenMP;
+without it at::parallel_for would run on one thread."""
 LINKED = ("-fopenmp",)
 LIBRARY = "modiff_cpp.so"
 PATIENCE = 300
