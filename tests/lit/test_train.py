@@ -176,6 +176,38 @@ def test_training_stopped_by_a_signal_goes_on_bit_for_bit(
             assert str(states[0][key]) == str(states[1][key])
 
 
+def test_a_training_killed_after_it_went_on_goes_on_from_its_newest_checkpoint(
+    modiff, parquet, tmp_path, monkeypatch
+) -> None:
+    """The checkpoint of a stop and the later ones of every few steps are one file."""
+    text = TEACHER.replace("checkpoint_every: 1", "checkpoint_every: 5")
+    args = ("train", "--config", recipe(tmp_path, text, parquet), "--output", tmp_path / "out")
+    args = (*args, "--trainer.max_steps", "7")
+    step = LitTeacher.training_step
+
+    def stop(self, batch):
+        if self.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitTeacher, "training_step", stop)
+        assert modiff(*args)[0] == 75
+
+    def die(self, batch):
+        if self.trainer.global_step == 6:
+            raise RuntimeError("a power cut")
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitTeacher, "training_step", die)
+        with pytest.raises(RuntimeError, match="a power cut"):
+            modiff(*args)
+    checkpoints = list((tmp_path / "out" / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["last.ckpt"]
+    assert torch.load(checkpoints[0], weights_only=False)["global_step"] == 5
+
+
 def test_other_training_in_the_same_directory_is_refused(modiff, parquet, tmp_path) -> None:
     config, out = recipe(tmp_path, CLASSIFIER, parquet), tmp_path / "out"
     out.mkdir()

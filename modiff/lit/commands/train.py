@@ -77,7 +77,13 @@ def _train(cli: TrainCLI, run: RunDirectory, distance: list[TrainingDistance]) -
     folder = run.path / "checkpoints"
     callbacks: list[Any] = [
         LearningRateMonitor("step"),
-        ModelCheckpoint(dirpath=folder, every_n_train_steps=config.checkpoint_every, save_last=True, save_top_k=0),
+        ModelCheckpoint(
+            dirpath=folder,
+            every_n_train_steps=config.checkpoint_every,
+            save_last=True,
+            save_top_k=0,
+            enable_version_counter=False,  # one last.ckpt, whoever wrote it first
+        ),
     ]
     if config.sample_images:  # before the averaging, which swaps the weights back at the end of a validation
         callbacks.append(TrainingSamples(run.path / "samples", config.sample_images))
