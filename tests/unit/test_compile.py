@@ -293,11 +293,10 @@ def test_without_a_compiler_one_line_says_so_and_the_student_runs_eagerly(monkey
 
 def test_the_search_for_a_compiler_finds_none_where_there_is_none(monkeypatch):
     monkeypatch.setenv("CXX", "")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear() if hasattr(
-        torch._inductor.cpp_builder.get_cpp_compiler, "cache_clear"
-    ) else None
-    assert modes._missing_compiler(denoiser()) == "no C++ compiler is installed"
+    # Not by monkeypatch: that would hide the setting from all tests that follow.
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert modes._missing_compiler(denoiser()) == "no C++ compiler is installed"
+    assert torch._inductor.config.cpp.cxx
 
 
 def test_wrong_modes_are_refused():
