@@ -188,8 +188,7 @@ def quantize_kernel(
     value = tl.load(a + source, inside, 0.0).to(tl.float32)
     value = normalized(value, inside, channel, sample, mean, rstd, mul, add, offset, affine_sample, channels,
                        group_size, epsilon, NORM, ACTIVATION)
-    number = value
-    residual = value
+    number, residual = value, value
     if held is not None:
         number = held_number(held, codes, before, sample * (PER == 1), step, place, target, inside, AGAIN)
         residual = residual_of(value, number, step, center)
