@@ -188,13 +188,14 @@ def quantize_kernel(
     value = tl.load(a + source, inside, 0.0).to(tl.float32)
     value = normalized(value, inside, channel, sample, mean, rstd, mul, add, offset, affine_sample, channels,
                        group_size, epsilon, NORM, ACTIVATION)
-    number, residual = value, value
+    number = value
+    residual = value
     if held is not None:
         number = held_number(held, codes, before, sample * (PER == 1), step, place, target, inside, AGAIN)
         residual = residual_of(value, number, step, center)
     residual = tl.where(inside, residual, 0.0)
+    slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     if MEASURES:  # here, where the fewest values are alive
-        slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
         tl.store(lows + slot, tl.min(tl.min(tl.where(inside, residual, HUGE), 1), 0))
         tl.store(highs + slot, tl.max(tl.max(tl.where(inside, residual, -HUGE), 1), 0))
     if PER == 2:
@@ -212,7 +213,6 @@ def quantize_kernel(
         code = code * tl.load(units + sample * channels + channel, channel < channels, 0.0)[None, :]
     code = tl.where(inside, code, 0.0).to(tl.int8)
     tl.store(codes + target, code, written[:, None] & (channel < padded_channels)[None, :])
-    slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     if not AGAIN:
         tl.store(probes + slot, tl.sum(tl.sum(tl.where(inside, value * 0.0, 0.0), 1), 0))
 
