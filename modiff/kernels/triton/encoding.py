@@ -159,9 +159,8 @@ def quantize_kernel(
     a, held, codes, lows, highs, probes, scale, zero, units, known, again, before, step, center, mean,
     rstd, mul, add, offset, height, width, top_pad, left_pad, padded_height, padded_width, channels, padded_channels,
     a_row, a_channel, held_row, held_channel, affine_sample, group_size, epsilon, highest, clip, factor,
-    PER: tl.constexpr, SYMMETRIC: tl.constexpr, CLIPS: tl.constexpr, COMPENSATES: tl.constexpr,
-    MEASURES: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, AGAIN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER: tl.constexpr, SYMMETRIC: tl.constexpr, CLIPS: tl.constexpr, COMPENSATES: tl.constexpr, MEASURES: tl.constexpr,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, AGAIN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Equations (4), (5) and (13) in one pass; see :func:`modiff.kernels.triton.launch.quantize` for the arguments.
 
@@ -194,8 +193,8 @@ def quantize_kernel(
         number = held_number(held, codes, before, sample * (PER == 1), step, place, target, inside, AGAIN)
         residual = residual_of(value, number, step, center)
     residual = tl.where(inside, residual, 0.0)
-    slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     if MEASURES:  # here, where the fewest values are alive
+        slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
         tl.store(lows + slot, tl.min(tl.min(tl.where(inside, residual, HUGE), 1), 0))
         tl.store(highs + slot, tl.max(tl.max(tl.where(inside, residual, -HUGE), 1), 0))
     if PER == 2:
@@ -213,6 +212,7 @@ def quantize_kernel(
         code = code * tl.load(units + sample * channels + channel, channel < channels, 0.0)[None, :]
     code = tl.where(inside, code, 0.0).to(tl.int8)
     tl.store(codes + target, code, written[:, None] & (channel < padded_channels)[None, :])
+    slot = (sample * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     if not AGAIN:
         tl.store(probes + slot, tl.sum(tl.sum(tl.where(inside, value * 0.0, 0.0), 1), 0))
 
